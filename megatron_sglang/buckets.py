@@ -1,0 +1,100 @@
+"""The record that carries weights from trainer to engine, and the digest both sides compute. Torch only.
+
+A bucket is one flat uint8 tensor plus, for each named tensor in it, where it lies. The trainer packs
+(`pack`), the engine rank unpacks without copying (`Bucket.tensors`). Digests are computed on the device
+that holds the bytes, so both sides can afford them on every sync.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+ALIGNMENT = 16
+"""Bytes; every tensor starts on a multiple of it so that a view in its own dtype is legal."""
+
+_MIX_1 = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
+_MIX_2 = -0x40A7B892E31B1A47  # splitmix64's first multiplier, signed
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, shape, dtype ("float32", ...), byte offset in the bucket, and digest of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    digest: int
+
+    @property
+    def nbytes(self) -> int:
+        size = torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """`data` is [nbytes] uint8, contiguous. `index` counts from 0 within one weight version."""
+
+    version: int
+    index: int
+    specs: tuple[TensorSpec, ...]
+    data: torch.Tensor
+
+    def header(self) -> str:
+        """Everything but the bytes, as JSON: what travels beside `data`."""
+        specs = [asdict(spec) for spec in self.specs]
+        return json.dumps({"version": self.version, "index": self.index, "specs": specs})
+
+    @staticmethod
+    def from_header(header: str, data: torch.Tensor) -> Bucket:
+        fields = json.loads(header)
+        specs = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in fields["specs"])
+        return Bucket(fields["version"], fields["index"], specs, data)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, view into `data`) in packing order; no bytes are copied."""
+        for spec in self.specs:
+            flat = self.data[spec.offset : spec.offset + spec.nbytes]
+            yield spec.name, flat.view(getattr(torch, spec.dtype)).view(spec.shape)
+
+
+def pack(version: int, index: int, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
+    """Copy tensors of any dtype, shape and stride (one device) into one bucket, digests included."""
+    specs: list[TensorSpec] = []
+    end = 0
+    for name, tensor in named_tensors:
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, start, digest(tensor)))
+        end = start + tensor.numel() * tensor.element_size()
+    device = named_tensors[0][1].device if named_tensors else torch.device("cpu")
+    data = torch.zeros(end, dtype=torch.uint8, device=device)
+    bucket = Bucket(version, index, tuple(specs), data)
+    for (_, source), (_, target) in zip(named_tensors, bucket.tensors(), strict=True):
+        target.copy_(source)
+    return bucket
+
+
+def digest(tensor: torch.Tensor) -> int:
+    """64-bit digest of a tensor's bytes in logical (row-major) order; any one changed bit changes it.
+
+    Words are multiplied by odd numbers that depend on their position and mixed before they are summed
+    modulo 2^64 (integer arithmetic wraps), so the order of summation does not matter and swapped, moved or
+    duplicated words are noticed. Not a cryptographic hash: it guards against faults, not against attackers.
+    """
+    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    padding = -data.numel() % 8
+    if padding:
+        data = torch.cat([data, data.new_zeros(padding)])
+    words = data.view(torch.int64) if data.numel() else data.new_zeros(1, dtype=torch.int64)
+    position = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64)
+    mixed = (words ^ (position * _MIX_1)) * _MIX_2
+    mixed = (mixed ^ (mixed >> 31)) * (2 * position + 1)
+    return int((mixed.sum() + tensor.numel()).item())

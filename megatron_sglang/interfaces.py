@@ -1,0 +1,65 @@
+"""What `cycle.py` knows of the rooms: four Protocols, no implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from megatron_sglang.buckets import Bucket
+from megatron_sglang.types import Completion, GenerateRequest, Prompt, Score
+
+
+class Reward(Protocol):
+    """Scores finished rollouts. Never raises for a bad answer; raises `RewardError` when it is itself broken."""
+
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[Score]: ...
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """A rollout engine, seen from the rank that leads it. Every call has a deadline and raises `EngineError`.
+
+    A weight update is a transaction: `begin_update` (no request runs any more, caches are empty), `load` for each
+    bucket in order, `commit_update` (every engine rank has proved what it holds), or `fail_update` at any point.
+    Between `begin_update` and a successful `commit_update` the engine is stale and `generate` refuses.
+    """
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]: ...
+
+    def begin_update(self, version: int) -> None: ...
+
+    def load(self, bucket: Bucket) -> None: ...
+
+    def commit_update(self, version: int, buckets: int) -> str:
+        """Check that every engine rank got `buckets` buckets and filled every parameter; the engine's digest."""
+        ...
+
+    def fail_update(self, reason: str) -> None: ...
+
+    def release(self) -> None:
+        """Give back the memory of weights and caches; the next update brings them back."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Weights(Protocol):
+    """The trainer's merged weights, HF names. Collective: every rank iterates, every rank gets every bucket."""
+
+    def buckets(self, version: int) -> Iterator[Bucket]: ...
+
+
+class Comm(Protocol):
+    """How ranks act as one."""
+
+    rank: int
+    world_size: int
+
+    def from_leader(self, produce: Callable[[], Any]) -> Any:
+        """Run `produce` on rank 0 and give its JSON-able value to all; its error is raised on all ranks."""
+        ...
+
+    def agree(self, error: BaseException | None) -> None:
+        """Raise on every rank if any rank has an error (the lowest such rank's, named)."""
+        ...

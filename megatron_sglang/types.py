@@ -1,0 +1,137 @@
+"""The records that flow through the pipeline. No torch, nothing heavy.
+
+    Prompt -> Completion -> Score -> RolloutGroup -> TrainSample -> (Megatron) -> SyncReport
+
+Index suffixes in names: `_P` prompts of a rollout batch, `_G` members of a group, `_T` tokens.
+Records are frozen; lengths are checked where they are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem as the engine sees it (token ids) and as its verifier sees it (`problem`).
+
+    >>> Prompt("int/7", (1, 40, 2, 41, 3), "fim_python", {"prefix": "def f(a):\\n    return ", "suffix": "\\n"})
+    """
+
+    id: str
+    """Unique within its data set, stable between runs."""
+    token_ids_T: tuple[int, ...]
+    data_source: str
+    """Which verifier scores it, as verl's column of that name."""
+    problem: Mapping[str, Any] = field(default_factory=dict)
+    """What the verifier needs; JSON values only."""
+
+    def __post_init__(self) -> None:
+        if not self.token_ids_T:
+            raise ValueError(f"prompt {self.id!r} has no tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one completion is drawn. `seed` makes a request reproducible whatever else is in the batch."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_new_tokens: int = 24
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One prompt, one completion wanted; a group of G is G requests that differ in `sampling.seed`."""
+
+    token_ids_T: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine sampled: ids (the stop token included), their logprobs under the sampling distribution,
+    and the version of the weights that produced them."""
+
+    token_ids_T: tuple[int, ...]
+    logprobs_T: tuple[float, ...]
+    finish_reason: FinishReason
+    weight_version: int
+    text: str = ""
+    """Decoded without the stop token; filled by the rollout, not by the engine."""
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids_T) != len(self.logprobs_T):
+            raise ValueError(
+                f"completion has {len(self.token_ids_T)} tokens but {len(self.logprobs_T)} logprobs; they must match"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A verifier's verdict: `value` is the reward, `passed` whether the answer is entirely right."""
+
+    value: float
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """G completions of one prompt with their scores."""
+
+    prompt: Prompt
+    completions_G: tuple[Completion, ...]
+    scores_G: tuple[Score, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.completions_G) != len(self.scores_G):
+            raise ValueError(
+                f"group of {self.prompt.id!r} has {len(self.completions_G)} completions but {len(self.scores_G)} scores"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSample:
+    """One sequence ready for the loss. `rollout_logprobs_T` belong to `response_ids_T`."""
+
+    prompt_ids_T: tuple[int, ...]
+    response_ids_T: tuple[int, ...]
+    rollout_logprobs_T: tuple[float, ...]
+    advantage: float
+    reward: float
+    weight_version: int
+
+    def __post_init__(self) -> None:
+        if len(self.response_ids_T) != len(self.rollout_logprobs_T):
+            raise ValueError(
+                f"sample has {len(self.response_ids_T)} response tokens but {len(self.rollout_logprobs_T)} logprobs"
+            )
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids_T) + len(self.response_ids_T)
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What one published weight version cost and what is known about it. Seconds by phase; bytes on the wire."""
+
+    version: int
+    tensors: int
+    buckets: int
+    bytes: int
+    seconds: Mapping[str, float]
+    update_norm: float
+    """L2 norm of (merged - base) over all adapted weights."""
+    cast_loss: float
+    """Share of that norm lost by the cast to the engine's dtype; 0.0 in fp32."""
+    engine_digest: str
+    """Digest of all parameters of all engine ranks after the load."""
