@@ -7,8 +7,10 @@ that holds the bytes, so both sides can afford them on every sync.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -98,3 +100,34 @@ def digest(tensor: torch.Tensor) -> int:
     mixed = (words ^ (position * _MIX_1)) * _MIX_2
     mixed = (mixed ^ (mixed >> 31)) * (2 * position + 1)
     return int((mixed.sum() + tensor.numel()).item())
+
+
+def fusion_key(name: str) -> str:
+    """Tensors with the same key become one parameter in the engine, so they must reach its loader together.
+
+    SGLang fuses q, k and v, gate and up, and (DeepSeek) q_a and kv_a; a loader that is given half of such a group may
+    keep the other half for a call that never comes, without an error.
+    """
+    name = re.sub(r"\.(q|k|v)_proj\.", ".qkv_proj.", name)
+    name = re.sub(r"\.(gate|up)_proj\.", ".gate_up_proj.", name)
+    return re.sub(r"\.(q_a_proj|kv_a_proj_with_mqa)\.", ".qkv_a_proj.", name)
+
+
+def fill[T](items: Iterable[tuple[str, T]], sizes: dict[str, int], bucket_bytes: int) -> Iterator[list[tuple[str, T]]]:
+    """Cut a stream of (name, item) into buckets of at most `bucket_bytes`, never within a fusion group.
+
+    sizes: bytes by name. A group that is larger than `bucket_bytes` gets a bucket of its own.
+    The members of a group must be neighbours in the stream.
+    """
+    bucket: list[tuple[str, T]] = []
+    filled = 0
+    for _, members in itertools.groupby(items, key=lambda item: fusion_key(item[0])):
+        group = list(members)
+        needed = sum(sizes[name] for name, _ in group)
+        if bucket and filled + needed > bucket_bytes:
+            yield bucket
+            bucket, filled = [], 0
+        bucket += group
+        filled += needed
+    if bucket:
+        yield bucket

@@ -49,6 +49,10 @@ class Weights(Protocol):
 
     def buckets(self, version: int) -> Iterator[Bucket]: ...
 
+    def fidelity(self) -> tuple[float, float]:
+        """Of the last version: L2 norm of (merged - base), and the share of it that the engine's dtype lost."""
+        ...
+
 
 class Comm(Protocol):
     """How ranks act as one."""
@@ -62,4 +66,8 @@ class Comm(Protocol):
 
     def agree(self, error: BaseException | None) -> None:
         """Raise on every rank if any rank has an error (the lowest such rank's, named)."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON-able value, by rank, on every rank."""
         ...

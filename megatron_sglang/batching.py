@@ -1,0 +1,132 @@
+"""From samples to padded micro-batches, and which rank trains on which sample. Torch only.
+
+Alignment: entry t of `labels`, `loss_mask`, `advantages`' sequence and every logprob tensor is about the token at
+position t + 1, which is what a language model predicts at position t:
+
+    tokens     p0 p1 p2 r0 r1 __        prompt of 3, response of 2, padded to 6
+    labels     p1 p2 r0 r1  0  0
+    loss_mask   0  0  1  1  0  0
+    logprobs    0  0 l0 l1  0  0
+
+Order: the samples of a rollout batch stay in their list's order. Train step s takes the s-th run of `global_batch`
+samples; of these data-parallel rank d takes the d-th run of `global_batch / dp_size`; its micro-batches are
+consecutive runs of `micro_batch`. So the samples of a step are the same for any dp_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import batched
+
+import torch
+from torch import Tensor
+
+from megatron_sglang.errors import ConfigError
+from megatron_sglang.losses import LossInputs
+from megatron_sglang.types import TrainSample
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """B samples padded to S positions. [B, S] unless said otherwise; fp32 where not int64."""
+
+    tokens: Tensor
+    """int64, 0 in the padding."""
+    labels: Tensor
+    """int64, the next token; 0 where there is none."""
+    position_ids: Tensor
+    """int64, 0 .. S - 1 in each row."""
+    loss_mask: Tensor
+    """1 where the label is a response token."""
+    rollout_logprobs: Tensor
+    """Of the labels, from the engine; 0 outside the response."""
+    advantages: Tensor
+    """[B]"""
+    lengths: Tensor
+    """[B] int64, tokens of prompt and response."""
+    old_logprobs: Tensor | None = None
+    """Of the labels, from the trainer before its first step on the batch; set by `with_logprobs`."""
+    ref_logprobs: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        return MicroBatch(**{name: value if value is None else value.to(device) for name, value in moved.items()})
+
+    def with_logprobs(self, *, old: Tensor | None = None, ref: Tensor | None = None) -> MicroBatch:
+        """The same batch with logprobs [B, S] the trainer has computed."""
+        old = self.old_logprobs if old is None else old
+        ref = self.ref_logprobs if ref is None else ref
+        return replace(self, old_logprobs=old, ref_logprobs=ref)
+
+    def loss_inputs(self, logprobs: Tensor, entropy: Tensor | None = None) -> LossInputs:
+        """Inputs of the loss for the policy's logprobs [B, S]; without old ones the policy is taken as the sampler's
+        (first and only step on the batch: ratios are 1)."""
+        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
+        return LossInputs(
+            logprobs=logprobs,
+            old_logprobs=old,
+            mask=self.loss_mask,
+            advantages=self.advantages,
+            ref_logprobs=self.ref_logprobs,
+            rollout_logprobs=self.rollout_logprobs,
+            entropy=entropy,
+        )
+
+
+def collate(samples: Sequence[TrainSample], multiple_of: int = 1, seq_length: int | None = None) -> MicroBatch:
+    """Pad samples to `seq_length`, or else to the longest of them rounded up to `multiple_of`.
+
+    Raises `ConfigError` for a sample longer than `seq_length`; nothing is ever cut off.
+    """
+    longest = max(sample.length for sample in samples)
+    width = -(-longest // multiple_of) * multiple_of if seq_length is None else seq_length
+    if longest > width:
+        raise ConfigError(
+            f"a sample has {longest} tokens, seq_length is {seq_length}; raise --seq-length, or lower "
+            "rollout.max_new_tokens or data.max_prompt_tokens so that prompt and completion fit together"
+        )
+    shape = (len(samples), width)
+    tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    loss_mask, rollout_logprobs = torch.zeros(shape), torch.zeros(shape)
+    for row, sample in enumerate(samples):
+        ids = torch.tensor(sample.prompt_ids_T + sample.response_ids_T)
+        response = slice(len(sample.prompt_ids_T) - 1, sample.length - 1)
+        tokens[row, : sample.length] = ids
+        labels[row, : sample.length - 1] = ids[1:]
+        loss_mask[row, response] = 1.0
+        rollout_logprobs[row, response] = torch.tensor(sample.rollout_logprobs_T)
+    return MicroBatch(
+        tokens=tokens,
+        labels=labels,
+        position_ids=torch.arange(width).expand(shape).contiguous(),
+        loss_mask=loss_mask,
+        rollout_logprobs=rollout_logprobs,
+        advantages=torch.tensor([sample.advantage for sample in samples]),
+        lengths=torch.tensor([sample.length for sample in samples]),
+    )
+
+
+def split[T](
+    items: Sequence[T], *, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
+) -> list[list[list[T]]]:
+    """This rank's items by train step and micro-batch: [steps][micro-batches][micro_batch].
+
+    Raises `ConfigError` for sizes that would leave items over.
+    """
+    if len(items) % global_batch or global_batch % (micro_batch * dp_size) or not items:
+        raise ConfigError(
+            f"{len(items)} samples of a rollout batch do not divide into train steps of {global_batch} "
+            f"(--global-batch-size) over {dp_size} data-parallel ranks in micro-batches of {micro_batch} "
+            "(--micro-batch-size); "
+            "prompts x samples must be a multiple of the first, the first of the product of the others"
+        )
+    per_rank = global_batch // dp_size
+    starts = range(dp_rank * per_rank, len(items), global_batch)
+    return [[list(part) for part in batched(items[start : start + per_rank], micro_batch)] for start in starts]
+
+
+def join[T](by_rank: Sequence[Sequence[Sequence[Sequence[T]]]]) -> list[T]:
+    """Inverse of `split`: the items of all ranks, in rank order, back in the list's order."""
+    steps = zip(*by_rank, strict=True)
+    return [item for step in steps for rank in step for part in rank for item in part]

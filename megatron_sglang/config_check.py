@@ -1,0 +1,228 @@
+"""What a `RunConfig` must fulfil, what follows from it, and the option names of Megatron and SGLang.
+
+`check` raises a `ConfigError` for what cannot work and returns warnings for what is probably not meant; `resolve`
+returns a new config with the values that follow from others; `megatron_argv` writes what Megatron's parser gets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+from megatron_sglang.config import RunConfig
+from megatron_sglang.errors import ConfigError
+
+SECTIONS = tuple(item.name for item in dataclasses.fields(RunConfig) if item.name != "seed")
+
+SGLANG_RESERVED = {
+    "model_path": "model.hf_path",
+    "dtype": "model.dtype",
+    "tp_size": "engine.tp_size",
+    "ep_size": "engine.ep_size",
+    "mem_fraction_static": "engine.mem_fraction",
+    "max_total_tokens": "engine.max_total_tokens",
+    "max_running_requests": "engine.max_running_requests",
+    "enable_deterministic_inference": "engine.deterministic",
+    "random_seed": "seed",
+}
+"""ServerArgs fields that are written from our own; the engine refuses the others that it owns."""
+
+MEGATRON_RESERVED = {
+    "seed": "seed",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "perform-rl-step": "nothing (rollouts are this package's)",
+}
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("lora.rank lora.alpha data.max_prompt_tokens algo.tis_cap algo.max_bad_steps", lambda v: v > 0, "above 0"),
+    (
+        "rollout.prompts_per_batch rollout.temperature rollout.max_new_tokens rollout.batches",
+        lambda v: v > 0,
+        "above 0",
+    ),
+    ("reward.workers reward.timeout_s reward.memory_mb sync.bucket_bytes engine.ep_size", lambda v: v > 0, "above 0"),
+    ("engine.start_timeout_s engine.request_timeout_s engine.update_timeout_s", lambda v: v > 0, "above 0"),
+    ("rollout.eval_interval rollout.eval_samples algo.kl_coef algo.entropy_coef seed", lambda v: v >= 0, "0 or above"),
+    ("algo.clip_low", lambda v: v is None or 0 < v <= 1, "in (0, 1], or null for the default of algo.loss"),
+    ("algo.clip_high", lambda v: v is None or v > 0, "above 0, or null for the default of algo.loss"),
+    ("engine.mem_fraction", lambda v: 0 < v < 1, "in (0, 1), a share of the device's memory"),
+    ("engine.max_total_tokens engine.max_running_requests", lambda v: v is None or v > 0, "above 0, or null"),
+    ("engine.tp_size", lambda v: v is None or v > 0, "above 0, or null for all trainer ranks of the node"),
+    ("rollout.top_p", lambda v: 0 < v <= 1, "in (0, 1]; 1.0 keeps all tokens"),
+    ("rollout.top_k", lambda v: v == -1 or v > 0, "-1 for all tokens, or above 0"),
+    ("lora.dropout", lambda v: 0 <= v < 1, "in [0, 1); 0.0 switches it off"),
+    ("rollout.samples_per_prompt", lambda v: v > 1, "2 or above: advantages compare the members of a group"),
+)
+"""Fields (separated by blanks), what their value must fulfil, the same in words."""
+
+
+@cache
+def known_options(section: Literal["megatron", "sglang"]) -> Mapping[str, str]:
+    """Option name -> its number of values ("0", "1", "3", "*", "+"; "bool": --x and --no-x) in the pinned version."""
+    table = {"megatron": "megatron_flags.txt", "sglang": "sglang_fields.txt"}[section]
+    lines = resources.files("megatron_sglang").joinpath(table).read_text().splitlines()
+    return dict(line.split() for line in lines if line and not line.startswith("#"))
+
+
+@cache
+def field_types() -> Mapping[str, Any]:
+    """Every own field as `section.field` -> its type; the sections and the two pass-through dicts are not in it."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(RunConfig).items():
+        if dataclasses.is_dataclass(kind):
+            found.update({f"{name}.{key}": item for key, item in typing.get_type_hints(kind).items()})
+        elif name not in ("megatron", "sglang"):
+            found[name] = kind
+    return found
+
+
+def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """'; did you mean ...?', or nothing where no known name is near."""
+    near = get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(prefix + word for word in near)}?" if near else ""
+
+
+def resolve(config: RunConfig, *, local_world_size: int) -> RunConfig:
+    """A new config with the engine's size and those of Megatron's arguments that follow from our own filled in.
+
+    `local_world_size`: trainer ranks on this node. What the user set is never overwritten.
+    """
+    rollout = config.rollout
+    samples = rollout.prompts_per_batch * rollout.samples_per_prompt
+    step_samples = _megatron_int(config, "global-batch-size", samples)
+    derived = {
+        "global-batch-size": step_samples,
+        "train-iters": rollout.batches * samples // max(step_samples, 1),
+        "seq-length": config.data.max_prompt_tokens + rollout.max_new_tokens,
+        "expert-tensor-parallel-size": 1,
+    }
+    return dataclasses.replace(
+        config,
+        engine=dataclasses.replace(config.engine, tp_size=config.engine.tp_size or local_world_size),
+        megatron=derived | config.megatron,
+    )
+
+
+def check(config: RunConfig, *, local_world_size: int | None = None) -> tuple[str, ...]:
+    """Raise `ConfigError` for what cannot work; the warnings otherwise. Engine sizes need `local_world_size`."""
+    _check_ranges(config)
+    _check_pass_through(config)
+    _check_batches(config)
+    if local_world_size is not None:
+        _check_engine(config, local_world_size)
+    return tuple(_warnings(config))
+
+
+def megatron_argv(config: RunConfig) -> list[str]:
+    """`config.megatron` as Megatron's parser reads it; a false switch is left out, or --no-x where that exists."""
+    argv = [f"--seed={config.seed}", *(["--bf16"] if config.model.dtype == "bfloat16" else [])]
+    for name, given in config.megatron.items():
+        count = known_options("megatron")[name]
+        if given is None or (given is False and count == "0"):
+            continue
+        if isinstance(given, bool):
+            argv.append(f"--{name}" if given else f"--no-{name}")
+        else:
+            argv += [f"--{name}", *map(str, given if isinstance(given, list) else [given])]
+    return argv
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for paths, fulfils, expected in _RANGES:
+        for path in paths.split():
+            section, _, name = path.rpartition(".")
+            given = getattr(getattr(config, section) if section else config, name)
+            if not fulfils(given):
+                raise ConfigError(f"{path}={given}; expected {expected}")
+    if config.rollout.eval_interval and not config.data.eval:
+        raise ConfigError(
+            f"rollout.eval_interval={config.rollout.eval_interval} but data.eval is empty; set --eval-prompt-data FILE"
+        )
+
+
+def _check_pass_through(config: RunConfig) -> None:
+    for section, reserved in (("megatron", MEGATRON_RESERVED), ("sglang", SGLANG_RESERVED)):
+        known = known_options(section)
+        for name, given in getattr(config, section).items():
+            if name not in known:
+                hint = suggest(name, known, f"{section}.")
+                raise ConfigError(f"{section}.{name} is not an option of the pinned {section}{hint}")
+            if name in reserved:
+                raise ConfigError(f"{section}.{name}={given} is not yours to set; it follows from {reserved[name]}")
+    for name, given in config.megatron.items():
+        is_switch = known_options("megatron")[name] in ("0", "bool")
+        if given is not None and isinstance(given, bool) != is_switch:
+            wanted = "true or false" if is_switch else "a value (quote words that YAML takes for one, such as 'on')"
+            raise ConfigError(f"megatron.{name}={given!r}; expected {wanted}")
+    if _megatron_int(config, "expert-tensor-parallel-size", 1) != 1:
+        raise ConfigError(
+            f"expert-tensor-parallel-size={config.megatron['expert-tensor-parallel-size']}: adapters of experts are "
+            "wrong above 1 in Megatron-Bridge 0.6.2; set it to 1 and raise expert-model-parallel-size instead"
+        )
+
+
+def _megatron_int(config: RunConfig, name: str, default: int) -> int:
+    given = config.megatron.get(name, default)
+    try:
+        return int(given)
+    except (TypeError, ValueError):
+        raise ConfigError(f"megatron.{name}={given!r}; expected a whole number") from None
+
+
+def _check_batches(config: RunConfig) -> None:
+    rollout = config.rollout
+    samples = rollout.prompts_per_batch * rollout.samples_per_prompt
+    step_samples = _megatron_int(config, "global-batch-size", samples)
+    if step_samples < 1 or samples % step_samples:
+        raise ConfigError(
+            f"global-batch-size={step_samples} does not divide the {samples} samples of a rollout batch "
+            f"({rollout.prompts_per_batch} prompts x {rollout.samples_per_prompt}); set it to {samples} or a divisor"
+        )
+    iterations = rollout.batches * samples // step_samples
+    if (given := _megatron_int(config, "train-iters", iterations)) != iterations:
+        raise ConfigError(
+            f"train-iters={given} but {rollout.batches} rollout batches of {samples} samples make {iterations} "
+            f"iterations of {step_samples}; leave train-iters out or change --num-rollout"
+        )
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    if (given := _megatron_int(config, "seq-length", longest)) < longest:
+        raise ConfigError(
+            f"seq-length={given} is shorter than data.max_prompt_tokens={config.data.max_prompt_tokens} "
+            f"plus rollout.max_new_tokens={rollout.max_new_tokens}; set it to {longest} or more"
+        )
+
+
+def _check_engine(config: RunConfig, ranks: int) -> None:
+    tp_size = config.engine.tp_size or ranks
+    divisors = [str(size) for size in range(1, ranks + 1) if ranks % size == 0]
+    if ranks % tp_size:
+        raise ConfigError(
+            f"engine.tp_size={tp_size} does not divide the {ranks} trainer ranks of this node; "
+            f"set --rollout-num-gpus-per-engine to {' or '.join(divisors)}"
+        )
+    if tp_size % config.engine.ep_size:
+        raise ConfigError(
+            f"engine.ep_size={config.engine.ep_size} does not divide engine.tp_size={tp_size}; set it to a divisor"
+        )
+
+
+def _warnings(config: RunConfig) -> Iterable[str]:
+    algo, rollout = config.algo, config.rollout
+    highest = max(algo.clip_low or 0, algo.clip_high or 0)
+    if algo.loss.startswith("gspo") and highest >= 0.05:
+        yield (
+            f"algo.clip_low={algo.clip_low}, algo.clip_high={algo.clip_high} suit the ratios of tokens (GRPO); those "
+            "of sequences stay nearer to 1, GSPO's authors use 3e-4 and 4e-4"
+        )
+    if rollout.top_p < 1 or rollout.top_k != -1:
+        yield "rollout.top_p/top_k cut the sampler's distribution; the trainer's ratios are taken against the uncut one"
+    if config.lora.dropout > 0:
+        yield "lora.dropout is active in training only; importance ratios then differ from 1 from the first step on"
+    if algo.shuffle_rewards:
+        yield "algo.shuffle_rewards permutes the rewards: this is the control experiment, nothing should be learned"

@@ -1,0 +1,165 @@
+"""The pipeline, on one page: publish weights, collect a rollout batch, turn it into samples for Megatron.
+
+    publish:  merged weights -> engine, as one version, or not at all
+    collect:  prompts -> rollout -> rewards -> advantages -> samples
+    evaluate: held-out prompts -> pass rate
+
+Every rank runs the same calls in the same order. What only one process can do (talk to the engine, run rewards, write
+logs) happens on the leader, rank 0; its results and its errors reach all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from megatron_sglang import metrics, rollout
+from megatron_sglang.advantages import group_advantages
+from megatron_sglang.buckets import Bucket
+from megatron_sglang.config import AlgoConfig
+from megatron_sglang.errors import MegatronSglangError, WeightSyncError
+from megatron_sglang.interfaces import Comm, Engine, Weights
+from megatron_sglang.prompts.source import PromptSource
+from megatron_sglang.trace import RunLog
+from megatron_sglang.types import Prompt, RolloutGroup, SyncReport, TrainSample
+
+
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """What only rank 0 has."""
+
+    engine: Engine
+    rollout: rollout.Rollout
+    prompts: PromptSource
+    held_out: Sequence[Prompt]
+    save_rollouts: bool
+    log: RunLog
+
+
+class Cycle:
+    """One rollout batch after another; `version` is the last published weight version."""
+
+    def __init__(self, comm: Comm, weights: Weights, leader: Leader | None, algo: AlgoConfig, seed: int) -> None:
+        assert (leader is not None) == (comm.rank == 0), "exactly rank 0 leads"
+        self.comm, self.weights, self.leader = comm, weights, leader
+        self.algo, self.seed = algo, seed
+        self.version = 0
+        self._record: dict[str, metrics.Metric] = {}
+
+    def publish(self) -> SyncReport:
+        """Give the engine the weights as they are now. On failure the engine stays stale and every rank raises."""
+        with self.span("sync"):
+            report = self._publish()
+        numbers = {name: getattr(report, name) for name in ("version", "bytes", "update_norm", "cast_loss")}
+        numbers |= {f"{phase}_s": seconds for phase, seconds in report.seconds.items()}
+        self.add({f"sync/{name}": metrics.Last(number) for name, number in numbers.items()})
+        return report
+
+    def _publish(self) -> SyncReport:
+        version = self.version + 1
+        started = time.perf_counter()
+        self.comm.from_leader(lambda: self._lead.engine.begin_update(version))
+        tensors = count = size = 0
+        try:
+            for bucket in self._agreed(self.weights.buckets(version)):
+                self.comm.from_leader(lambda bucket=bucket: self._lead.engine.load(bucket))
+                tensors, count, size = tensors + len(bucket.specs), count + 1, size + bucket.data.numel()
+            sent = time.perf_counter()
+            digest = self.comm.from_leader(lambda: self._lead.engine.commit_update(version, count))
+        except MegatronSglangError as error:
+            if self.leader is not None:
+                self.leader.engine.fail_update(str(error))
+            raise WeightSyncError(f"version {version} was not published: {error}") from error
+        self.version = version
+        seconds = {"load": sent - started, "verify": time.perf_counter() - sent}
+        norm, cast_loss = self.weights.fidelity()
+        return SyncReport(version, tensors, count, size, seconds, norm, cast_loss, digest)
+
+    def collect(self, step: int) -> list[TrainSample]:
+        """The samples of rollout batch `step`, the same list on every rank."""
+        rows = self.comm.from_leader(lambda: [asdict(sample) for sample in self._rollout(step)])
+        return [TrainSample(**{name: _tuples(value) for name, value in row.items()}) for row in rows]
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics (empty without held-out prompts), on every rank; noted in the record."""
+        return self.comm.from_leader(self._evaluate)
+
+    def span(self, name: str) -> Any:
+        """Context manager that times a phase of this rollout batch."""
+        return self.leader.log.span(name) if self.leader is not None else contextlib.nullcontext()
+
+    def add(self, found: Mapping[str, metrics.Metric]) -> None:
+        """Report metrics of this rollout batch; what comes several times (train steps) is reduced."""
+        self._record = metrics.merge([self._record, found])
+
+    def close_step(self, step: int) -> None:
+        """Write what was reported as the record of rollout batch `step`."""
+        if self.leader is not None:
+            self.leader.log.step(step, metrics.values(self._record))
+        self._record = {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside Megatron's own state; the same on every rank."""
+        prompts = self.comm.from_leader(lambda: self._lead.prompts.state())
+        return {"version": self.version, "prompts": prompts}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken; DataError on all ranks if the data set is another."""
+        self.version = state["version"]
+        self.comm.from_leader(lambda: self._lead.prompts.restore(state["prompts"]))
+
+    # ---- on the leader only ----
+
+    @property
+    def _lead(self) -> Leader:
+        assert self.leader is not None, "only the leader talks to the engine"
+        return self.leader
+
+    def _rollout(self, step: int) -> list[TrainSample]:
+        lead = self._lead
+        with lead.log.span("rollout"):
+            groups = lead.rollout.collect(lead.prompts.next_batch(), step)
+        if lead.save_rollouts:
+            lead.log.rollouts(step, groups)
+        self.add(rollout.rollout_metrics(groups))
+        advantages = group_advantages(self._rewards(groups, step), self.algo.baseline, self.algo.std_normalization)
+        return rollout.to_samples(groups, advantages.advantages_PG)
+
+    def _rewards(self, groups: Sequence[RolloutGroup], step: int) -> torch.Tensor:
+        rewards_PG = rollout.rewards(groups)
+        if self.algo.shuffle_rewards:  # the control experiment: rewards that say nothing about their completions
+            generator = torch.Generator().manual_seed(self.seed + step)
+            order = torch.randperm(rewards_PG.numel(), generator=generator)
+            rewards_PG = rewards_PG.flatten()[order].view_as(rewards_PG)
+        return rewards_PG
+
+    def _evaluate(self) -> dict[str, float]:
+        lead = self._lead
+        if not lead.held_out:
+            return {}
+        with lead.log.span("eval"):
+            _, found = lead.rollout.evaluate(lead.held_out)
+        self.add(found)
+        return metrics.values(found)
+
+    def _agreed(self, buckets: Iterator[Bucket]) -> Iterator[Bucket]:
+        """The same buckets, but an error on one rank is raised on all of them."""
+        while True:
+            bucket, failure = None, None
+            try:
+                bucket = next(buckets, None)
+            except MegatronSglangError as error:
+                failure = error
+            self.comm.agree(failure)
+            if bucket is None:
+                return
+            yield bucket
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

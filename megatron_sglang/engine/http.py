@@ -1,0 +1,73 @@
+"""HTTP to one engine on this machine: two keys, a deadline on everything, and retries only where nothing can change."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import tenacity
+
+from megatron_sglang.errors import EngineDiedError, EngineError, EngineTimeoutError
+
+DYING_S = 10.0
+"""How long a server whose connection broke gets to end, so that the error can say what ended it."""
+
+_retry_connect = tenacity.retry(
+    # Nothing was sent yet, so even a request that changes state may be tried again.
+    retry=tenacity.retry_if_exception_type((httpx.ConnectError, httpx.ConnectTimeout)),
+    wait=tenacity.wait_exponential(multiplier=0.05, max=1.0),
+    stop=tenacity.stop_after_attempt(4),
+    reraise=True,
+)
+
+
+class Http:
+    """Thread-safe client. `why_dead` gives the reason if the server's process has ended, else None."""
+
+    def __init__(self, port: int, api_key: str, admin_key: str, why_dead: Callable[[], str | None]) -> None:
+        self._keys = {False: {"Authorization": f"Bearer {api_key}"}, True: {"Authorization": f"Bearer {admin_key}"}}
+        self._why_dead = why_dead
+        # trust_env would send loopback traffic through a proxy.
+        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False)
+
+    def get(self, path: str, timeout_s: float, admin: bool = False, **query: Any) -> httpx.Response:
+        """Any status; the caller judges it."""
+        return self._send("GET", path, timeout_s, admin, params=query)
+
+    def post(self, path: str, body: dict[str, Any], timeout_s: float, admin: bool = True) -> Any:
+        """Decoded JSON of a 200, None for an empty body; `EngineError` otherwise."""
+        response = self._send("POST", path, timeout_s, admin, json=body)
+        if (status := response.status_code) != 200:
+            raise EngineError(f"engine answered {path} with {status}, expected 200: {response.text[:500]}")
+        try:
+            return response.json() if response.content else None
+        except ValueError as error:
+            raise EngineError(f"engine answered {path} with no valid JSON: {response.text[:200]!r}") from error
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _wait_dead(self) -> str | None:
+        """SGLang takes seconds to end after a rank has failed, and only its last words say which."""
+        deadline = time.monotonic() + DYING_S
+        while (reason := self._why_dead()) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return reason
+
+    @_retry_connect
+    def _connect_and_send(self, request: httpx.Request) -> httpx.Response:
+        return self._client.send(request)
+
+    def _send(self, method: str, path: str, timeout_s: float, admin: bool, **content: Any) -> httpx.Response:
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, 5.0))
+        request = self._client.build_request(method, path, headers=self._keys[admin], timeout=timeout, **content)
+        try:
+            return self._connect_and_send(request)
+        except httpx.TimeoutException as error:
+            raise EngineTimeoutError(f"engine did not answer {path} within {timeout_s:g} s; see its log") from error
+        except httpx.TransportError as error:
+            if reason := self._wait_dead():
+                raise EngineDiedError(f"engine died during {path}: {reason}") from error
+            raise EngineError(f"connection to the engine broke during {path}: {error!r}; see its log") from error

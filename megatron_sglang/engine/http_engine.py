@@ -1,0 +1,242 @@
+"""The `Engine` protocol over HTTP: what the cycle calls, turned into SGLang's routes in an order that is safe.
+
+    call           messages (docs/engine.md has the whole table)
+    begin_update   pause(abort), flush until 200, resume(weights) if released, loader "begin"
+    load           loader "load"
+    commit_update  loader "commit", weight version, resume(kv_cache) if released, continue
+    release        pause(abort), flush until 200, release(kv_cache, weights)
+
+SGLang kills itself when an update flushes, or memory is released, while a request is alive: hence pause and flush
+first, and never a flush inside an update. Requests that change state are never sent twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import torch
+
+from megatron_sglang.buckets import Bucket
+from megatron_sglang.engine import wire
+from megatron_sglang.engine.http import Http
+from megatron_sglang.engine.options import LOADER, EngineOptions
+from megatron_sglang.engine.server import Server
+from megatron_sglang.errors import EngineError, EngineStaleError, EngineTimeoutError, WeightSyncError
+from megatron_sglang.types import Completion, FinishReason, GenerateRequest
+
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+_MEMORY_TAGS = ("kv_cache", "weights")
+
+
+class HttpEngine:
+    """One rollout engine, SGLang or the fake; see `interfaces.Engine`. Raises `EngineError` and `WeightSyncError`."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.options = options
+        self.server = Server(options)
+        self.version: int | None = None
+        """Published weight version, None before the first."""
+        self._http: Http | None = None
+        self._stale = "no weights were published yet"
+        self._updating: int | None = None
+        self._released: set[str] = set()
+        self._message_ids = itertools.count()
+
+    # ---- life ----
+
+    def start(self) -> None:
+        """Spawn the server and return; build the trainer's model meanwhile."""
+        self.server.start()
+
+    def wait_ready(self) -> None:
+        """Block until the server answers; `EngineStartError` with its last log lines otherwise."""
+        self.server.wait_ready()
+        self._http = Http(self.server.port, self.server.api_key, self.server.admin_key, self.server.why_dead)
+        if self.options.load_format == "auto":
+            self._publish(0)
+
+    def close(self) -> None:
+        """End every process of the engine; idempotent, safe at any point."""
+        if self._http is not None:
+            self._http.close()
+            self._http = None
+        self.server.close()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+            self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- generation ----
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """One completion per request, in order; all go out in one HTTP call, so that they are batched alike each time.
+
+        Besides `stop_token_ids`, the model's own eos tokens stop a completion. Logprobs are those of the
+        temperature-scaled distribution before top_p and top_k. An update elsewhere ends requests with "abort".
+        """
+        if self._stale:
+            raise EngineStaleError(f"engine must not serve: {self._stale}; publish a weight version first")
+        if not requests:
+            return []
+        body = {
+            "input_ids": [list(request.token_ids_T) for request in requests],
+            "sampling_params": [_sampling(request) for request in requests],
+            "return_logprob": True,
+        }
+        version = self.version
+        replies = self._connected.post("/generate", body, self.options.request_timeout_s, admin=False)
+        if not isinstance(replies, list) or len(replies) != len(requests):
+            raise EngineError(f"engine answered {len(requests)} requests with {str(replies)[:200]}, not a list of them")
+        return [_completion(reply, version) for reply in replies]
+
+    def info(self) -> dict[str, Any]:
+        """SGLang's /server_info: resolved arguments, sizes, version."""
+        return self._connected.get("/server_info", self.options.update_timeout_s).json()
+
+    # ---- weights ----
+
+    def begin_update(self, version: int) -> None:
+        """Abort running requests, empty the caches and open `version` on every engine rank; stale from here on."""
+        self._stale = f"an update to version {version} is under way"
+        self._updating = None
+        with self._failing_as(what := f"weight version {version}, begin"):
+            self._quiesce()
+            if "weights" in self._released:
+                self._memory("resume", "weights")
+            self._message(what, {"command": "begin", "version": version})
+        self._updating = version
+
+    def load(self, bucket: Bucket) -> None:
+        """Hand one bucket to every engine rank; its buffer may be reused when this returns."""
+        with self._failing_as(what := self._in_update(bucket.version, f"bucket {bucket.index}")):
+            message = {"command": "load", "version": bucket.version, "bucket": bucket.header()}
+            self._message(what, message, bucket.data)
+
+    def commit_update(self, version: int, buckets: int) -> str:
+        """Prove that every rank holds all of `version`, then serve it; digest of all parameters of all ranks."""
+        with self._failing_as(what := self._in_update(version, "commit")):
+            replies = self._message(what, {"command": "commit", "version": version, "buckets": buckets})
+            if "kv_cache" in self._released:
+                self._memory("resume", "kv_cache")
+            self._publish(version)
+        return wire.engine_digest(replies)
+
+    def fail_update(self, reason: str) -> None:
+        """Give up the open update: the engine stays paused and stale until another one succeeds."""
+        self._updating = None
+        self._stale = f"the last update failed: {reason}"
+
+    def release(self) -> None:
+        """Give back the memory of weights and KV cache (a no-op for bytes on a CPU); stale until the next update."""
+        self._stale = "its memory is released"
+        self._updating = None
+        self._quiesce()
+        tags = [tag for tag in _MEMORY_TAGS if tag not in self._released]
+        if tags:
+            self._memory("release", *tags)
+
+    # ---- steps ----
+
+    @property
+    def _connected(self) -> Http:
+        if self._http is None:
+            raise EngineError("engine is not connected; call start() and wait_ready() first")
+        return self._http
+
+    def _quiesce(self) -> None:
+        """No request alive, no cached prefix, and none can start until continue_generation."""
+        timeout = self.options.update_timeout_s
+        self._connected.post("/pause_generation", {"mode": "abort"}, timeout)
+        deadline = time.monotonic() + timeout
+        while True:
+            response = self._connected.get("/flush_cache", timeout, admin=True, timeout=min(10.0, timeout))
+            if response.status_code == 200:
+                return
+            if time.monotonic() > deadline:
+                raise EngineTimeoutError(
+                    f"engine refused for {timeout:g} s to flush its caches ({response.status_code}: "
+                    f"{response.text[:200]}); a request may be stuck: restart the engine"
+                )
+            time.sleep(0.05)
+
+    def _memory(self, action: str, *tags: str) -> None:
+        self._connected.post(f"/{action}_memory_occupation", {"tags": list(tags)}, self.options.update_timeout_s)
+        (self._released.update if action == "release" else self._released.difference_update)(tags)
+
+    def _publish(self, version: int) -> None:
+        timeout = self.options.update_timeout_s
+        body = {"new_version": str(version), "abort_all_requests": False}
+        self._connected.post("/update_weight_version", body, timeout)
+        self._connected.post("/continue_generation", {}, timeout)
+        self.version, self._updating, self._stale = version, None, ""
+
+    def _message(self, what: str, message: dict[str, Any], data: torch.Tensor | None = None) -> list[dict[str, Any]]:
+        """Send one message to every rank's loader; their answers. `what` names it in errors."""
+        identity = next(self._message_ids)
+        data = torch.empty(0, dtype=torch.uint8) if data is None else data
+        ranks = range(self.options.tp_size)
+        body = {
+            "serialized_named_tensors": [wire.serialize({"id": identity, "rank": r, **message}, data) for r in ranks],
+            "load_format": LOADER,
+            "flush_cache": False,
+            "abort_all_requests": False,
+        }
+        self._connected.post("/update_weights_from_tensor", body, self.options.update_timeout_s)
+        return wire.collect(self.server.mailbox, identity, len(ranks), what)
+
+    def _in_update(self, version: int, step: str) -> str:
+        """Name of a step of the open update, which must be of `version`."""
+        what = f"weight version {version}, {step}"
+        if version != self._updating:
+            open_update = "no update is open" if self._updating is None else f"version {self._updating} is open"
+            raise WeightSyncError(f"{what}: {open_update}; call begin_update({version}) first")
+        return what
+
+    @contextlib.contextmanager
+    def _failing_as(self, what: str) -> Iterator[None]:
+        """Turn whatever goes wrong into a failed update and a `WeightSyncError` that names the step."""
+        try:
+            yield
+        except (EngineError, WeightSyncError) as error:
+            reason = str(error) if isinstance(error, WeightSyncError) else f"{what}: {type(error).__name__}: {error}"
+            self.fail_update(reason)
+            raise WeightSyncError(reason) from error
+
+
+def _sampling(request: GenerateRequest) -> dict[str, Any]:
+    sampling = request.sampling
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "sampling_seed": sampling.seed,
+    }
+
+
+def _completion(reply: dict[str, Any], version: int | None) -> Completion:
+    meta = reply["meta_info"]
+    reason = _FINISH.get((meta["finish_reason"] or {}).get("type", ""))
+    if reason is None:
+        raise EngineError(f"engine ended a request with {meta['finish_reason']}, expected one of {', '.join(_FINISH)}")
+    ids = tuple(reply["output_ids"])
+    logprobs = meta.get("output_token_logprobs") or []
+    if ids != tuple(token for _, token, *_ in logprobs):
+        raise EngineError(f"engine returned {len(ids)} tokens but logprobs of {len(logprobs)} or of other tokens")
+    served = meta["weight_version"]
+    if served != str(version):
+        raise EngineError(f"engine generated with weight version {served}, expected the published {version}")
+    return Completion(ids, tuple(logprob for logprob, *_ in logprobs), reason, int(served))

@@ -1,0 +1,109 @@
+"""Supervisor of an engine: `python -m megatron_sglang.engine.launch <listener fd>`, the spec as one JSON line on stdin.
+
+It stays tiny (no torch, no SGLang), forks the server and then does one thing: when the trainer is gone (stdin at
+EOF, or another parent), on SIGTERM, or when the server ends, it kills every descendant, orphans included, removes
+the engine's folder and exits. Keys arrive through stdin, so neither argv nor the environment holds them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import Any
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+KILL_TIMEOUT_S = 20.0
+
+
+def main() -> int:
+    trainer = os.getppid()
+    spec = json.loads(sys.stdin.readline())
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    server = os.fork()
+    if server == 0:
+        _run_server(spec, listener)
+    listener.close()
+    try:
+        return _supervise(server, trainer)
+    finally:
+        _kill_descendants()
+        shutil.rmtree(spec["folder"], ignore_errors=True)
+
+
+def _run_server(spec: dict[str, Any], listener: socket.socket) -> None:
+    """In the fork: become the server. Never returns."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    code = 1
+    try:
+        importlib.import_module(spec["module"]).serve(spec, listener)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except Exception:  # noqa: BLE001  process boundary: the log is the only place it can go
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _supervise(server: int, trainer: int) -> int:
+    """Wait until the server or the trainer ends; the server's exit code, 0 if it was us who ended it."""
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while not stop and os.getppid() == trainer:
+        readable, _, _ = select.select([0], [], [], 0.2)
+        if readable and not os.read(0, 4096):
+            return 0
+        while (ended := _reap()) > 0:
+            if ended == server:
+                print(f"engine supervisor: the server process {server} ended by itself", file=sys.stderr, flush=True)
+                return 1
+    return 0
+
+
+def _kill_descendants() -> None:
+    """SIGKILL until nothing is left; as subreaper we inherit whatever the server leaves behind."""
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    while time.monotonic() < deadline:
+        for process in psutil.Process().children(recursive=True):
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        while (ended := _reap()) > 0:
+            pass
+        if ended < 0:
+            return
+        time.sleep(0.02)
+
+
+def _reap() -> int:
+    """Pid of one ended child; 0 when all are running, -1 when there is none."""
+    try:
+        return os.waitpid(-1, os.WNOHANG)[0]
+    except ChildProcessError:
+        return -1
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

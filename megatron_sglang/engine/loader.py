@@ -1,0 +1,163 @@
+"""Weight loader that runs inside every SGLang tensor-parallel rank (`--custom-weight-loader`), and in the fake engine.
+
+An exception that leaves `load` would kill the whole engine (managers/tp_worker.py:207 has no catch around it), and
+SGLang drops its return value; so every message is answered by a JSON file in the engine's private mailbox folder:
+
+    command  what the rank does                                              answer beside ok/error
+    begin    opens a version; poisons all parameters with NaN                -
+    load     checks order, bytes, dtypes, duplicates; model.load_weights     -
+    commit   checks the bucket count and that no parameter is left unfilled  "digests": {parameter: digest}
+
+Once a message of a version failed, all later ones of that version fail, until the next begin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sglang.buckets import Bucket, digest
+from megatron_sglang.engine.options import MAILBOX_VARIABLE
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(slots=True)
+class _Session:
+    """What one rank received of one version."""
+
+    version: int
+    buckets: int = 0
+    received: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    broken: str = ""
+
+
+_open: dict[int, _Session] = {}
+_committed: dict[int, dict[str, tuple[int, ...]]] = {}
+"""By rank: names and shapes of the last committed version; every later version must bring the same."""
+
+
+def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Entry point named in ServerArgs. `named_tensors` is [(envelope, flat uint8 tensor)]; see `wire.py`."""
+    envelope, data = named_tensors[0]
+    try:
+        message = json.loads(envelope)
+        box = Path(os.environ[MAILBOX_VARIABLE])
+        reply_path = box / f"{int(message['id'])}.{int(message['rank'])}.json"
+    except (ValueError, KeyError) as error:
+        print(f"engine loader: a message without a valid envelope was dropped: {error!r}", file=sys.stderr, flush=True)
+        return
+    try:
+        reply = {"ok": True, **_handle(model, message, data)}
+    except Exception as error:  # noqa: BLE001  process boundary: see the module docstring
+        traceback.print_exc()
+        session = _open.get(message["rank"])
+        if session is not None:
+            session.broken = session.broken or str(error)
+        reply = {"ok": False, "error": str(error) if type(error) is ValueError else repr(error)}
+    partial = reply_path.with_suffix(".partial")
+    partial.write_text(json.dumps(reply))
+    partial.replace(reply_path)
+
+
+def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str, Any]:
+    rank, command = message["rank"], message["command"]
+    if command == "begin":
+        _open[rank] = _Session(message["version"])
+        with torch.no_grad():
+            for _, parameter in _floating(model):
+                parameter.fill_(torch.nan)
+        return {}
+    session = _open.get(rank)
+    if session is None:
+        raise ValueError(f"{command} arrived before any begin; start a new update")
+    if session.broken:
+        raise ValueError(f"version {session.version} already failed here ({session.broken}); start a new update")
+    if command == "load":
+        _load_bucket(model, session, Bucket.from_header(message["bucket"], data))
+        return {}
+    if command == "commit":
+        digests = _commit(model, session, message)
+        _committed[rank] = session.received
+        del _open[rank]
+        return {"digests": digests}
+    raise ValueError(f"unknown command {command!r}; expected begin, load or commit")
+
+
+def _load_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
+    if (bucket.version, bucket.index) != (session.version, session.buckets):
+        raise ValueError(
+            f"got bucket {bucket.index} of version {bucket.version}, expected bucket {session.buckets} of version "
+            f"{session.version}: one was dropped, repeated or reordered"
+        )
+    if bucket.data.dtype != torch.uint8 or bucket.data.dim() != 1:
+        raise ValueError(f"bucket data is {bucket.data.dtype} {tuple(bucket.data.shape)}, expected flat uint8")
+    dtypes = {parameter.dtype for _, parameter in _floating(model)}
+    for spec in bucket.specs:
+        if spec.name in session.received:
+            raise ValueError(f"tensor {spec.name} arrived twice")
+        if spec.offset + spec.nbytes > bucket.data.numel():
+            raise ValueError(f"tensor {spec.name} ends at byte {spec.offset + spec.nbytes} of {bucket.data.numel()}")
+        dtype = getattr(torch, spec.dtype)
+        if dtype.is_floating_point and dtypes and dtype not in dtypes:
+            raise ValueError(f"tensor {spec.name} is {dtype}, but the model holds {_names(dtypes)}")
+        session.received[spec.name] = spec.shape
+    for spec, (name, tensor) in zip(bucket.specs, bucket.tensors(), strict=True):
+        if (actual := digest(tensor)) != spec.digest:
+            raise ValueError(f"tensor {name} has digest {actual:#x}, its sender said {spec.digest:#x}: bytes changed")
+    with torch.no_grad():
+        model.load_weights(_with_tied_head(model, bucket))
+    if bucket.data.is_cuda:
+        # The sender frees or reuses the buffer as soon as it has our answer.
+        torch.cuda.synchronize(bucket.data.device)
+    session.buckets += 1
+
+
+def _with_tied_head(model: Any, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+    """The bucket's tensors, and the head of a model that ties it to its embedding but does not share the memory:
+    SGLang's MoE models ignore tie_word_embeddings (models/qwen3_moe.py:958) and would keep a random head."""
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    separate_head = tied and HEAD in dict(model.named_parameters())
+    for name, tensor in bucket.tensors():
+        yield name, tensor
+        if name == EMBEDDING and separate_head:
+            yield HEAD, tensor
+
+
+def _commit(model: Any, session: _Session, message: dict[str, Any]) -> dict[str, str]:
+    if (message["version"], message["buckets"]) != (session.version, session.buckets):
+        raise ValueError(
+            f"commit of version {message['version']} with {message['buckets']} buckets, but this rank has "
+            f"{session.buckets} buckets of version {session.version}"
+        )
+    before = _committed.get(message["rank"])
+    if before is not None and before != session.received:
+        changed = sorted(name for name, _ in before.items() ^ session.received.items())
+        raise ValueError(f"{len(changed)} tensors are missing, new or of another shape than before: {_names(changed)}")
+    unfilled = [name for name, parameter in _floating(model) if not bool(torch.isfinite(parameter).all())]
+    if unfilled:
+        raise ValueError(f"{len(unfilled)} parameters are unfilled or hold NaN or infinity: {_names(unfilled)}")
+    return {name: f"{digest(parameter) % 2**64:016x}" for name, parameter in model.named_parameters()}
+
+
+def _floating(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """Parameters whose dtype has a NaN; quantised ones are left to the digests."""
+    return [
+        (name, parameter.data)
+        for name, parameter in model.named_parameters()
+        if parameter.dtype.is_floating_point and parameter.element_size() > 1
+    ]
+
+
+def _names(items: Any) -> str:
+    listed = sorted(map(str, items))
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")

@@ -1,0 +1,187 @@
+"""What a rollout engine is made of, and its translation into SGLang's ServerArgs."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_sglang.errors import ConfigError
+
+LOADER = "megatron_sglang.engine.loader.load"
+"""Where SGLang finds our weight loader; also the `load_format` of every update we send."""
+
+MAILBOX_VARIABLE = "MEGATRON_SGLANG_MAILBOX"
+"""Environment variable that tells the loader where to put its answers."""
+
+OWNED = {
+    "model_path": "model_path",
+    "tp_size": "tp_size",
+    "ep_size": "ep_size",
+    "dtype": "dtype",
+    "load_format": "load_format",
+    "device": "device",
+    "mem_fraction_static": "mem_fraction",
+    "max_total_tokens": "max_total_tokens",
+    "max_running_requests": "max_running_requests",
+    "context_length": "context_length",
+    "random_seed": "seed",
+    "enable_deterministic_inference": "deterministic",
+    "host": "nothing: the engine always listens on 127.0.0.1",
+    "port": "nothing: the engine takes a port the system has reserved for it",
+    "dist_init_addr": "nothing: the ranks meet on the loopback interface",
+    "nccl_port": "nothing: the ranks meet on the loopback interface",
+    "api_key": "nothing: a random key is made for each engine",
+    "admin_api_key": "nothing: a random key is made for each engine",
+    "custom_weight_loader": "nothing: weights come through our own loader",
+    "skip_tokenizer_init": "nothing: the engine speaks token ids",
+    "skip_server_warmup": "nothing: there are no weights to warm up with before the first sync",
+    "trust_remote_code": "nothing: code from a checkpoint is never run",
+    "pp_size": "tp_size: SGLang takes weights from tensors without pipeline stages only",
+    "dp_size": "several engines: one engine is one replica",
+    "nnodes": "several engines: one engine lives on one node",
+    "tokenizer_worker_num": "nothing: API keys work with one tokenizer process only",
+}
+"""ServerArgs fields that `extra` must not set, each with what to use instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Everything needed to start one engine. Seconds for all `*_timeout_s`."""
+
+    model_path: str
+    """HF folder: config.json and, with `load_format="auto"`, weights."""
+    kind: Literal["sglang", "fake"] = "sglang"
+    tp_size: int = 1
+    ep_size: int = 1
+    """Expert parallel size within the tp_size ranks; 1 shards every expert instead."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    load_format: Literal["dummy", "auto"] = "dummy"
+    """dummy: random weights, so it is stale until the first update; auto: serve the folder's weights as version 0."""
+    mem_fraction: float = 0.3
+    """Share of the device's memory for weights and KV cache."""
+    max_total_tokens: int | None = None
+    """Size of the KV cache in tokens; None lets mem_fraction decide."""
+    max_running_requests: int | None = None
+    context_length: int | None = None
+    start_timeout_s: float = 600.0
+    request_timeout_s: float = 1800.0
+    """For one `generate` call, however many requests it holds."""
+    update_timeout_s: float = 300.0
+    """For each message of a weight update, flush and release."""
+    log_path: str | None = None
+    """Where the server's output is appended; None puts it into a temporary folder that close() removes."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = True
+    """Equal requests with equal seeds give equal tokens whatever else runs (docs/engine.md: what is guaranteed)."""
+    python: str = sys.executable
+    """Interpreter of the server."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """More of SGLang's ServerArgs by field name; for kind "fake" its script (`engine/fake.py`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp_size", "ep_size"):
+            if (ranks := getattr(self, name)) < 1:
+                raise ConfigError(f"engine.{name}={ranks} is not a number of ranks; set it to 1 or more")
+        if self.tp_size % self.ep_size:
+            raise ConfigError(
+                f"engine.ep_size={self.ep_size} does not divide engine.tp_size={self.tp_size}; "
+                "experts are spread over the tensor-parallel ranks, so set it to a divisor"
+            )
+        if self.kind == "sglang":
+            check_extra(self.extra)
+
+    def resolved_device(self) -> Literal["cpu", "cuda"]:
+        """`device`, with "auto" answered by torch."""
+        if self.device != "auto":
+            return self.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_extra(extra: Mapping[str, Any]) -> None:
+    """Refuse names that ServerArgs does not have (where SGLang is installed) or that this package owns."""
+    known = server_args_fields()
+    for name in extra:
+        if name in OWNED:
+            raise ConfigError(f"engine.extra sets {name!r}, which this package owns; use {OWNED[name]}")
+        if known and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "see `python -m sglang.launch_server --help`"
+            raise ConfigError(f"engine.extra sets {name!r}, which SGLang's ServerArgs does not have; {hint}")
+
+
+@functools.cache
+def server_args_fields() -> frozenset[str]:
+    """Names of SGLang's ServerArgs, read from its source (its import takes ten seconds); empty without SGLang."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        return frozenset()
+    source = Path(spec.submodule_search_locations[0], "srt", "server_args.py").read_text()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == "ServerArgs":
+            return frozenset(
+                item.target.id
+                for item in node.body
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+            )
+    return frozenset()
+
+
+def server_args(options: EngineOptions, port: int) -> dict[str, Any]:
+    """ServerArgs for `options`; `extra` wins over our defaults, never over what we own."""
+    deterministic = options.deterministic
+    device = options.resolved_device()
+    ours: dict[str, Any] = {
+        "model_path": options.model_path,
+        "host": "127.0.0.1",
+        "port": port,
+        "device": device,
+        "tp_size": options.tp_size,
+        "ep_size": options.ep_size,
+        "dtype": options.dtype,
+        "load_format": options.load_format,
+        "mem_fraction_static": options.mem_fraction,
+        "max_total_tokens": options.max_total_tokens,
+        "max_running_requests": options.max_running_requests,
+        "context_length": options.context_length,
+        "random_seed": options.seed,
+        "skip_tokenizer_init": True,
+        "skip_server_warmup": True,
+        "custom_weight_loader": [LOADER],
+    }
+    defaults: dict[str, Any] = {
+        "log_level": "warning",
+        "grammar_backend": "none",
+        "sampling_backend": "pytorch",
+        # A cached prefix changes how a prompt is cut into kernels, and so its last bits.
+        "disable_radix_cache": deterministic,
+    }
+    if device == "cpu":
+        defaults |= {
+            "attention_backend": "torch_native",
+            "disable_overlap_schedule": True,
+            "disable_cuda_graph": True,
+            "disable_custom_all_reduce": True,
+            "chunked_prefill_size": -1,
+            # Idle schedulers would otherwise spin on the cores the trainer needs.
+            "sleep_on_idle": True,
+        }
+    else:
+        defaults |= {
+            "enable_memory_saver": True,
+            "enable_deterministic_inference": deterministic,
+            # Other runners permute w13/w2 after loading, which an update would not repeat.
+            "moe_runner_backend": "triton",
+            # Compiles for minutes at start on Hopper with TP > 1.
+            "enforce_disable_flashinfer_allreduce_fusion": True,
+        }
+    return defaults | dict(options.extra) | ours

@@ -1,0 +1,201 @@
+"""An engine's process tree, seen from the trainer: started with a clean environment, watched, ended without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from megatron_sglang.engine.options import MAILBOX_VARIABLE, EngineOptions, server_args
+from megatron_sglang.errors import EngineError, EngineStartError
+
+_TRAINER_ONLY = ("RANK", "WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+_TRAINER_PREFIXES = ("LOCAL_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_MODULES = {"sglang": "megatron_sglang.engine.sglang_server", "fake": "megatron_sglang.engine.fake"}
+CLOSE_TIMEOUT_S = 30.0
+LOG_LINES = 20
+
+
+def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What an engine may inherit: nothing of torchrun, which SGLang would take for its own, and no
+    expandable_segments, which break CUDA IPC and the memory saver."""
+    clean = {
+        name: value
+        for name, value in environment.items()
+        if name not in _TRAINER_ONLY and not name.startswith(_TRAINER_PREFIXES)
+    }
+    for name in _ALLOCATOR:
+        kept = [item for item in clean.pop(name, "").split(",") if item and "expandable_segments" not in item]
+        if kept:
+            clean[name] = ",".join(kept)
+    return clean
+
+
+class Server:
+    """One engine's processes: supervisor (`launch.py`) > server > SGLang's schedulers and detokenizer."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.options = options
+        self.api_key = secrets.token_urlsafe(32)
+        self.admin_key = secrets.token_urlsafe(32)
+        self.port = 0
+        self._process: subprocess.Popen[str] | None = None
+        self._folder: Path | None = None
+
+    @property
+    def mailbox(self) -> Path:
+        """Folder where the ranks' answers appear (mode 0700)."""
+        if self._folder is None:
+            raise EngineError("engine is not started; call start() first")
+        return self._folder / "mailbox"
+
+    @property
+    def log_path(self) -> Path | None:
+        if self.options.log_path:
+            return Path(self.options.log_path)
+        return self._folder / "engine.log" if self._folder else None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the supervisor, which is also the process group."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Spawn and return at once."""
+        if self._process is not None:
+            raise EngineError("engine is started already; close() it before another start()")
+        self._folder = Path(tempfile.mkdtemp(prefix="msgl-"))
+        for name in ("mailbox", "tmp"):
+            (self._folder / name).mkdir(mode=0o700)
+        assert self.log_path is not None
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        # Bound here and handed down, so nobody can take the port while the server is starting.
+        with socket.socket() as listener, self.log_path.open("a") as log:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
+            self._process = subprocess.Popen(
+                [self.options.python, "-P", "-m", "megatron_sglang.engine.launch", str(listener.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+                text=True,
+            )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once: wait_ready says why
+            self._process.stdin.write(json.dumps(self._spec()) + "\n")
+            self._process.stdin.flush()
+
+    def why_dead(self) -> str | None:
+        """None while it runs; else its last log lines."""
+        if self._process is None:
+            return "it is not started"
+        if self._process.poll() is None:
+            return None
+        return f"exit code {self._process.returncode}; last lines of {self.log_path}:\n{self.log_tail()}"
+
+    def log_tail(self, lines: int = LOG_LINES) -> str:
+        path = self.log_path
+        if path is None or not path.exists():
+            return "(no log)"
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+    def wait_ready(self) -> None:
+        """Return once /health answers 200; `EngineStartError` when the server dies or the deadline passes."""
+        deadline = time.monotonic() + self.options.start_timeout_s
+        with httpx.Client(base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=2.0) as client:
+            while True:
+                if reason := self.why_dead():
+                    raise EngineStartError(f"engine did not come up: {reason}")
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/health").status_code == 200:
+                        return
+                if time.monotonic() > deadline:
+                    raise EngineStartError(
+                        f"engine was not healthy after {self.options.start_timeout_s:g} s; raise start_timeout_s, or "
+                        f"see the last lines of {self.log_path}:\n{self.log_tail()}"
+                    )
+                time.sleep(0.1)
+
+    def close(self) -> None:
+        """End every process, wait until they are gone and the port is free, remove the folder. Idempotent."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            # The server dies with its supervisor, and SGLang's children with the server (PR_SET_PDEATHSIG).
+            process.kill()
+            process.wait(CLOSE_TIMEOUT_S)
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        self._wait_port_free()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _wait_port_free(self) -> None:
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1.0).close()
+            except OSError:
+                return
+            if time.monotonic() > deadline:
+                raise EngineError(f"port {self.port} still answers {CLOSE_TIMEOUT_S:g} s after the engine was ended")
+            time.sleep(0.05)
+
+    def _spec(self) -> dict[str, Any]:
+        options = self.options
+        spec = {
+            "module": _MODULES[options.kind],
+            "folder": str(self._folder),
+            "api_key": self.api_key,
+            "admin_key": self.admin_key,
+            "deterministic": options.deterministic,
+        }
+        if options.kind == "fake":
+            return spec | {"tp_size": options.tp_size, "script": dict(options.extra)}
+        return spec | {"server_args": server_args(options, self.port)}
+
+    def _environment(self) -> dict[str, str]:
+        package_root = str(Path(__file__).parents[2])
+        environment = clean_environment(os.environ)
+        environment |= {
+            MAILBOX_VARIABLE: str(self.mailbox),
+            "PYTHONPATH": os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")])),
+            # SGLang leaves its socket files behind; here they go with the folder.
+            "TMPDIR": str(self.mailbox.parent / "tmp"),
+            # An engine lives on one node: its ranks need no other interface.
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
+            # /health would otherwise generate a token, which a paused or empty engine cannot.
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+        }
+        environment.setdefault(
+            "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"))
+        )
+        if self.options.kind == "sglang" and self.options.resolved_device() == "cpu":
+            from megatron_sglang.cpu import sglang_server as cpu
+
+            environment |= cpu.environment(self.options.tp_size, os.cpu_count() or 1)
+        return environment

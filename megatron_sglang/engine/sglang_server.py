@@ -1,0 +1,54 @@
+"""The SGLang server process: CPU fixes where there is no CUDA, our keys, our socket, SGLang's `launch_server`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from typing import Any
+
+
+def serve(spec: dict[str, Any], listener: socket.socket) -> None:
+    """Serve until killed. `spec` is what `Server._spec` made; `listener` is bound but does not listen yet."""
+    arguments = spec["server_args"]
+    if arguments["device"] == "cpu":
+        from megatron_sglang.cpu import sglang_server as cpu
+
+        cpu.install(arguments["model_path"], seeded_sampling=spec["deterministic"])
+
+    import uvicorn
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils import kill_process_tree
+    from sglang.srt.utils.auth import add_api_key_middleware
+
+    store, arguments["dist_init_addr"] = _loopback_store()
+    # Keys go straight into the middleware: ServerArgs are printed to the log and served by /server_info.
+    add_api_key_middleware(http_server.app, api_key=spec["api_key"], admin_api_key=spec["admin_key"])
+    # SGLang binds its port a minute after it was chosen (http_server.py:2600); ours is bound already.
+    uvicorn.run = functools.partial(_run_on, listener)
+    try:
+        http_server.launch_server(ServerArgs(**arguments))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+        del store
+
+
+def _loopback_store() -> tuple[Any, str]:
+    """The TCPStore where the ranks meet, and its address. Made by rank 0, as usual, it would listen on all interfaces,
+    without a key, on a port that somebody else may have taken since it was chosen; so the ranks get it as from torchrun."""
+    from torch.distributed import TCPStore
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        store = TCPStore(
+            "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
+        )
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return store, f"127.0.0.1:{port}"
+
+
+def _run_on(listener: socket.socket, app: Any, **config: Any) -> None:
+    import uvicorn
+
+    uvicorn.Server(uvicorn.Config(app, **config)).run(sockets=[listener])

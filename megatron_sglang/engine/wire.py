@@ -1,0 +1,83 @@
+"""What travels to `loader.py` and back: envelopes, payloads and the mailbox.
+
+An envelope is JSON {"id", "rank", "command", "version", ...}; a payload is SGLang's serialised [(envelope, tensor)]
+for one tensor-parallel rank: the bytes themselves on a CPU, a CUDA IPC handle on a GPU. Trainer side only.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sglang.errors import WeightSyncError
+
+_DEVICE_INDEX = 6
+"""Position of the device number in torch's arguments for rebuilding a CUDA tensor (sglang utils/patch_torch.py:75)."""
+
+
+def serialize(envelope: Mapping[str, Any], data: torch.Tensor) -> str:
+    """One rank's payload, base64. Call it once per rank: a CUDA IPC handle may be opened once only."""
+    buffer = io.BytesIO()
+    (_IpcPickler if data.is_cuda else _ByValuePickler)(buffer).dump([(json.dumps(envelope), data)])
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+class _ByValuePickler(pickle.Pickler):
+    """Pickles a flat uint8 CPU tensor as its bytes.
+
+    Torch's way of sharing CPU memory passes file descriptors, which kills SGLang; its way of pickling by value names
+    `torch.storage._load_from_bytes`, which importing Megatron replaces (core/safe_globals.py) by a function that SGLang
+    refuses to load.
+    """
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, torch.Tensor):
+            return NotImplemented
+        if not obj.numel():
+            return functools.partial(torch.zeros, 0, dtype=torch.uint8), ()
+        return functools.partial(torch.frombuffer, dtype=torch.uint8), (bytearray(obj.numpy()),)
+
+
+class _IpcPickler(ForkingPickler):
+    """Pickles CUDA tensors as IPC handles with the device's UUID, which SGLang maps back to its own numbering."""
+
+    def reducer_override(self, obj: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not (isinstance(obj, torch.Tensor) and obj.is_cuda):
+            return NotImplemented
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        rebuild, arguments = reduce_tensor(obj)
+        index = arguments[_DEVICE_INDEX]
+        uuid = str(torch.cuda.get_device_properties(index).uuid) if isinstance(index, int) else index
+        return rebuild, (*arguments[:_DEVICE_INDEX], uuid, *arguments[_DEVICE_INDEX + 1 :])
+
+
+def collect(mailbox: Path, message_id: int, ranks: int, what: str) -> list[dict[str, Any]]:
+    """Take every rank's answer out of the mailbox; `WeightSyncError` naming `what` and the first rank that failed."""
+    replies = []
+    for rank in range(ranks):
+        path = mailbox / f"{message_id}.{rank}.json"
+        if not path.exists():
+            raise WeightSyncError(f"{what}, engine rank {rank}: no answer from the loader; see the engine's log")
+        replies.append(json.loads(path.read_text()))
+        path.unlink()
+    for rank, reply in enumerate(replies):
+        if not reply["ok"]:
+            raise WeightSyncError(f"{what}, engine rank {rank}: {reply['error']}")
+    return replies
+
+
+def engine_digest(replies: Sequence[Mapping[str, Any]]) -> str:
+    """Hex digest of all ranks' parameters, independent of how they were cut into buckets."""
+    digests = [sorted(reply["digests"].items()) for reply in replies]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]

@@ -1,0 +1,89 @@
+"""Scores a hole filled in Python: the completed source must pass the problem's tests, in a sandbox.
+
+Problem: {"prefix", "suffix", "entry_point", "tests", "pure", optional "preamble"}; the source is preamble + prefix +
+completion + suffix, and the preamble also comes before the tests. Tests: see `sandbox.Job`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_sglang.errors import RewardError
+from megatron_sglang.rewards.sandbox import Job, Sandbox, Verdict
+from megatron_sglang.types import Completion, Prompt, Score
+
+CACHE_SIZE = 1 << 16
+
+
+class PythonFim:
+    """`Score.value` is the share of tests passed, or with `binary` 1.0 for all and 0.0 otherwise.
+
+    With `require_stop` an answer that did not end by itself scores 0 unseen. Equal answers to a problem are judged
+    once. Owns `sandbox`.
+    """
+
+    def __init__(self, sandbox: Sandbox, *, binary: bool = False, require_stop: bool = True) -> None:
+        self._sandbox = sandbox
+        self._binary = binary
+        self._require_stop = require_stop
+        self._cache: dict[tuple[str, str], Score] = {}
+
+    @property
+    def tier(self) -> str:
+        """What the sandbox is, for the log."""
+        return self._sandbox.description
+
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
+        """Scores in the order of `pairs`; `RewardError` if a problem itself is unusable."""
+        new = {
+            (prompt.id, completion.text): self._job(prompt, completion.text)
+            for prompt, completion in pairs
+            if self._finished(completion) and (prompt.id, completion.text) not in self._cache
+        }
+        verdicts = self._sandbox.run(list(new.values()))
+        judged = {key: self._score(key[0], verdict) for key, verdict in zip(new, verdicts, strict=True)}
+        scores = [self._lookup(prompt, completion, judged) for prompt, completion in pairs]
+        if len(self._cache) > CACHE_SIZE:
+            self._cache.clear()
+        # A timeout may be the machine's fault: look again the next time.
+        self._cache.update({key: score for key, score in judged.items() if score.detail != "timeout"})
+        return scores
+
+    def close(self) -> None:
+        """End the sandbox."""
+        self._sandbox.close()
+
+    def _finished(self, completion: Completion) -> bool:
+        return completion.finish_reason == "stop" or not self._require_stop
+
+    def _lookup(self, prompt: Prompt, completion: Completion, judged: dict[tuple[str, str], Score]) -> Score:
+        if not self._finished(completion):
+            return Score(0.0, passed=False, detail=f"not finished: {completion.finish_reason}")
+        key = (prompt.id, completion.text)
+        return judged[key] if key in judged else self._cache[key]
+
+    def _job(self, prompt: Prompt, text: str) -> Job:
+        problem = prompt.problem
+        try:
+            preamble = problem.get("preamble", "")
+            source = preamble + problem["prefix"] + text + problem["suffix"]
+            job = Job(source, problem["entry_point"], problem["tests"], preamble)
+        except (KeyError, TypeError) as error:
+            raise RewardError(
+                f"problem {prompt.id!r} has no usable field {error}; expected prefix, suffix, entry_point and tests"
+            ) from None
+        if not job.tests:
+            raise RewardError(f"problem {prompt.id!r} has no tests; it cannot be scored, remove it from the data set")
+        if self._sandbox.tier == "restricted" and not problem.get("pure", False):
+            raise RewardError(
+                f"problem {prompt.id!r} is not declared pure, and the sandbox tier 'restricted' runs pure ones only; "
+                "use a machine with bubblewrap or user namespaces"
+            )
+        return job
+
+    def _score(self, prompt_id: str, verdict: Verdict) -> Score:
+        if verdict.broken:
+            raise RewardError(f"tests of problem {prompt_id!r} cannot be run: {verdict.broken}; correct the data set")
+        passed = all(verdict.passed)
+        share = sum(verdict.passed) / len(verdict.passed)
+        return Score(float(passed) if self._binary else share, passed, verdict.detail)

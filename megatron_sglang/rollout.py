@@ -1,0 +1,183 @@
+"""Prompts in, scored groups out: sample G completions of each prompt, decode them, score them.
+
+Nothing is cut off or dropped on the way: a completion that hit the token limit is scored and counted as such, one that
+the engine gave up is an error. Seeds follow from (run seed, rollout step, prompt id, member), so a rollout batch can be
+repeated whatever the order of its prompts; evaluation uses the same seeds each time, so two of them differ by the
+policy alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from megatron_sglang.errors import EngineError, EngineStaleError, RewardError
+from megatron_sglang.interfaces import Engine, Reward
+from megatron_sglang.metrics import Mean, Metric, Sum
+from megatron_sglang.types import (
+    Completion,
+    GenerateRequest,
+    Prompt,
+    RolloutGroup,
+    SamplingParams,
+    Score,
+    TrainSample,
+)
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Runs on the rank that leads the engine.
+
+    >>> rollout = Rollout(engine, reward, tokenizer.decode, sampling, group_size=8, seed=1234)
+    >>> groups = rollout.collect(prompts, step=0)
+    """
+
+    engine: Engine
+    reward: Reward
+    decode: Decode
+    """Token ids, stop token excluded, to text."""
+    sampling: SamplingParams
+    """Of every request but for the seed."""
+    group_size: int
+    seed: int
+    span: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    """Measures the phases "generate" and "reward"; e.g. `RunLog.span`."""
+
+    def collect(self, prompts: Sequence[Prompt], step: int) -> tuple[RolloutGroup, ...]:
+        """`group_size` scored completions of each prompt, in the prompts' order.
+
+        Raises `EngineError` for aborted, missing or overlong completions, `EngineStaleError` for completions of
+        different weight versions, `RewardError` for missing or non-finite rewards.
+        """
+        return self._sample(prompts, str(step), self.group_size)
+
+    def evaluate(self, prompts: Sequence[Prompt]) -> tuple[tuple[RolloutGroup, ...], dict[str, Metric]]:
+        """One completion of each prompt; eval/{pass_rate,reward}, overall and per `problem["family"]`."""
+        groups = self._sample(prompts, "eval", 1)
+        return groups, evaluation_metrics(groups)
+
+    def _sample(self, prompts: Sequence[Prompt], step: str, members: int) -> tuple[RolloutGroup, ...]:
+        seen: Counter[str] = Counter()
+        requests: list[GenerateRequest] = []
+        for prompt in prompts:
+            # A prompt that comes twice in one batch must not give the same samples twice.
+            first = seen[prompt.id] * members
+            seen[prompt.id] += 1
+            for member in range(first, first + members):
+                sampling = replace(self.sampling, seed=request_seed(self.seed, step, prompt.id, member))
+                requests.append(GenerateRequest(prompt.token_ids_T, sampling))
+
+        with self.span("generate"):
+            completions = [self._with_text(completion) for completion in self.engine.generate(requests)]
+        asked = [prompt for prompt in prompts for _ in range(members)]
+        self._check_completions(asked, completions)
+        with self.span("reward"):
+            scores = self.reward.score(list(zip(asked, completions, strict=True)))
+        _check_scores(asked, scores)
+
+        starts = range(0, len(asked), members)
+        return tuple(
+            RolloutGroup(prompt, tuple(completions[start : start + members]), tuple(scores[start : start + members]))
+            for prompt, start in zip(prompts, starts, strict=True)
+        )
+
+    def _with_text(self, completion: Completion) -> Completion:
+        ids_T = completion.token_ids_T
+        stopped = completion.finish_reason == "stop" and ids_T and ids_T[-1] in self.sampling.stop_token_ids
+        return replace(completion, text=self.decode(ids_T[:-1] if stopped else ids_T))
+
+    def _check_completions(self, asked: Sequence[Prompt], completions: Sequence[Completion]) -> None:
+        if len(completions) != len(asked):
+            raise EngineError(f"engine returned {len(completions)} completions for {len(asked)} requests")
+        limit = self.sampling.max_new_tokens
+        for prompt, completion in zip(asked, completions, strict=True):
+            length = len(completion.token_ids_T)
+            if completion.finish_reason == "abort" or not 0 < length <= limit:
+                raise EngineError(
+                    f"completion of prompt {prompt.id!r} ended by {completion.finish_reason!r} after {length} tokens; "
+                    f"expected 1 to {limit}, not aborted; see the engine's log"
+                )
+        versions = {completion.weight_version for completion in completions}
+        if len(versions) > 1:
+            raise EngineStaleError(
+                f"one rollout batch was sampled with weight versions {sorted(versions)}; expected a single one; "
+                "weights must not be published while the engine generates"
+            )
+
+
+def request_seed(run_seed: int, step: str, prompt_id: str, member: int) -> int:
+    """31-bit seed of one request, the same on every machine and Python."""
+    key = "\0".join((str(run_seed), step, prompt_id, str(member)))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest()) >> 1
+
+
+def rewards(groups: Sequence[RolloutGroup]) -> torch.Tensor:
+    """Rewards [P, G] float64 of groups of equal size."""
+    return torch.tensor([[score.value for score in group.scores_G] for group in groups], dtype=torch.float64)
+
+
+def to_samples(groups: Sequence[RolloutGroup], advantages_PG: torch.Tensor) -> list[TrainSample]:
+    """One sample per completion: groups in order, members in order."""
+    return [
+        TrainSample(
+            prompt_ids_T=group.prompt.token_ids_T,
+            response_ids_T=completion.token_ids_T,
+            rollout_logprobs_T=completion.logprobs_T,
+            advantage=advantage,
+            reward=score.value,
+            weight_version=completion.weight_version,
+        )
+        for group, advantages_G in zip(groups, advantages_PG.tolist(), strict=True)
+        for completion, score, advantage in zip(group.completions_G, group.scores_G, advantages_G, strict=True)
+    ]
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
+    """rollout/*: means over completions; of informative_groups over groups; of unique, distinct completions of a prompt
+    over its completions."""
+    completions = [completion for group in groups for completion in group.completions_G]
+    scores = [score for group in groups for score in group.scores_G]
+    distinct = sum(len({completion.token_ids_T for completion in group.completions_G}) for group in groups)
+    informative = sum(len({score.value for score in group.scores_G}) > 1 for group in groups)
+    return {
+        "rollout/reward": Mean(math.fsum(score.value for score in scores), len(scores)),
+        "rollout/pass_rate": Mean(sum(score.passed for score in scores), len(scores)),
+        "rollout/response_length": Mean(sum(len(item.token_ids_T) for item in completions), len(completions)),
+        "rollout/tokens": Sum(float(sum(len(item.token_ids_T) for item in completions))),
+        "rollout/truncated": Mean(sum(item.finish_reason == "length" for item in completions), len(completions)),
+        "rollout/informative_groups": Mean(informative, len(groups)),
+        "rollout/unique": Mean(distinct, len(completions)),
+    }
+
+
+def evaluation_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
+    """eval/{pass_rate,reward}, and eval/pass_rate/<family> where problems name one."""
+    scores = [score for group in groups for score in group.scores_G]
+    metrics: dict[str, Metric] = {
+        "eval/pass_rate": Mean(sum(score.passed for score in scores), len(scores)),
+        "eval/reward": Mean(math.fsum(score.value for score in scores), len(scores)),
+    }
+    families = sorted({str(group.prompt.problem["family"]) for group in groups if "family" in group.prompt.problem})
+    for family in families:
+        members = [group for group in groups if str(group.prompt.problem.get("family")) == family]
+        passed = [score.passed for group in members for score in group.scores_G]
+        metrics[f"eval/pass_rate/{family}"] = Mean(sum(passed), len(passed))
+    return metrics
+
+
+def _check_scores(asked: Sequence[Prompt], scores: Sequence[Score]) -> None:
+    if len(scores) != len(asked):
+        raise RewardError(f"reward function returned {len(scores)} scores for {len(asked)} completions")
+    for prompt, score in zip(asked, scores, strict=True):
+        if not math.isfinite(score.value):
+            raise RewardError(f"reward of a completion of {prompt.id!r} is {score.value}; expected a finite number")

@@ -1,0 +1,167 @@
+"""Megatron's arguments for the model in a Hugging Face folder, and the checks Megatron does not make itself.
+
+The user gives Megatron's flags for parallelism, batch, optimizer, schedule, checkpoints; the architecture comes from
+config.json through Megatron-Bridge, so that it is written down once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_sglang import config_check
+from megatron_sglang.config import RunConfig
+from megatron_sglang.cpu import trainer as cpu_room
+from megatron_sglang.errors import ConfigError, DataError, SetupError
+
+MEGATRON_CORE = "0.19.2"
+MEGATRON_BRIDGE = "0.6.2"
+
+# What only a GPU has: fused kernels, Transformer Engine. The loss is the same without.
+_CPU_FLAGS = [
+    "--distributed-backend=gloo",
+    "--transformer-impl=local",
+    "--use-cpu-initialization",
+    "--attention-backend=unfused",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-rope-fusion",
+    "--no-persist-layer-norm",
+]
+
+# Ours to decide: the plugin feeds the batches itself, guards against NaN itself, and counts what it divides by.
+_PLUGIN_FLAGS = [
+    "--dataloader-type=external",
+    "--tokenizer-type=NullTokenizer",
+    "--eval-iters=0",
+    "--eval-interval=1000000000",
+    "--calculate-per-token-loss",
+    "--no-check-for-nan-in-loss-and-grad",
+    "--no-create-attention-mask-in-dataloader",
+    "--attention-dropout=0",
+    "--hidden-dropout=0",
+    "--use-distributed-optimizer",
+    "--dist-ckpt-optim-fully-reshardable",
+    "--ckpt-format=torch_dist",
+    "--rerun-mode=disabled",
+    "--log-interval=1000000000",
+]
+
+
+def check_versions() -> None:
+    """SetupError unless megatron-core and megatron-bridge are the versions this plugin was written against."""
+    for package, expected in (("megatron-core", MEGATRON_CORE), ("megatron-bridge", MEGATRON_BRIDGE)):
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found = "none"
+        if found != expected:
+            raise SetupError(
+                f"{package} is {found}, but the plugin is written against {expected}; "
+                f"install it with `make install` or `uv pip install {package}=={expected}`"
+            )
+
+
+def load_bridge(hf_path: str) -> Any:
+    """The Megatron-Bridge of a local Hugging Face folder; DataError when it is missing, corrupt or unknown."""
+    from megatron.bridge import AutoBridge
+
+    folder = Path(hf_path)
+    if not (folder / "config.json").is_file():
+        raise DataError(f"model.hf_path={hf_path} has no config.json; give a folder in Hugging Face format")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise DataError(f"{folder / 'config.json'} is not JSON ({error}); fetch the file again") from error
+    if not list(folder.glob("*.safetensors")):
+        raise DataError(f"model.hf_path={hf_path} has no .safetensors file; only safetensors weights are read")
+    try:
+        return AutoBridge.from_hf_pretrained(hf_path, trust_remote_code=False)
+    except ValueError as error:
+        raise DataError(f"Megatron-Bridge cannot read {hf_path}: {error}") from error
+
+
+def architecture_flags(provider: Any) -> list[str]:
+    """Megatron's flags that describe `provider`'s model, for Megatron's own checks and counters."""
+    flags = {
+        "num-layers": provider.num_layers,
+        "hidden-size": provider.hidden_size,
+        "ffn-hidden-size": provider.ffn_hidden_size,
+        "num-attention-heads": provider.num_attention_heads,
+        "kv-channels": provider.kv_channels,
+        "max-position-embeddings": provider.seq_length,
+        "normalization": provider.normalization,
+        "position-embedding-type": provider.position_embedding_type,
+        "vocab-size": provider.vocab_size - 1,  # NullTokenizer adds one
+        "make-vocab-size-divisible-by": 1,
+    }
+    switches = ["--disable-bias-linear"]
+    if provider.num_query_groups and provider.num_query_groups != provider.num_attention_heads:
+        switches.append("--group-query-attention")
+        flags["num-query-groups"] = provider.num_query_groups
+    if provider.num_moe_experts:
+        flags["num-experts"] = provider.num_moe_experts
+        flags["moe-router-topk"] = provider.moe_router_topk
+        flags["moe-ffn-hidden-size"] = provider.moe_ffn_hidden_size
+        flags["moe-token-dispatcher-type"] = "alltoall"
+    if provider.gated_linear_unit:
+        switches.append("--swiglu")
+    if not provider.share_embeddings_and_output_weights:
+        switches.append("--untie-embeddings-and-output-weights")
+    return [f"--{name}={value}" for name, value in flags.items()] + switches
+
+
+def parse(config: RunConfig, provider: Any) -> Any:
+    """Megatron's own parser and validation; returns Megatron's namespace.
+
+    The command line is architecture, device, plugin, then what the user's configuration says, which wins.
+    """
+    from megatron.training.arguments import parse_and_validate_args
+
+    device = _CPU_FLAGS if cpu_room.needed() else []
+    argv = [*architecture_flags(provider), *device, *_PLUGIN_FLAGS, *config_check.megatron_argv(config)]
+    program, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        args = parse_and_validate_args()
+    except AssertionError as error:
+        raise ConfigError(f"Megatron refuses these arguments: {error}") from error
+    finally:
+        sys.argv = program
+    check(config, args, provider)
+    return args
+
+
+def check(config: RunConfig, args: Any, provider: Any) -> None:
+    """ConfigError for combinations Megatron accepts but this plugin or its dependencies get wrong."""
+    etp = args.expert_tensor_parallel_size or 1
+    if provider.num_moe_experts and etp != 1:
+        raise ConfigError(
+            f"--expert-tensor-parallel-size={etp}: Megatron-Bridge's expert LoRA is wrong above 1; set it to 1"
+        )
+    if provider.num_moe_experts and provider.num_moe_experts % args.expert_model_parallel_size:
+        raise ConfigError(
+            f"--expert-model-parallel-size={args.expert_model_parallel_size} does not divide the "
+            f"{provider.num_moe_experts} experts of {config.model.hf_path}"
+        )
+    groups = provider.num_query_groups or provider.num_attention_heads
+    if provider.num_attention_heads % args.tensor_model_parallel_size or groups % args.tensor_model_parallel_size:
+        raise ConfigError(
+            f"--tensor-model-parallel-size={args.tensor_model_parallel_size} does not divide the "
+            f"{provider.num_attention_heads} attention heads and {groups} key-value heads of {config.model.hf_path}"
+        )
+    if args.context_parallel_size > 1 and cpu_room.needed():
+        raise ConfigError(
+            f"--context-parallel-size={args.context_parallel_size}: Megatron's attention without Transformer Engine "
+            "has no context parallelism; set it to 1 on a CPU"
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > args.seq_length:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, more than --seq-length="
+            f"{args.seq_length}; raise --seq-length or lower one of them"
+        )

@@ -1,0 +1,69 @@
+"""What a checkpoint of this package is: Megatron's own torch_dist checkpoint without the frozen base, and one JSON file.
+
+<save>/iter_0000030/            Megatron: adapters, optimizer, schedule, RNG
+<save>/iter_0000030/rollout_state.json    position in the data, weight version, rollout step
+<save>/latest_checkpointed_iteration.txt  Megatron writes it last; until then the checkpoint does not count
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sglang.errors import DataError
+
+STATE_FILE = "rollout_state.json"
+
+
+def only_adapters(model: torch.nn.Module) -> None:
+    """Make `model` save and load its adapters alone: the base comes from the Hugging Face folder each time."""
+    sharded_state_dict, load_state_dict = model.sharded_state_dict, model.load_state_dict
+
+    def adapters_of(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {key: value for key, value in sharded_state_dict(*args, **kwargs).items() if ".adapter." in key}
+
+    def load_adapters(state: dict[str, Any], strict: bool = True) -> Any:
+        result = load_state_dict(state, strict=False)
+        missing = [key for key in result.missing_keys if ".adapter." in key and "_extra_state" not in key]
+        if strict and (missing or result.unexpected_keys):
+            raise DataError(
+                f"the checkpoint lacks {len(missing)} adapters of this model ({missing[:1]}) and has "
+                f"{len(result.unexpected_keys)} it does not know ({result.unexpected_keys[:1]}); "
+                "resume with the lora.* options it was saved with"
+            )
+        return result
+
+    model.sharded_state_dict = adapters_of
+    model.load_state_dict = load_adapters
+
+
+def write_state(save: str, iteration: int, state: dict[str, Any]) -> None:
+    """Write the JSON part before Megatron's part, so that no checkpoint counts without it. On one rank only."""
+    folder = _folder(save, iteration)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (STATE_FILE + ".part")
+    with partial.open("w") as file:
+        json.dump(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(folder / STATE_FILE)
+
+
+def read_state(load: str, iteration: int) -> dict[str, Any]:
+    """The JSON part; DataError when the checkpoint has none."""
+    path = _folder(load, iteration) / STATE_FILE
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); the checkpoint is not of this package or is damaged, "
+            "load an earlier one with --ckpt-step"
+        ) from error
+
+
+def _folder(root: str, iteration: int) -> Path:
+    return Path(root) / f"iter_{iteration:07d}"

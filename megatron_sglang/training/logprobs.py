@@ -1,0 +1,78 @@
+"""Logprobs and entropies of given tokens from logits that are split over the vocabulary (Megatron's TP layout).
+
+Shapes: B sequences of a micro-batch, S positions, V_local = V / TP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
+from megatron.training import get_args
+
+from megatron_sglang.batching import MicroBatch
+
+
+def token_logprobs(logits_BSV: torch.Tensor, labels_BS: torch.Tensor, temperature: float) -> torch.Tensor:
+    """[B, S] fp32 log pi(label | prefix) at `temperature`, differentiable. Logits are this rank's vocabulary shard."""
+    # The kernel overwrites its input: the division makes the copy it may have.
+    return -vocab_parallel_cross_entropy(logits_BSV.float().div(temperature), labels_BS)
+
+
+def token_entropies(logits_BSV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """[B, S] fp32 entropy (nats) of the distribution at each position, differentiable."""
+    scaled = logits_BSV.float() / temperature
+    peak = scaled.detach().amax(-1)
+    torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX, group=mpu.get_tensor_model_parallel_group())
+    shifted = scaled - peak.unsqueeze(-1)
+    weights = shifted.exp()
+    total = reduce_from_tensor_model_parallel_region(weights.sum(-1))
+    weighted = reduce_from_tensor_model_parallel_region((weights * shifted).sum(-1))
+    return total.log() - weighted / total
+
+
+def forward(model: Any, batch: MicroBatch) -> torch.Tensor:
+    """Run one model chunk. On the last pipeline stage: logits [B, S, V_local]; elsewhere the stage's activations."""
+    return model(batch.tokens, batch.position_ids, None)
+
+
+@torch.no_grad()
+def score(model_chunks: list[Any], batches: list[MicroBatch], temperature: float) -> list[torch.Tensor]:
+    """[B, S] logprobs of each micro-batch under the model as it is now; empty except on the last pipeline stage.
+
+    Collective over TP, PP, EP. `batches` have one length S (pipeline stages exchange fixed shapes otherwise).
+    """
+
+    def forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        batch = next(iterator)
+
+        def logprobs(logits: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
+            return token_logprobs(logits, batch.labels, temperature)
+
+        return forward(model, batch), logprobs
+
+    for chunk in model_chunks:
+        chunk.eval()
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators(model_chunks, batches),
+        model=model_chunks,
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],
+        micro_batch_size=get_args().micro_batch_size,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    for chunk in model_chunks:
+        chunk.train()
+    return results if mpu.is_pipeline_last_stage() else []
+
+
+def iterators(model_chunks: list[Any], batches: list[MicroBatch]) -> Any:
+    """Megatron wants an iterator for each virtual pipeline stage."""
+    fresh = [iter(batches) for _ in model_chunks]
+    return fresh if len(fresh) > 1 else fresh[0]

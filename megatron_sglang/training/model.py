@@ -1,0 +1,105 @@
+"""Build the model that Megatron trains: a Bridge provider from a Hugging Face folder, its weights, LoRA on top."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_sglang.config import RunConfig
+from megatron_sglang.cpu import trainer as cpu_room
+from megatron_sglang.errors import DataError
+from megatron_sglang.training import arguments, checkpoint, lora
+
+# How to run the model: Megatron's flags decide. What the model is: config.json decides (through Bridge).
+_EXECUTION_FIELDS = [
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+    "distribute_saved_activations",
+    "moe_token_dispatcher_type",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_shared_expert_overlap",
+    "moe_layer_recompute",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "bias_dropout_fusion",
+    "persist_layer_norm",
+    "apply_rope_fusion",
+    "attention_dropout",
+    "hidden_dropout",
+    "attention_backend",
+    "deterministic_mode",
+    "calculate_per_token_loss",
+    "use_cpu_initialization",
+    "tp_comm_overlap",
+    "cpu_offloading",
+    "batch_p2p_comm",
+]
+
+
+class ModelRecipe:
+    """How this run builds Megatron's model. Parses Megatron's arguments, so make one before `pretrain`.
+
+    args: Megatron's namespace. bridge: Megatron-Bridge of the Hugging Face folder, also used for export.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        arguments.check_versions()
+        self.config = config
+        self.bridge = arguments.load_bridge(config.model.hf_path)
+        self.provider = self.bridge.to_megatron_provider(load_weights=False)
+        self.args = arguments.parse(config, self.provider)
+        self._configure()
+
+    def model_provider(
+        self,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        config: Any = None,
+        pg_collection: Any = None,
+    ) -> torch.nn.Module:
+        """What `pretrain` calls for each model chunk of this rank: base weights, fresh adapters, saved without base."""
+        self.provider._pg_collection = pg_collection
+        model = self.provider.provide(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        if not self.config.model.random_weights:
+            try:
+                self.bridge.load_hf_weights([model])
+            except (KeyError, ValueError, RuntimeError, OSError) as error:
+                raise DataError(
+                    f"the weights in {self.config.model.hf_path} do not fit its config.json: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        model = lora.apply(model, self.config.lora, self.config.seed)
+        checkpoint.only_adapters(model)
+        return model
+
+    def _configure(self) -> None:
+        """Give the provider Megatron's run-time choices."""
+        args = self.args
+        overrides = {name: getattr(args, name) for name in _EXECUTION_FIELDS if hasattr(args, name)}
+        overrides |= {
+            "pipeline_dtype": args.params_dtype,
+            "autocast_dtype": args.params_dtype,
+            "moe_aux_loss_coeff": 0.0,
+            "num_layers_in_first_pipeline_stage": args.decoder_first_pipeline_num_layers,
+            "num_layers_in_last_pipeline_stage": args.decoder_last_pipeline_num_layers,
+            # Batches are padded to their longest sequence, so pipeline stages tell each other the length.
+            "variable_seq_lengths": args.pipeline_model_parallel_size > 1,
+        }
+        if cpu_room.needed():
+            from megatron.bridge.models.gpt_provider import local_layer_spec
+
+            overrides |= {"transformer_layer_spec": local_layer_spec, "moe_grouped_gemm": False}
+        known = {name: value for name, value in overrides.items() if hasattr(self.provider, name)}
+        self.provider.apply_overrides_and_finalize(dtype=args.params_dtype, overrides=known)

@@ -1,0 +1,196 @@
+"""The plugin in Megatron's loop. All contact with `megatron.training` that is not a public argument is in this file.
+
+`megatron.training.pretrain` (0.19.2) has no callbacks. `register` replaces two of its module globals, once:
+
+    training.train_step        a new rollout batch when the last is used up, then the original with our micro-batches
+    training.save_checkpoint   our state first, then the original
+    initialize._compile_dependencies   nothing: it runs `make` in a folder that the wheel ships without a Makefile
+
+Rollouts never happen in the data iterator: with PP > 1 the first stage would wait in a collective for a last stage
+that waits for the first one's activations.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.rerun_state_machine import RerunDataIterator
+from megatron.training import get_args, initialize, training
+
+from megatron_sglang import batching, metrics
+from megatron_sglang.batching import MicroBatch
+from megatron_sglang.config import RunConfig
+from megatron_sglang.cycle import Cycle
+from megatron_sglang.errors import SetupError
+from megatron_sglang.training import checkpoint, logprobs, lora
+from megatron_sglang.training.guard import FiniteGuard
+from megatron_sglang.training.step import PolicyStep
+
+_EXPECTED = {
+    "train_step": (
+        "forward_step_func data_iterator model optimizer opt_param_scheduler config forward_backward_func iteration "
+        "pg_collection p2p_communicator"
+    ),
+    "save_checkpoint": "iteration model optimizer opt_param_scheduler num_floating_point_operations_so_far",
+}
+
+
+MakeCycle = Callable[[list[Any], int | None], Cycle]
+
+
+class Plugin:
+    """One run's rollouts inside Megatron's loop.
+
+    make_cycle: called once, when model and process groups exist, with the model chunks and the last rollout batch that
+    the loaded checkpoint has seen (None: a new run); gives the pipeline.
+    """
+
+    def __init__(self, config: RunConfig, step: PolicyStep, make_cycle: MakeCycle) -> None:
+        self.config, self.step, self.make_cycle = config, step, make_cycle
+        self.cycle: Cycle | None = None
+        self.model: list[Any] = []
+        self.guard: FiniteGuard | None = None
+        self.rollout_step = 0
+        """Rollout batches collected so far."""
+        self.pending: list[list[MicroBatch]] = []
+        """Micro-batches of the train steps that the current rollout batch still feeds."""
+
+    def register(self) -> None:
+        """Put the plugin into Megatron's loop. SetupError when Megatron is not the one this was written for."""
+        for name, expected in _EXPECTED.items():
+            found = " ".join(inspect.signature(getattr(training, name)).parameters)
+            if not found.startswith(expected):
+                raise SetupError(
+                    f"megatron.training.{name} takes ({found}), the plugin expects ({expected} ...); "
+                    "install the pinned megatron-core"
+                )
+        original_step, original_save = training.train_step, training.save_checkpoint
+
+        def train_step(
+            _forward_step: Any, _iterator: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            return self._train_step(original_step, model, optimizer, *args, **kwargs)
+
+        def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
+            self._save_state(iteration)
+            return original_save(iteration, *args, **kwargs)
+
+        training.train_step, training.save_checkpoint = train_step, save_checkpoint
+        initialize._compile_dependencies = lambda: None
+
+    def finish(self) -> None:
+        """After Megatron's loop: publish the final weights and evaluate them."""
+        if self.cycle is not None:
+            self.cycle.publish()
+            self.cycle.evaluate()
+            self.cycle.close_step(self.rollout_step)
+
+    # ---- one Megatron iteration ----
+
+    def _train_step(
+        self,
+        original: Callable[..., Any],
+        model: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        config: Any,
+        forward_backward: Callable[..., Any],
+        iteration: int,
+        **kwargs: Any,
+    ) -> Any:
+        cycle = self.cycle or self._start(model, optimizer, iteration)
+        if not self.pending:
+            self.pending = self._next_rollout(cycle)
+        assert self.guard is not None
+        with cycle.span("train"):
+            result = original(
+                self.step.forward_step,
+                _rerunnable(model, self.pending.pop(0)),
+                model,
+                optimizer,
+                scheduler,
+                config,
+                self.guard.watch(forward_backward),
+                iteration=iteration,
+                **kwargs,
+            )
+        self._note_training(cycle, grad_norm=result[5])
+        if not self.pending:
+            cycle.close_step(self.rollout_step - 1)
+        self.guard.check()
+        return result
+
+    def _start(self, model: list[Any], optimizer: Any, iteration: int) -> Cycle:
+        self.model = model
+        self.guard = FiniteGuard(optimizer, self.config.algo.max_bad_steps)
+        if not iteration:
+            self.cycle = self.make_cycle(model, None)
+            return self.cycle
+        state = checkpoint.read_state(get_args().load, iteration)
+        self.rollout_step = state["rollout_step"]
+        self.cycle = self.make_cycle(model, self.rollout_step - 1)
+        self.cycle.restore(state["cycle"])
+        return self.cycle
+
+    def _next_rollout(self, cycle: Cycle) -> list[list[MicroBatch]]:
+        """Publish, sample, score: this rank's micro-batches by train step."""
+        args = get_args()
+        cycle.publish()
+        interval = self.config.rollout.eval_interval
+        if self.rollout_step == 0 or (interval and self.rollout_step % interval == 0):
+            cycle.evaluate()
+        samples = cycle.collect(self.rollout_step)
+        self.rollout_step += 1
+        by_step = batching.split(
+            samples,
+            global_batch=args.global_batch_size,
+            micro_batch=args.micro_batch_size,
+            dp_rank=mpu.get_data_parallel_rank(),
+            dp_size=mpu.get_data_parallel_world_size(),
+        )
+        multiple = 8 * args.tensor_model_parallel_size  # sequence parallelism splits the length over TP
+        batches = [[batching.collate(part, multiple).to(_device()) for part in step] for step in by_step]
+        with cycle.span("logprobs"):
+            return self._with_logprobs(batches)
+
+    def _with_logprobs(self, by_step: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
+        """Old logprobs where several train steps use the batch (with one, they are the policy's own), reference ones
+        where the KL is wanted. Only the last pipeline stage holds them, and only there the loss is computed."""
+        flat = [batch for step in by_step for batch in step]
+        temperature = self.config.rollout.temperature
+        if len(by_step) > 1:
+            old = logprobs.score(self.model, flat, temperature)
+            flat = [batch.with_logprobs(old=old[i]) if old else batch for i, batch in enumerate(flat)]
+        if self.config.algo.kl_coef or self.config.algo.track_kl:
+            with lora.disabled(self.model):
+                ref = logprobs.score(self.model, flat, temperature)
+            flat = [batch.with_logprobs(ref=ref[i]) if ref else batch for i, batch in enumerate(flat)]
+        per_step = len(by_step[0])
+        return [flat[start : start + per_step] for start in range(0, len(flat), per_step)]
+
+    def _note_training(self, cycle: Cycle, grad_norm: float | None) -> None:
+        """Metrics of all micro-batches of all data-parallel ranks, added up on the leader."""
+        parts = self.step.take_metrics() if mpu.get_tensor_model_parallel_rank() == 0 else []
+        rows = cycle.comm.gather([metrics.to_rows(part) for part in parts])
+        merged = metrics.merge(metrics.from_rows(row) for rank in rows for row in rank)
+        cycle.add(merged | ({} if grad_norm is None else {"train/grad_norm": metrics.Mean(grad_norm)}))
+
+    def _save_state(self, iteration: int) -> None:
+        assert self.cycle is not None
+        args = get_args()
+        state = {"rollout_step": self.rollout_step, "cycle": self.cycle.state()}
+        self.cycle.comm.from_leader(lambda: checkpoint.write_state(args.save, iteration, state))
+
+
+def _device() -> torch.device:
+    current = torch.cuda.current_device()
+    return current if isinstance(current, torch.device) else torch.device("cuda", current)
+
+
+def _rerunnable(model: list[Any], batches: list[MicroBatch]) -> Any:
+    iterators = [RerunDataIterator(iter(batches)) for _ in model]
+    return iterators if len(iterators) > 1 else iterators[0]

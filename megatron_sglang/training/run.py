@@ -1,0 +1,169 @@
+"""A whole run on one rank: start the engine, build Megatron's model, train with the plugin, leave nothing behind.
+
+The engine's start and the import of Megatron take half a minute each on a CPU, so the leader starts the engine first
+and waits for it when the first weights are ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sglang import rewards, rollout
+from megatron_sglang.config import RunConfig
+from megatron_sglang.cpu import trainer as cpu_room
+from megatron_sglang.cycle import Cycle, Leader
+from megatron_sglang.engine import EngineOptions, create_engine
+from megatron_sglang.prompts import source
+from megatron_sglang.trace import RunLog
+from megatron_sglang.types import Prompt, SamplingParams
+
+
+def train(config: RunConfig) -> None:
+    """Run `config` (resolved) as one of torchrun's ranks. Raises `MegatronSglangError`."""
+    with contextlib.ExitStack() as cleanup:
+        station = Station.open(config, cleanup) if int(os.environ.get("RANK", "0")) == 0 else None
+        cpu_room.enter()
+        _train(config, station)
+
+
+def _train(config: RunConfig, station: Station | None) -> None:
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_sglang.comm import TorchComm
+    from megatron_sglang.losses import LossOptions
+    from megatron_sglang.training.model import ModelRecipe
+    from megatron_sglang.training.plugin import Plugin
+    from megatron_sglang.training.step import PolicyStep
+    from megatron_sglang.weights.export import MergedWeights, hf_shapes
+
+    recipe = ModelRecipe(config)
+    expected = None if config.model.random_weights else hf_shapes(config.model.hf_path)
+
+    def make_cycle(model_chunks: list[Any], resume_after: int | None) -> Cycle:
+        dtype = getattr(torch, config.model.dtype)
+        weights = MergedWeights(recipe.bridge, model_chunks, config.sync.bucket_bytes, dtype, expected)
+        comm = TorchComm()
+        leader = station.lead(resume_after) if station is not None else None
+        comm.from_leader(lambda: station and station.engine.wait_ready())
+        return Cycle(comm, weights, leader, config.algo, config.seed)
+
+    options = LossOptions.of(config.algo, config.rollout.max_new_tokens)
+    plugin = Plugin(config, PolicyStep(config.algo.loss, options, config.rollout.temperature), make_cycle)
+    plugin.register()
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(recipe.args),
+            _no_dataset,
+            ModelType.encoder_or_decoder,
+            plugin.step.forward_step,
+            recipe.model_provider,
+        )
+        plugin.finish()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _no_dataset(_samples: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
+    """Megatron wants a training iterator to know that it shall train; the plugin brings the real batches."""
+    return iter(()), None, None
+
+
+_no_dataset.is_distributed = True  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """What rank 0 has besides a model: engine under way, data loaded, reward ready. All is closed with `cleanup`."""
+
+    config: RunConfig
+    cleanup: contextlib.ExitStack
+    engine: Any
+    rollout: rollout.Rollout
+    prompts: source.PromptSource
+    held_out: tuple[Prompt, ...]
+
+    @staticmethod
+    def open(config: RunConfig, cleanup: contextlib.ExitStack) -> Station:
+        engine = create_engine(engine_options(config))
+        cleanup.callback(engine.close)
+        engine.start()
+        tokenizer = source.load_tokenizer(config.model.hf_path)
+        train, held_out = (_prompts(config, path, tokenizer) for path in (config.data.train, config.data.eval))
+        held_out = held_out[: config.rollout.eval_samples or None]
+        reward = rewards.create_reward(
+            config.reward.name,
+            sandbox=config.reward.sandbox,
+            workers=config.reward.workers,
+            timeout_s=config.reward.timeout_s,
+            memory_mb=config.reward.memory_mb,
+            binary=config.reward.binary,
+            unsafe=config.reward.unsafe_local_sandbox,
+            all_pure=all(prompt.problem.get("pure", False) for prompt in (*train, *held_out)),
+            lean_project=config.reward.lean_project or None,
+        )
+        cleanup.callback(reward.close)
+        sampling = SamplingParams(
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            max_new_tokens=config.rollout.max_new_tokens,
+            stop_token_ids=(tokenizer.eos_token_id,),
+        )
+        members = config.rollout.samples_per_prompt
+        sampler = rollout.Rollout(engine, reward, tokenizer.decode, sampling, members, config.seed)
+        prompts = source.PromptSource(
+            train, config.rollout.prompts_per_batch, seed=config.seed, shuffle=config.data.shuffle
+        )
+        return Station(config, cleanup, engine, sampler, prompts, held_out)
+
+    def lead(self, resume_after: int | None) -> Leader:
+        """The leader's part of the cycle, with its log; `resume_after`: see `RunLog`."""
+        log = RunLog(
+            self.config.log.run_dir,
+            total=self.config.rollout.batches,
+            config=dataclasses.asdict(self.config),
+            trackers=self.config.log.trackers,
+            resume_after=resume_after,
+        )
+        self.cleanup.callback(log.close)
+        return Leader(self.engine, self.rollout, self.prompts, self.held_out, self.config.log.save_rollouts, log)
+
+
+def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]:
+    if not path:
+        return ()
+    keys = source.Keys(config.data.input_key, config.data.label_key, config.data.metadata_key)
+    loaded = source.load_prompts(
+        path, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens, too_long=config.data.overlong, keys=keys
+    )
+    return loaded.prompts
+
+
+def engine_options(config: RunConfig) -> EngineOptions:
+    """How the engine is started for `config`, whose engine.tp_size is resolved."""
+    return EngineOptions(
+        model_path=config.model.hf_path,
+        kind=config.rollout.engine,
+        tp_size=config.engine.tp_size or 1,
+        ep_size=config.engine.ep_size,
+        dtype=config.model.dtype,
+        mem_fraction=config.engine.mem_fraction,
+        max_total_tokens=config.engine.max_total_tokens,
+        max_running_requests=config.engine.max_running_requests,
+        start_timeout_s=config.engine.start_timeout_s,
+        request_timeout_s=config.engine.request_timeout_s,
+        update_timeout_s=config.engine.update_timeout_s,
+        log_path=str(Path(config.log.run_dir) / "engine.log"),
+        seed=config.seed,
+        deterministic=config.engine.deterministic,
+        extra=config.sglang,
+    )

@@ -1,0 +1,71 @@
+"""For all tests: tiers by folder, cheap ones first, a deadline for each, and no process left behind.
+
+tests/unit needs nothing; tests/dist, tests/cpu_e2e and tests/gpu are marked after their folder. GPU tests are skipped
+where there is no device. Whatever a test starts inherits MEGATRON_SGLANG_TEST; what still runs under it when the
+session ends is named, ended, and fails the session.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: ranks share few cores
+SESSION_MARK = f"MEGATRON_SGLANG_TEST={uuid.uuid4()}"
+os.environ.update([SESSION_MARK.split("=")])
+
+import psutil  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+DEADLINE_S = {"unit": 120, "dist": 420, "cpu_e2e": 600, "gpu": 600}
+"""Tier -> longest time of one test, in the order in which the tiers run."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tiers = list(DEADLINE_S)
+    for item in items:
+        tier = _tier(item)
+        if tier != "unit":
+            item.add_marker(tier)
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(DEADLINE_S[tier]))
+        if tier == "gpu" and not Path("/dev/nvidiactl").exists():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    items.sort(key=lambda item: tiers.index(_tier(item)))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    leftovers = list(_left_running())
+    for process in leftovers:
+        print(f"\nleft running by the tests: {process.pid} {' '.join(process.cmdline())[:160]}")
+        process.kill()
+    if leftovers:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _tier(item: pytest.Item) -> str:
+    folder = item.path.relative_to(ROOT / "tests").parts[0]
+    return folder if folder in DEADLINE_S else "unit"
+
+
+def _left_running(patience_s: float = 5.0) -> Iterator[psutil.Process]:
+    """Processes that carry this session's mark and do not end by themselves within `patience_s`."""
+    deadline = time.monotonic() + patience_s
+    while (found := list(_marked())) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    yield from found
+
+
+def _marked() -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        try:
+            environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+            helper = "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+            if process.pid != os.getpid() and not helper and SESSION_MARK.encode() in environment:
+                yield process
+        except (OSError, psutil.Error):
+            continue  # it has just ended, or is another user's

@@ -1,0 +1,195 @@
+"""What the forked ranks run: each function is one rank's part of a case, and returns JSON values."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from megatron_sglang.cpu import trainer as cpu_room
+
+cpu_room.enter()
+
+import math
+import random
+import re
+import zlib
+from typing import Any
+
+import torch
+import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  (imported once, before the fork)
+from megatron.core import parallel_state as mpu
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import initialize, training
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+from megatron_sglang import batching, config_check
+from megatron_sglang.config import DataConfig, LoraConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_sglang.losses import LossOptions
+from megatron_sglang.training import lora
+from megatron_sglang.training.model import ModelRecipe
+from megatron_sglang.training.plugin import _rerunnable
+from megatron_sglang.training.step import PolicyStep
+from megatron_sglang.types import TrainSample
+
+initialize._compile_dependencies = lambda: None
+
+
+def make_config(hf: str, layout: dict[str, Any]) -> RunConfig:
+    """8 x 2 samples, one train step; `layout` are Megatron flags."""
+    sizes = {"micro-batch-size": 2, "lr": 1e-2, "min-lr": 1e-2, "lr-decay-style": "constant", "clip-grad": 1.0}
+    config = RunConfig(
+        model=ModelConfig(hf_path=hf, dtype="float32"),
+        data=DataConfig(train="-", max_prompt_tokens=40),
+        lora=LoraConfig(rank=8, alpha=16),
+        rollout=RolloutConfig(max_new_tokens=24, prompts_per_batch=8, samples_per_prompt=2, batches=10),
+        megatron=sizes | layout,
+    )
+    world = int(os.environ["WORLD_SIZE"])
+    config_check.check(config, local_world_size=world)
+    return config_check.resolve(config, local_world_size=world)
+
+
+def set_up(hf: str, layout: dict[str, Any]) -> tuple[ModelRecipe, list[Any], Any, Any]:
+    """Megatron's own set-up of model, optimizer and schedule."""
+    recipe = ModelRecipe(make_config(hf, layout))
+    training.initialize_megatron()
+    model, optimizer, scheduler = training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        model_provider_func=recipe.model_provider,
+        checkpointing_context={},
+        cfg_container=pretrain_cfg_container_from_args(recipe.args),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return recipe, model, optimizer, scheduler
+
+
+def randomize(model: list[Any], scale: float) -> None:
+    """Give every adapter's B values that do not depend on the layout."""
+    for adapter in lora.adapters(model):
+        weight = adapter.wrapper.adapter.linear_out.weight
+        dense = adapter.expert is None
+        tp_size = mpu.get_tensor_model_parallel_world_size() if dense else 1
+        tp_rank = mpu.get_tensor_model_parallel_rank() if dense else 0
+        key = repr((adapter.layer, adapter.expert, adapter.module))
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        whole = torch.randn(weight.shape[0] * tp_size, weight.shape[1], generator=generator) * scale
+        weight.data.copy_(whole.chunk(tp_size)[tp_rank])
+
+
+def samples(count: int, vocabulary: int) -> list[TrainSample]:
+    draw = random.Random(7)
+    made = []
+    for _ in range(count):
+        prompt = tuple(draw.randrange(5, vocabulary) for _ in range(draw.randint(5, 40)))
+        response = tuple(draw.randrange(5, vocabulary) for _ in range(draw.randint(2, 24)))
+        logprobs = tuple(-draw.random() * 4 for _ in response)
+        made.append(TrainSample(prompt, response, logprobs, draw.gauss(0, 1), 0.0, 1))
+    return made
+
+
+def train(hf: str, layout: dict[str, Any], loss: str = "gspo", iterations: int = 3) -> list[list[float]]:
+    """[loss, grad norm] of each train step on fixed samples, on every rank (loss: NaN except on the last stage)."""
+    recipe, model, optimizer, scheduler = set_up(hf, layout)
+    randomize(model, 0.05)
+    args = recipe.args
+    step = PolicyStep(loss, LossOptions(kl_coef=0.0), temperature=1.0)
+    by_step = batching.split(
+        samples(args.global_batch_size, 400),
+        global_batch=args.global_batch_size,
+        micro_batch=args.micro_batch_size,
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+    )
+    batches = [batching.collate(part, 8) for part in by_step[0]]
+    # The sampler's logprobs stand in for old ones, so that ratios, clips and gradients differ from sample to sample.
+    batches = [batch.with_logprobs(old=batch.rollout_logprobs) for batch in batches]
+    config = training.get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = training.finalize_model_grads
+    curve = []
+    for iteration in range(iterations):
+        result = training.train_step(
+            step.forward_step,
+            _rerunnable(model, batches),
+            model,
+            optimizer,
+            scheduler,
+            config,
+            get_forward_backward_func(),
+            iteration=iteration,
+        )
+        curve.append([float(result[0].get(f"{loss} loss", math.nan)), float(result[5])])
+    return curve
+
+
+def logits(model: list[Any], tokens: torch.Tensor) -> torch.Tensor | None:
+    """Full logits [B, S, V] on the last pipeline stage, None elsewhere."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+
+    def forward(_iterator: Any, chunk: Any) -> Any:
+        return chunk(tokens, positions, None), lambda output, non_loss_data=False: output
+
+    with torch.no_grad():
+        found = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(()),
+            model=model,
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return gather_from_tensor_model_parallel_region(found[0]) if mpu.is_pipeline_last_stage() else None
+
+
+def merged_export(hf: str, layout: dict[str, Any]) -> dict[str, float]:
+    """Largest difference between Megatron's logits and those of transformers on the merged weights."""
+    import transformers
+
+    from megatron_sglang.weights.export import hf_layers
+    from megatron_sglang.weights.merge import MergeStats
+
+    recipe, model, _, _ = set_up(hf, layout)
+    randomize(model, 0.2)
+    weights = {
+        name: tensor.clone()
+        for layer in hf_layers(recipe.bridge, model, MergeStats())
+        for name, tensor in layer
+    }
+    tokens = torch.randint(0, 400, (2, 16), generator=torch.Generator().manual_seed(5))
+    ours = logits(model, tokens)
+    if ours is None:
+        return {}
+    reference = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    with torch.no_grad():
+        base = reference(tokens).logits
+        load_hf(reference, weights)
+        merged = reference(tokens).logits
+    return {
+        "difference": float((merged - ours).abs().max()),
+        "moved": float((merged - base).abs().max()),
+        "tensors": len(weights),
+    }
+
+
+def load_hf(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Load hub-named weights into a transformers model, which keeps the experts of a layer in one tensor."""
+    state = dict(weights)
+    experts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for name in list(state):
+        match = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        if match:
+            experts.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = state.pop(name)
+    for prefix, by_expert in experts.items():
+        ordered = [by_expert[number] for number in range(len(by_expert))]
+        state[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat([e["gate"], e["up"]]) for e in ordered])
+        state[f"{prefix}.down_proj"] = torch.stack([e["down"] for e in ordered])
+    result = model.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys, result.unexpected_keys
+    assert set(result.missing_keys) <= {"lm_head.weight"}, result.missing_keys

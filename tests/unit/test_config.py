@@ -1,0 +1,191 @@
+"""Reading configurations: what is right arrives, what is wrong is named with a remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_sglang.config import DataConfig, ModelConfig, RunConfig
+from megatron_sglang.config_argv import FLAGS
+from megatron_sglang.config_check import field_types, known_options
+from megatron_sglang.config_docs import help_text, markdown
+from megatron_sglang.config_load import Invocation, dump, load_config, split_argv
+from megatron_sglang.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "conf").glob("*.yaml"))
+MINIMAL = ["model.hf_path=m", "data.train=t"]
+
+
+def parse(*argv: str, ranks: int = 8) -> Invocation:
+    return split_argv([*MINIMAL, *argv], local_world_size=ranks)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_committed_configs_load_and_hold_only_differences(path: Path) -> None:
+    """A stale key in conf/ would otherwise be found by a user; a repeated default would go stale unseen."""
+    config = load_config(path)
+    default = RunConfig(model=ModelConfig(hf_path=""), data=DataConfig(train=""))
+    for section, given in OmegaConf.to_container(OmegaConf.load(path)).items():  # type: ignore[union-attr]
+        if section not in ("megatron", "sglang"):
+            for name in given if isinstance(given, dict) else ():
+                values = [getattr(getattr(tree, section), name) for tree in (config, default)]
+                assert values[0] != values[1], f"{path.name} repeats the default of {section}.{name}"
+    for named in (config.model.hf_path, config.data.train, config.data.eval):
+        assert not named.startswith("examples/") or (ROOT / named).exists(), f"{path.name} names {named}"
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    """YAML over defaults, overrides over YAML, flags over overrides, wherever they stand on the command line."""
+    yaml = tmp_path / "c.yaml"
+    yaml.write_text("lora: {rank: 2, alpha: 2}\nrollout: {top_k: 2}\nmegatron: {lr: 2.0, min-lr: 2.0}\n")
+    argv = ["--lora-rank", "4", "--lr", "4", "lora.rank=3", "lora.alpha=3", "megatron.min_lr=3", "--config", str(yaml)]
+    config = parse(*argv).config
+    assert (config.lora.rank, config.lora.alpha, config.rollout.top_k, config.lora.dropout) == (4, 3.0, 2, 0.0)
+    assert (config.megatron["lr"], config.megatron["min-lr"]) == ("4", 3)
+
+
+def test_words_go_to_whom_they_are_for() -> None:
+    """Values of all kinds: none, one, several, negative, glued with =, lists, words that YAML takes for a bool."""
+    invocation = parse(
+        "--dry-run", "--rollout-top-k=-1", "--unsafe-local-sandbox", "--use-tis",
+        "--target-modules", "linear_qkv,router",
+        "--sglang-log-level", "info", "--sglang-disable-radix-cache", "--sglang-mem-fraction-static", "0.5",
+        "--rollout.eval_samples", "5", "--data-path", "a", "b", "algo.baseline=leave_one_out",
+        "--no-rl-partial-rollouts", "--sequence-parallel", "--adam-beta2=0.95", "--loss-scale", "-1", "algo.kl_coef=1e-3",
+    )  # fmt: skip
+    config = invocation.config
+    assert invocation.dry_run
+    assert (config.rollout.top_k, config.rollout.eval_samples, config.algo.tis) == (-1, 5, "token")
+    assert config.lora.targets == ("linear_qkv", "router")
+    assert config.reward.unsafe_local_sandbox is True
+    assert (config.algo.baseline, config.algo.kl_coef) == ("leave_one_out", 1e-3)
+    assert config.sglang == {"log_level": "info", "disable_radix_cache": True}
+    assert config.engine.mem_fraction == 0.5
+    assert parse("algo.tis=off").config.algo.tis == "off"
+    words = " ".join(invocation.megatron_argv)
+    assert "--data-path a b --no-rl-partial-rollouts --sequence-parallel --adam-beta2 0.95 --loss-scale -1" in words
+
+
+def test_megatron_gets_what_follows_from_our_own_options() -> None:
+    """Sizes written down twice would drift apart: iterations, batch, length, seed and dtype are derived."""
+    invocation = parse(
+        "--num-rollout", "3", "--global-batch-size", "16", "--seed", "7", "--rollout-max-prompt-len", "40"
+    )
+    argv = invocation.megatron_argv
+    assert argv[:2] == ["--seed=7", "--bf16"]
+    options = dict(zip(argv[2::2], argv[3::2], strict=True))
+    assert options["--train-iters"] == "12"
+    assert options["--seq-length"] == str(40 + 1024)
+    assert options["--expert-tensor-parallel-size"] == "1"
+    assert invocation.config.engine.tp_size == 8
+    assert "--bf16" not in parse("model.dtype=float32").megatron_argv
+    assert parse("megatron.sequence-parallel=false", "megatron.rl_partial_rollouts=false").megatron_argv[-1] == (
+        "--no-rl-partial-rollouts"
+    )
+
+
+def test_a_dumped_config_is_the_same_config(tmp_path: Path) -> None:
+    """The YAML in a run folder must start the same run again."""
+    config = parse("--use-tis", "--lr", "1e-5", "--sglang-log-level=info", "lora.targets=[linear_qkv]").config
+    (tmp_path / "c.yaml").write_text(dump(config))
+    assert load_config(tmp_path / "c.yaml") == config
+    assert split_argv(["--config", str(tmp_path / "c.yaml")], local_world_size=8).config == config
+
+
+WRONG = {
+    "a flag": (["--lora-rnak", "4"], "did you mean --lora-rank"),
+    "megatron flag": (["--expert-model-paralel-size", "2"], "did you mean --expert-model-parallel-size"),
+    "sglang flag": (["--sglang-mem-fraction", "0.5"], "did you mean --sglang-mem-fraction-static"),
+    "field": (["rollout.temprature=1"], "did you mean rollout.temperature"),
+    "field flag": (["--rollout.temprature", "1"], "did you mean --rollout.temperature"),
+    "field far off": (["sync.x=1"], "sync has bucket_bytes"),
+    "section": (["rolout.top_k=1"], "did you mean rollout"),
+    "megatron key": (["megatron.learning=1"], "megatron.learning is not an option of the pinned megatron"),
+    "sglang key": (["sglang.mem_fracton=1"], "not an option of the pinned sglang"),
+    "bare word": (["rollout"], "neither a --flag nor section.field=value"),
+    "missing value": (["--lora-rank"], "--lora-rank got 0 values; expected 1"),
+    "missing value before a flag": (["--lr", "--bf16"], "--lr got 0 values"),
+    "value for a switch": (["--use-tis=3"], "takes no value"),
+    "type": (["lora.rank=many"], "lora.rank='many' is a str; expected int"),
+    "bool as a number": (["lora.rank=true"], "lora.rank=True is a bool; expected int"),
+    "number as a bool": (["data.shuffle=3"], "expected bool"),
+    "choice": (["algo.loss=ppo"], "set it to gspo or gspo_token or grpo"),
+    "item": (["lora.targets=linear_qkv,q_proj"], "'q_proj' is not allowed"),
+    "scalar for a section": (["lora=3"], "neither a --flag nor"),
+    "unset": (["model.hf_path="], "model.hf_path is not set"),
+    "range": (["--rollout-temperature", "0"], "rollout.temperature=0.0; expected above 0"),
+    "nan": (["rollout.temperature=.nan"], "expected above 0"),
+    "one sample": (["--n-samples-per-prompt", "1"], "compare the members of a group"),
+    "clip": (["--eps-clip", "-0.1"], "algo.clip_low=-0.1"),
+    "batch": (["--global-batch-size", "48"], "does not divide the 64 samples"),
+    "batch text": (["--global-batch-size", "x"], "expected a whole number"),
+    "iterations": (["--train-iters", "7"], "make 30 iterations"),
+    "length": (["--seq-length", "100"], "set it to 3072 or more"),
+    "engine size": (["--rollout-num-gpus-per-engine", "3"], "set --rollout-num-gpus-per-engine to 1 or 2 or 4 or 8"),
+    "expert size": (["engine.ep_size=3"], "engine.ep_size=3 does not divide engine.tp_size=8"),
+    "expert tensor parallel": (["--expert-tensor-parallel-size", "2"], "set it to 1"),
+    "owned by us": (["--bf16"], "it follows from model.dtype"),
+    "owned in sglang": (["sglang.tp_size=2"], "it follows from engine.tp_size"),
+    "switch as text": (["megatron.sequence-parallel=yes please"], "expected true or false"),
+    "word as switch": (["megatron.lr-decay-style=on"], "quote words"),
+    "evaluation without data": (["rollout.eval_interval=5"], "set --eval-prompt-data"),
+    "no file": (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong_is_named_with_a_remedy(argv: list[str], message: str) -> None:
+    """A typo that is ignored, or a traceback from deep inside Megatron half a minute later."""
+    with pytest.raises(ConfigError) as caught:
+        parse(*argv)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a", "lora: 3", "seed: {a: 1}", "megatron: 3", "a: ${b}"])
+def test_broken_yaml_is_a_config_error(tmp_path: Path, text: str) -> None:
+    """Whatever stands in the file, the user reads one line and not a traceback of the parser."""
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        parse("--config", str(tmp_path / "c.yaml"))
+
+
+def test_warnings_name_what_is_probably_not_meant() -> None:
+    """GSPO with GRPO's clip range runs, and learns slowly for no visible reason."""
+    assert [line.split()[0] for line in parse("--eps-clip", "0.2", "--rollout-top-p", "0.9").warnings] == [
+        "algo.clip_low=0.2,",
+        "rollout.top_p/top_k",
+    ]
+    assert parse("--eps-clip", "0.2", "--advantage-estimator", "grpo").warnings == ()
+
+
+def test_short_flags_do_not_hide_megatrons() -> None:
+    """A short flag of a Megatron name would take it away from Megatron; only --seed is shared, and passed on."""
+    assert FLAGS.keys() & known_options("megatron").keys() == {"seed"}
+    assert {target.split("=")[0] for target in FLAGS.values()} <= field_types().keys()
+
+
+def test_option_tables_are_of_the_pinned_versions() -> None:
+    """After a change of a pin the tables must be written anew, or right flags are refused."""
+    pins = (ROOT / "pyproject.toml").read_text()
+    for table, package in (("megatron_flags.txt", "megatron-core"), ("sglang_fields.txt", "sglang")):
+        _, name, version, *_ = (ROOT / "megatron_sglang" / table).read_text().replace(":", "").split()
+        assert name == package
+        assert f'"{package}=={version}"' in pins
+
+
+def test_every_field_is_documented_and_docs_are_current() -> None:
+    """docs/configuration.md is made by `make docs`; an option nobody explained is an option nobody uses."""
+    assert (ROOT / "docs" / "configuration.md").read_text() == markdown(), "run `make docs`"
+    assert all(path in help_text() for path in field_types())
+
+
+def test_configs_are_immutable() -> None:
+    """A stage that changes its options changes another stage's run."""
+    config: Any = parse().config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lora.rank = 1
