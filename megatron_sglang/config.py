@@ -35,8 +35,6 @@ class LoraConfig:
     """Inner size r of each adapter."""
     alpha: float = 32.0
     """An adapter adds (alpha / rank) B A to its weight."""
-    dropout: float = 0.0
-    """Dropout on the adapters' input while training."""
     targets: tuple[LoraTarget, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     """Megatron modules that get an adapter, each expert its own; `router` may be added."""
 
@@ -183,6 +181,8 @@ class LogConfig:
 
     run_dir: str = "runs/latest"
     """Folder of the run: resolved configuration, metrics, rollouts, traces, engine log, report."""
+    quiet: bool = True
+    """Show one line per rollout batch; what Megatron prints goes to rank<N>.log in the run folder."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Where metrics go besides the run folder's own JSONL file."""
     save_rollouts: bool = True

@@ -26,7 +26,6 @@ FLAGS = {
     "random-weights": "model.random_weights=true",
     "lora-rank": "lora.rank",
     "lora-alpha": "lora.alpha",
-    "lora-dropout": "lora.dropout",
     "target-modules": "lora.targets",
     "prompt-data": "data.train",
     "eval-prompt-data": "data.eval",
@@ -59,8 +58,18 @@ FLAGS = {
     "sglang-max-running-requests": "engine.max_running_requests",
     "update-weight-buffer-size": "sync.bucket_bytes",
     "seed": "seed",
+    "grpo-prompts-per-step": "rollout.prompts_per_batch",
+    "grpo-group-size": "rollout.samples_per_prompt",
+    "grpo-clamp-eps-lower": "algo.clip_low",
+    "grpo-clamp-eps-upper": "algo.clip_high",
+    "grpo-kl-beta": "algo.kl_coef",
+    "grpo-entropy-term-weight": "algo.entropy_coef",
+    "rl-default-temperature": "rollout.temperature",
+    "rl-default-top-p": "rollout.top_p",
+    "rl-default-top-k": "rollout.top_k",
 }
-"""Short flags, named as users of slime know them -> the field, or `field=value` for a flag that takes no value."""
+"""Short flags, named as users of slime and of Megatron's own RL know them -> the field, or `field=value` for a flag
+that takes no value."""
 
 _OVERRIDE = re.compile(rf"({'|'.join(SECTIONS)})\.[\w-]+=|seed=")
 

@@ -36,8 +36,11 @@ MEGATRON_RESERVED = {
     "seed": "seed",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
-    "perform-rl-step": "nothing (rollouts are this package's)",
 }
+"""Megatron's arguments that are written from our own."""
+
+MEGATRON_RL = ("rl-", "grpo-", "langrl-", "perform-rl-step", "refit-method")
+"""How the arguments of Megatron's own RL loop begin; it does not run here, so they would have no effect."""
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("lora.rank lora.alpha data.max_prompt_tokens algo.tis_cap algo.max_bad_steps", lambda v: v > 0, "above 0"),
@@ -56,7 +59,6 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("engine.tp_size", lambda v: v is None or v > 0, "above 0, or null for all trainer ranks of the node"),
     ("rollout.top_p", lambda v: 0 < v <= 1, "in (0, 1]; 1.0 keeps all tokens"),
     ("rollout.top_k", lambda v: v == -1 or v > 0, "-1 for all tokens, or above 0"),
-    ("lora.dropout", lambda v: 0 <= v < 1, "in [0, 1); 0.0 switches it off"),
     ("rollout.samples_per_prompt", lambda v: v > 1, "2 or above: advantages compare the members of a group"),
 )
 """Fields (separated by blanks), what their value must fulfil, the same in words."""
@@ -155,6 +157,10 @@ def _check_pass_through(config: RunConfig) -> None:
                 raise ConfigError(f"{section}.{name} is not an option of the pinned {section}{hint}")
             if name in reserved:
                 raise ConfigError(f"{section}.{name}={given} is not yours to set; it follows from {reserved[name]}")
+            if section == "megatron" and name.startswith(MEGATRON_RL):
+                raise ConfigError(
+                    f"megatron.{name} is of Megatron's own RL loop, which this package replaces; leave it out"
+                )
     for name, given in config.megatron.items():
         is_switch = known_options("megatron")[name] in ("0", "bool")
         if given is not None and isinstance(given, bool) != is_switch:
@@ -222,7 +228,5 @@ def _warnings(config: RunConfig) -> Iterable[str]:
         )
     if rollout.top_p < 1 or rollout.top_k != -1:
         yield "rollout.top_p/top_k cut the sampler's distribution; the trainer's ratios are taken against the uncut one"
-    if config.lora.dropout > 0:
-        yield "lora.dropout is active in training only; importance ratios then differ from 1 from the first step on"
     if algo.shuffle_rewards:
         yield "algo.shuffle_rewards permutes the rewards: this is the control experiment, nothing should be learned"

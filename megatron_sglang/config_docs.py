@@ -18,7 +18,7 @@ from megatron_sglang.config_check import field_types
 HELP_HEAD = """\
 usage: torchrun --nproc-per-node N pretrain_gspo.py [--config FILE] [--dry-run] [OPTION...]
 
-Later wins: defaults, --config FILE (YAML), section.field=value, flags. --section.field VALUE sets any field below.
+Later wins: defaults, --config FILE (YAML), section.field=value, flags. --SECTION.FIELD VALUE sets any field below.
 --sglang-* sets SGLang's ServerArgs; every other flag is Megatron's. --dry-run prints the resolved configuration.
 """
 
@@ -28,9 +28,9 @@ MARKDOWN_HEAD = """\
 <!-- Made by `make docs` from megatron_sglang/config.py; change the texts there. -->
 
 Sources, later ones win: the defaults below; the YAML file of `--config FILE`, which holds only differences from them;
-overrides `section.field=value`; flags. Every field can be set as `--section.field VALUE`; the short flags are the names
-known from slime. A name that nobody knows is an error with a suggestion. `--dry-run` prints the resolved configuration,
-which is also written to the run folder.
+overrides `section.field=value`; flags. Every field can be set as `--SECTION.FIELD VALUE`; the short flags are names
+known from slime and Megatron-RL. A name nobody knows is an error with a suggestion. `--dry-run` prints the resolved
+configuration, which is also written to the run folder.
 
 * Megatron's own arguments keep their names: `--lr 1e-5` on the command line, `lr: 1e-5` under `megatron:` in YAML. The
   plugin derives `global-batch-size` (one step per rollout batch), `train-iters` (from `rollout.batches`), `seq-length`

@@ -23,8 +23,8 @@ secretly brings you off-policy RL training"), without gradient: min(exp(old_logp
 the product over tokens, per "sequence"; "masked" is per token, 0 outside [1/C, C] instead of capped.
 
 NaN policy: whatever stands at masked positions never reaches the loss, a metric or a gradient. A non-finite value at a
-response position, or a non-finite advantage of a sequence with a response, makes loss and gradients NaN on purpose; the
-trainer's guard turns that into a skipped step. Ratios are not clamped: an overflow is such a case, not a number.
+response position, a non-finite advantage of a sequence with a response, or a ratio that overflows makes loss and
+gradients NaN on purpose; the trainer's guard turns that into a skipped step. The clip would hide an infinite ratio.
 
 Context parallelism: `sum_over_context` adds a tensor over the ranks that hold parts of the same sequences; its backward
 must add gradients over them too (torch.distributed.nn.functional.all_reduce does). Sequence-level sums and denominators
@@ -159,7 +159,7 @@ def policy_loss(
     token_loss_BT = torch.where(x.mask.bool(), token_loss_BT, 0.0)
     loss_sum, denominator = _aggregate(token_loss_BT, x.mask, length_B, options, sum_over_context)
     # A product rather than a choice: the gradients must be NaN too, guards may look at either.
-    loss_sum = loss_sum * _one_or_nan(x, options)
+    loss_sum = loss_sum * _one_or_nan(x, ratio_BT, options)
 
     per_sequence = options.aggregation == "sequence_mean"
     weight_BT = x.mask / length_B.clamp(min=1)[:, None] if per_sequence else x.mask
@@ -279,8 +279,8 @@ def _engine_correction(x: LossInputs, options: LossOptions, sum_over_context: Su
     return weight_BT.clamp(max=options.tis_cap)
 
 
-def _one_or_nan(x: LossInputs, options: LossOptions) -> Tensor:
-    used = [x.logprobs, x.old_logprobs, x.advantages[:, None]]
+def _one_or_nan(x: LossInputs, ratio_BT: Tensor, options: LossOptions) -> Tensor:
+    used = [x.logprobs, x.old_logprobs, x.advantages[:, None], ratio_BT]
     used += [x.ref_logprobs] if options.kl_coef and x.ref_logprobs is not None else []
     used += [x.rollout_logprobs] if options.tis != "off" and x.rollout_logprobs is not None else []
     finite = torch.stack([value.isfinite().all() for value in used]).all()

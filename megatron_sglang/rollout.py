@@ -93,7 +93,7 @@ class Rollout:
 
     def _with_text(self, completion: Completion) -> Completion:
         ids_T = completion.token_ids_T
-        stopped = completion.finish_reason == "stop" and ids_T and ids_T[-1] in self.sampling.stop_token_ids
+        stopped = bool(ids_T) and ids_T[-1] in self.sampling.stop_token_ids
         return replace(completion, text=self.decode(ids_T[:-1] if stopped else ids_T))
 
     def _check_completions(self, asked: Sequence[Prompt], completions: Sequence[Completion]) -> None:

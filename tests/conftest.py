@@ -8,6 +8,7 @@ session ends is named, ended, and fails the session.
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 import uuid
 from collections.abc import Iterator
@@ -45,6 +46,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         process.kill()
     if leftovers:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def repository_files() -> list[Path]:
+    """All files of the repository as they would be committed now."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git clone: what belongs to the repository is not known")
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
 
 
 def _tier(item: pytest.Item) -> str:

@@ -63,7 +63,8 @@ def install(model_path: str, seeded_sampling: bool) -> None:
 
 def _import_less(model_path: Path) -> None:
     """Leave out optional packages, and of SGLang's 200 model files (models/registry.py:89) all but the one in use."""
-    sys.modules.update(dict.fromkeys(UNUSED_PACKAGES))
+    modules: dict[str, Any] = sys.modules
+    modules.update(dict.fromkeys(UNUSED_PACKAGES))
     package = importlib.util.find_spec("sglang")
     config = model_path / "config.json"
     if package is None or not package.submodule_search_locations or not config.exists():
@@ -94,14 +95,18 @@ def _tolerate_remote_experts() -> None:
     original = fused_moe_native.moe_forward_native
 
     def moe_forward_native(layer: Any, x: torch.Tensor, topk_output: Any, config: Any) -> torch.Tensor:
-        remote = topk_output.topk_ids < 0
-        if not remote.any():
+        tokens, slots = (topk_output.topk_ids >= 0).nonzero(as_tuple=True)
+        if len(tokens) == topk_output.topk_ids.numel():
             return original(layer, x, topk_output, config)
-        local = topk_output._replace(
-            topk_ids=topk_output.topk_ids.masked_fill(remote, 0),
-            topk_weights=topk_output.topk_weights.masked_fill(remote, 0.0),
-        )
-        return original(layer, x, local, config)
+        mixed = x.new_zeros(x.shape)
+        if len(tokens):
+            # Each local (token, expert) pair becomes a token with one expert.
+            pairs = topk_output._replace(
+                topk_ids=topk_output.topk_ids[tokens, slots, None],
+                topk_weights=topk_output.topk_weights[tokens, slots, None],
+            )
+            mixed.index_add_(0, tokens, original(layer, x[tokens], pairs, config))
+        return mixed
 
     fused_moe_native.moe_forward_native = moe_forward_native
 

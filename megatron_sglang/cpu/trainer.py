@@ -74,7 +74,6 @@ def _patch_core() -> None:
 def _patch_training() -> None:
     import megatron.core.optimizer as core_optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import initialize, training
 
     from megatron_sglang.cpu.fused_adam import FusedAdam
@@ -88,7 +87,3 @@ def _patch_training() -> None:
     core_optimizer.Adam = distributed_optimizer.Adam = FusedAdam
     core_optimizer.USING_PYTORCH_OPTIMIZER = False
     distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_TE_OPTIMIZER = True
-
-    # filesystem_async.py starts a queue process by spawn, which imports the main script again: 20 s a rank and save.
-    get_queue = filesystem_async.get_write_results_queue
-    filesystem_async.get_write_results_queue = lambda mode="fork": get_queue("fork")

@@ -6,7 +6,7 @@ our own `loader.py` with one parameter dictionary per engine rank, so updates ar
     extra = {"vocab_size": 512, "faults": [{"path": "/flush_cache", "do": "status", "status": 400, "times": 2}]}
 
 Tokens depend on prompt, seed, position and weights. Faults fire on the `after`-th and later calls of a path, `times`
-times; "start" is the path of the start itself.
+times; "start" is the path of the start itself. POST /script replaces the faults of a running engine.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class FakeEngine:
         self.awake = threading.Event()
         self.awake.set()
         self.routes: dict[str, Callable[[dict[str, Any], dict[str, Fault]], tuple[int, Any]]] = {
+            "/script": self.rewrite,
             "/health": self.info,
             "/server_info": self.info,
             "/generate": self.generate,
@@ -133,6 +134,11 @@ class FakeEngine:
 
     def info(self, *_: Any) -> tuple[int, Any]:
         return 200, {"version": self.version}
+
+    def rewrite(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
+        with self.lock:
+            self.faults = [Fault(**fault) for fault in body["faults"]]
+        return 200, {}
 
     def pause(self, *_: Any) -> tuple[int, Any]:
         self.awake.clear()

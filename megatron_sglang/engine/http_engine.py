@@ -5,6 +5,7 @@
     load           loader "load"
     commit_update  loader "commit", weight version, resume(kv_cache) if released, continue
     release        pause(abort), flush until 200, release(kv_cache, weights)
+    wait_ready     with load_format="auto": loader "adopt", weight version 0
 
 SGLang kills itself when an update flushes, or memory is released, while a request is alive: hence pause and flush
 first, and never a flush inside an update. Requests that change state are never sent twice.
@@ -57,6 +58,7 @@ class HttpEngine:
         self.server.wait_ready()
         self._http = Http(self.server.port, self.server.api_key, self.server.admin_key, self.server.why_dead)
         if self.options.load_format == "auto":
+            self._message("weights from disk", {"command": "adopt"})
             self._publish(0)
 
     def close(self) -> None:

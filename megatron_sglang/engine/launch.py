@@ -1,8 +1,8 @@
 """Supervisor of an engine: `python -m megatron_sglang.engine.launch <listener fd>`, the spec as one JSON line on stdin.
 
 It stays tiny (no torch, no SGLang), forks the server and then does one thing: when the trainer is gone (stdin at
-EOF, or another parent), on SIGTERM, or when the server ends, it kills every descendant, orphans included, removes
-the engine's folder and exits. Keys arrive through stdin, so neither argv nor the environment holds them.
+EOF, or another parent), on SIGTERM, or when the server ends, it kills every descendant, orphans included, and exits;
+without a trainer it also removes the engine's folder. Keys come through stdin: argv and environment are readable.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 import traceback
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -36,11 +36,11 @@ def main() -> int:
     if server == 0:
         _run_server(spec, listener)
     listener.close()
-    try:
-        return _supervise(server, trainer)
-    finally:
-        _kill_descendants()
+    ending = _supervise(server, trainer)
+    _kill_descendants()
+    if ending == "orphaned":
         shutil.rmtree(spec["folder"], ignore_errors=True)
+    return 1 if ending == "died" else 0
 
 
 def _run_server(spec: dict[str, Any], listener: socket.socket) -> None:
@@ -61,20 +61,20 @@ def _run_server(spec: dict[str, Any], listener: socket.socket) -> None:
         os._exit(code)
 
 
-def _supervise(server: int, trainer: int) -> int:
-    """Wait until the server or the trainer ends; the server's exit code, 0 if it was us who ended it."""
+def _supervise(server: int, trainer: int) -> Literal["orphaned", "asked", "died"]:
+    """Wait until the trainer is gone, asks for the end, or the server ends by itself."""
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while not stop and os.getppid() == trainer:
+    while not stop:
         readable, _, _ = select.select([0], [], [], 0.2)
-        if readable and not os.read(0, 4096):
-            return 0
+        if os.getppid() != trainer or (readable and not os.read(0, 4096)):
+            return "orphaned"
         while (ended := _reap()) > 0:
             if ended == server:
                 print(f"engine supervisor: the server process {server} ended by itself", file=sys.stderr, flush=True)
-                return 1
-    return 0
+                return "died"
+    return "asked"
 
 
 def _kill_descendants() -> None:

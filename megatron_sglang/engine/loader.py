@@ -7,6 +7,7 @@ SGLang drops its return value; so every message is answered by a JSON file in th
     begin    opens a version; poisons all parameters with NaN                -
     load     checks order, bytes, dtypes, duplicates; model.load_weights     -
     commit   checks the bucket count and that no parameter is left unfilled  "digests": {parameter: digest}
+    adopt    the same check of weights that SGLang loaded from disk itself   "digests": {parameter: digest}
 
 Once a message of a version failed, all later ones of that version fail, until the next begin.
 """
@@ -17,7 +18,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str
             for _, parameter in _floating(model):
                 parameter.fill_(torch.nan)
         return {}
+    if command == "adopt":
+        _tie_head(model)
+        return {"digests": _digests(model)}
     session = _open.get(rank)
     if session is None:
         raise ValueError(f"{command} arrived before any begin; start a new update")
@@ -90,7 +94,7 @@ def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str
         _committed[rank] = session.received
         del _open[rank]
         return {"digests": digests}
-    raise ValueError(f"unknown command {command!r}; expected begin, load or commit")
+    raise ValueError(f"unknown command {command!r}; expected begin, load, commit or adopt")
 
 
 def _load_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
@@ -115,22 +119,29 @@ def _load_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
         if (actual := digest(tensor)) != spec.digest:
             raise ValueError(f"tensor {name} has digest {actual:#x}, its sender said {spec.digest:#x}: bytes changed")
     with torch.no_grad():
-        model.load_weights(_with_tied_head(model, bucket))
+        model.load_weights(bucket.tensors())
     if bucket.data.is_cuda:
         # The sender frees or reuses the buffer as soon as it has our answer.
         torch.cuda.synchronize(bucket.data.device)
     session.buckets += 1
 
 
-def _with_tied_head(model: Any, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
-    """The bucket's tensors, and the head of a model that ties it to its embedding but does not share the memory:
-    SGLang's MoE models ignore tie_word_embeddings (models/qwen3_moe.py:958) and would keep a random head."""
+def _tie_head(model: Any) -> None:
+    """Fill the head of a model that ties it to its embedding but does not share the memory: SGLang's MoE models
+    ignore tie_word_embeddings (models/qwen3_moe.py:958) and would keep a random one. Both are sharded alike."""
+    parameters = dict(model.named_parameters())
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    separate_head = tied and HEAD in dict(model.named_parameters())
-    for name, tensor in bucket.tensors():
-        yield name, tensor
-        if name == EMBEDDING and separate_head:
-            yield HEAD, tensor
+    if tied and HEAD in parameters and EMBEDDING in parameters:
+        with torch.no_grad():
+            parameters[HEAD].copy_(parameters[EMBEDDING])
+
+
+def _digests(model: Any) -> dict[str, str]:
+    """Of every parameter of this rank; refuses a model that holds anything but finite numbers."""
+    unfilled = [name for name, parameter in _floating(model) if not bool(torch.isfinite(parameter).all())]
+    if unfilled:
+        raise ValueError(f"{len(unfilled)} parameters are unfilled or hold NaN or infinity: {_names(unfilled)}")
+    return {name: f"{digest(parameter) % 2**64:016x}" for name, parameter in model.named_parameters()}
 
 
 def _commit(model: Any, session: _Session, message: dict[str, Any]) -> dict[str, str]:
@@ -143,10 +154,8 @@ def _commit(model: Any, session: _Session, message: dict[str, Any]) -> dict[str,
     if before is not None and before != session.received:
         changed = sorted(name for name, _ in before.items() ^ session.received.items())
         raise ValueError(f"{len(changed)} tensors are missing, new or of another shape than before: {_names(changed)}")
-    unfilled = [name for name, parameter in _floating(model) if not bool(torch.isfinite(parameter).all())]
-    if unfilled:
-        raise ValueError(f"{len(unfilled)} parameters are unfilled or hold NaN or infinity: {_names(unfilled)}")
-    return {name: f"{digest(parameter) % 2**64:016x}" for name, parameter in model.named_parameters()}
+    _tie_head(model)
+    return _digests(model)
 
 
 def _floating(model: Any) -> list[tuple[str, torch.Tensor]]:

@@ -85,6 +85,7 @@ class Server:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         # Bound here and handed down, so nobody can take the port while the server is starting.
         with socket.socket() as listener, self.log_path.open("a") as log:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", 0))
             self.port = listener.getsockname()[1]
             self._process = subprocess.Popen(

@@ -35,8 +35,8 @@ def serve(spec: dict[str, Any], listener: socket.socket) -> None:
 
 
 def _loopback_store() -> tuple[Any, str]:
-    """The TCPStore where the ranks meet, and its address. Made by rank 0, as usual, it would listen on all interfaces,
-    without a key, on a port that somebody else may have taken since it was chosen; so the ranks get it as from torchrun."""
+    """The TCPStore where the ranks meet, and its address. Rank 0 would make it listen on all interfaces, without a key,
+    on a port that may be taken since it was chosen; so the ranks are told, as by torchrun, that it exists."""
     from torch.distributed import TCPStore
 
     with socket.create_server(("127.0.0.1", 0)) as listener:

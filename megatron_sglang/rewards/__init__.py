@@ -23,9 +23,10 @@ def create_reward(
     """A verifier by name: a data source ("fim_python", "fim_lean"), "auto" or "function:package.module.function".
 
     "auto" goes by each prompt's `data_source`; Lean is included if `lean_project` (a folder) is given. `sandbox` is a
-    tier's name or "auto", `unsafe` permits the tier "unsafe-local", `all_pure` the tier "restricted"; `timeout_s` and
-    `memory_mb` bound one completion. Its `tier` says what will run the code. Raises `ConfigError`, `SandboxError` or
-    `SetupError` at once if it cannot work here.
+    tier's name or "auto", `unsafe` permits the tier "unsafe-local", `all_pure` the tier "restricted"; `timeout_s` of
+    CPU (three times that by the clock, so that a busy machine does not change rewards; for a function and for Lean:
+    by the clock) and `memory_mb` bound one completion. Its `tier` says what will run the code. Raises `ConfigError`,
+    `SandboxError` or `SetupError` at once if it cannot work here.
     """
     from megatron_sglang.rewards import registry
 

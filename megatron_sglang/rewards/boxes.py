@@ -51,7 +51,7 @@ class Box:
                 env=ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,  # until it is ready
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 cwd="/",
@@ -60,9 +60,12 @@ class Box:
             answer = receive(self._control, MESSAGE_BYTES)
         except ChannelError as error:
             answer = {"failed": f"its server did not come up: {error}"}
-        if "failed" in answer:
-            self.close()
-            raise SandboxError(f"sandbox tier {self._options['tier']!r} does not work here: {answer['failed']}")
+        assert self._process.stderr is not None
+        with self._process.stderr as stderr:
+            if "failed" in answer:
+                self.close()
+                reason = f"{answer['failed']} {stderr.read(1000).decode(errors='replace')[-300:]}".strip()
+                raise SandboxError(f"sandbox tier {self._options['tier']!r} does not work here: {reason}")
         self.filtered = answer["filter"]
 
     def submit(self, job: Mapping[str, Any], channels: Sequence[socket.socket]) -> None:

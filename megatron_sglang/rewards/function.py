@@ -69,7 +69,8 @@ class FunctionReward:
             value = worker.call(prompt, completion, self._timeout_s)
         except ChannelError as error:
             worker.close()
-            what = f"gave no answer in {self._timeout_s:g} s" if str(error) == "timeout" else f"ended its process: {error}"
+            late = str(error) == "timeout"
+            what = f"gave no answer in {self._timeout_s:g} s" if late else f"ended its process ({error})"
             raise RewardError(f"reward function {self._path} {what} for prompt {prompt.id!r}; correct it") from None
         except RewardError as error:
             raise RewardError(f"reward function {self._path} failed for prompt {prompt.id!r}: {error}") from None

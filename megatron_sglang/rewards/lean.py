@@ -7,6 +7,7 @@ that could bend the check itself (`sorry`, `axiom`, `macro`, `#eval`, ...) are r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sglang.errors import ConfigError, RewardError, SandboxError, SetupError
-from megatron_sglang.rewards.boxes import PACKAGE
 from megatron_sglang.rewards.box.command import REFUSED
+from megatron_sglang.rewards.boxes import ENVIRONMENT, PACKAGE
 from megatron_sglang.types import Completion, Prompt, Score
 
 STANDARD_AXIOMS = frozenset({"propext", "Classical.choice", "Quot.sound"})
@@ -137,7 +138,7 @@ class Lean:
             "output_bytes": OUTPUT_BYTES,
             "folder": str(self._project),
             "argv": [str(self._toolchain.lean), "--stdin", "--json", f"--memory={self._memory_mb}"],
-            "env": {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "LEAN_PATH": self._toolchain.search_path},
+            "env": ENVIRONMENT | {"LEAN_PATH": self._toolchain.search_path},
         }
         code = "import sys; sys.path.insert(0, {!r}); from megatron_sglang.rewards.box.command import main; main({!r})"
         python = [sys.executable, "-P", "-s", "-S", "-B", "-c", code.format(str(PACKAGE.parent), options)]
@@ -156,7 +157,7 @@ class Lean:
 
 
 def judge(output: str, status: int, *, line: int, theorem: str, allowed: frozenset[str]) -> str:
-    """Why Lean's `--json` output does not accept the theorem, or "". The axioms are printed by the command on `line`."""
+    """Why Lean's `--json` output does not accept the theorem, or "". `line` has the command that prints the axioms."""
     axioms: list[re.Match[str]] = []
     for row in output.splitlines():
         try:
@@ -211,10 +212,8 @@ def _theorem(prompt_id: str, problem: Mapping[str, Any]) -> str:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast, get_args
@@ -13,6 +14,8 @@ from megatron_sglang.rewards.lean import Lean
 from megatron_sglang.rewards.python_fim import PythonFim
 from megatron_sglang.rewards.sandbox import Limits, Sandbox
 from megatron_sglang.types import Completion, Prompt, Score
+
+WALL_PER_CPU = 3.0
 
 
 class Verifier(Protocol):
@@ -55,7 +58,7 @@ def create(name: str, options: Options) -> Verifier:
     if name == "fim_lean":
         return _lean(options)
     if name != "auto":
-        raise ConfigError(f"reward {name!r} is unknown; choose auto, fim_python, fim_lean or function:PACKAGE.MODULE.FN")
+        raise ConfigError(f"reward {name!r} is unknown; choose auto, fim_python, fim_lean or function:PKG.MODULE.FN")
     verifiers: dict[str, Verifier] = {"fim_python": _python(options)}
     if options.lean_project is not None:
         verifiers["fim_lean"] = _lean(options)
@@ -63,11 +66,9 @@ def create(name: str, options: Options) -> Verifier:
 
 
 def _python(options: Options) -> PythonFim:
-    limits = Limits(wall_s=options.timeout_s, memory_mb=options.memory_mb)
+    limits = Limits(math.ceil(options.timeout_s), WALL_PER_CPU * options.timeout_s, options.memory_mb)
     tier = cast("Tier", options.sandbox)
-    sandbox = Sandbox(
-        tier, limits=limits, workers=options.workers, unsafe=options.unsafe, all_pure=options.all_pure
-    )
+    sandbox = Sandbox(tier, limits=limits, workers=options.workers, unsafe=options.unsafe, all_pure=options.all_pure)
     return PythonFim(sandbox, binary=options.binary)
 
 

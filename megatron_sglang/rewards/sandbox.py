@@ -7,6 +7,7 @@ tier guarantees. Nothing a solution does raises here: it fails its own job.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import socket
@@ -23,14 +24,17 @@ from megatron_sglang.rewards.boxes import Box, BoxDied, Tier
 Test = str | Mapping[str, Any]
 JUDGE_GRACE_S = 1.0  # the tests outlive the solution, to tell how it ended
 STRONG: tuple[Tier, ...] = ("bubblewrap", "namespaces")
-OUT_OF_TIME = ("killed", "SIGKILL", "SIGXCPU")
+ATTEMPTS = 3
+OUT_OF_TIME = ("killed", "SIGXCPU")
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one job may use; its two processes are held to it separately."""
 
-    wall_s: float = 2.0
+    cpu_s: int = 2
+    wall_s: float = 6.0
+    """More than `cpu_s`, so that a busy machine does not change verdicts."""
     memory_mb: int = 512
     """Address space; an idle interpreter takes about 40 MB."""
     processes: int = 16
@@ -103,8 +107,12 @@ class Sandbox:
         return f"sandbox {self.tier}: system calls {filtered}, {self._workers} workers, {self.limits}"
 
     def run(self, jobs: Sequence[Job]) -> list[Verdict]:
-        """Judge all jobs, in parallel; verdicts in the order of the jobs."""
-        return list(self._threads.map(self._judge, jobs))
+        """Judge all jobs, in parallel; verdicts in the order of the jobs. Afterwards nothing any job started is left."""
+        verdicts = list(self._threads.map(self._judge, jobs))
+        for box in self._boxes:
+            with contextlib.suppress(BoxDied):
+                box.settle()
+        return verdicts
 
     def close(self) -> None:
         """End all boxes. Idempotent."""
@@ -139,7 +147,7 @@ class Sandbox:
     def _open(self, tier: Tier) -> None:
         """Start all boxes of a tier and prove on a real job that they isolate."""
         self.tier = tier
-        grace = replace(self.limits, wall_s=self.limits.wall_s + JUDGE_GRACE_S)
+        grace = replace(self.limits, wall_s=self.limits.wall_s + JUDGE_GRACE_S, cpu_s=2 * self.limits.cpu_s)
         self._pairs: queue.SimpleQueue[tuple[Box, Box]] = queue.SimpleQueue()
         for _ in range(self._workers):
             pair = tuple(Box(tier, asdict(limits), use_filter=self._use_filter) for limits in (self.limits, grace))
@@ -161,12 +169,12 @@ class Sandbox:
     def _judge(self, job: Job) -> Verdict:
         pair = self._pairs.get()
         try:
-            for _ in range(3):
-                try:
+            for _ in range(ATTEMPTS):
+                with contextlib.suppress(BoxDied):  # an earlier job had damaged it; now a new one is started
                     return self._judge_in(job, *pair)
-                except BoxDied as error:  # an earlier job had damaged it; a new one is started
-                    reason = error
-            return Verdict((False,) * len(job.tests), broken=f"its sandbox died three times: {reason}")
+            raise SandboxError(
+                f"sandbox tier {self.tier!r} works no more: {ATTEMPTS} boxes died before they took a job"
+            )
         finally:
             self._pairs.put(pair)
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of this package is: Megatron's own torch_dist checkpoint without the frozen base, and one JSON file.
+"""What a checkpoint is here: Megatron's own torch_dist checkpoint without the frozen base, and one JSON file.
 
 <save>/iter_0000030/            Megatron: adapters, optimizer, schedule, RNG
 <save>/iter_0000030/rollout_state.json    position in the data, weight version, rollout step
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_sglang.errors import DataError
 
@@ -39,6 +41,16 @@ def only_adapters(model: torch.nn.Module) -> None:
 
     model.sharded_state_dict = adapters_of
     model.load_state_dict = load_adapters
+
+
+def write_in_process() -> None:
+    """Save without Megatron's queue process, for saves that are not asynchronous.
+
+    filesystem_async.py:65 starts a multiprocessing Manager by spawn even when the writer runs in this process: that
+    imports the main script again (20 s for each rank), and the Manager outlives a rank that is killed.
+    """
+    results: queue.Queue[Any] = queue.Queue()
+    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": results
 
 
 def write_state(save: str, iteration: int, state: dict[str, Any]) -> None:

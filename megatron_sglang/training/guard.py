@@ -1,4 +1,4 @@
-"""A train step with a loss or gradient that is not finite changes nothing, and too many of them in a row end the run."""
+"""A train step with a loss or gradient that is not finite changes nothing; too many in a row end the run."""
 
 from __future__ import annotations
 

@@ -44,7 +44,6 @@ def apply(model: torch.nn.Module, config: LoraConfig, seed: int) -> torch.nn.Mod
         target_modules=list(config.targets),
         dim=config.rank,
         alpha=config.alpha,  # type: ignore[arg-type]
-        dropout=config.dropout,
         share_expert_adapters=False,
     )
     model = peft(model, training=True)

@@ -81,6 +81,8 @@ class Plugin:
 
         training.train_step, training.save_checkpoint = train_step, save_checkpoint
         initialize._compile_dependencies = lambda: None
+        if not get_args().async_save:
+            checkpoint.write_in_process()
 
     def finish(self) -> None:
         """After Megatron's loop: publish the final weights and evaluate them."""

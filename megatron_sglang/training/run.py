@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.cycle import Cycle, Leader
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.prompts import source
+from megatron_sglang.report import write_report
 from megatron_sglang.trace import RunLog
+from megatron_sglang.training import console
 from megatron_sglang.types import Prompt, SamplingParams
 
 
 def train(config: RunConfig) -> None:
     """Run `config` (resolved) as one of torchrun's ranks. Raises `MegatronSglangError`."""
-    with contextlib.ExitStack() as cleanup:
-        station = Station.open(config, cleanup) if int(os.environ.get("RANK", "0")) == 0 else None
+    rank = int(os.environ.get("RANK", "0"))
+    output = console.quiet(Path(config.log.run_dir, f"rank{rank}.log")) if config.log.quiet else console.loud()
+    with contextlib.ExitStack() as cleanup, output as show:
+        station = Station.open(config, cleanup, show) if rank == 0 else None
         cpu_room.enter()
         _train(config, station)
 
@@ -90,9 +95,11 @@ class Station:
     rollout: rollout.Rollout
     prompts: source.PromptSource
     held_out: tuple[Prompt, ...]
+    show: Callable[[str], None]
+    """Prints a line on the console."""
 
     @staticmethod
-    def open(config: RunConfig, cleanup: contextlib.ExitStack) -> Station:
+    def open(config: RunConfig, cleanup: contextlib.ExitStack, show: Callable[[str], None]) -> Station:
         engine = create_engine(engine_options(config))
         cleanup.callback(engine.close)
         engine.start()
@@ -111,6 +118,10 @@ class Station:
             lean_project=config.reward.lean_project or None,
         )
         cleanup.callback(reward.close)
+        show(
+            f"{config.model.hf_path}: {len(train)} training and {len(held_out)} held-out problems, "
+            f"engine {config.rollout.engine} tp={config.engine.tp_size}, rewards in sandbox: {reward.tier}"
+        )
         sampling = SamplingParams(
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
@@ -123,7 +134,7 @@ class Station:
         prompts = source.PromptSource(
             train, config.rollout.prompts_per_batch, seed=config.seed, shuffle=config.data.shuffle
         )
-        return Station(config, cleanup, engine, sampler, prompts, held_out)
+        return Station(config, cleanup, engine, sampler, prompts, held_out, show)
 
     def lead(self, resume_after: int | None) -> Leader:
         """The leader's part of the cycle, with its log; `resume_after`: see `RunLog`."""
@@ -133,9 +144,12 @@ class Station:
             config=dataclasses.asdict(self.config),
             trackers=self.config.log.trackers,
             resume_after=resume_after,
+            echo=self.show,
         )
+        self.cleanup.callback(write_report, self.config.log.run_dir)
         self.cleanup.callback(log.close)
-        return Leader(self.engine, self.rollout, self.prompts, self.held_out, self.config.log.save_rollouts, log)
+        sampler = dataclasses.replace(self.rollout, span=log.span)
+        return Leader(self.engine, sampler, self.prompts, self.held_out, self.config.log.save_rollouts, log)
 
 
 def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]:

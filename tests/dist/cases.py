@@ -13,6 +13,7 @@ cpu_room.enter()
 import math
 import random
 import re
+import signal
 import zlib
 from typing import Any
 
@@ -158,9 +159,7 @@ def merged_export(hf: str, layout: dict[str, Any]) -> dict[str, float]:
     recipe, model, _, _ = set_up(hf, layout)
     randomize(model, 0.2)
     weights = {
-        name: tensor.clone()
-        for layer in hf_layers(recipe.bridge, model, MergeStats())
-        for name, tensor in layer
+        name: tensor.clone() for layer in hf_layers(recipe.bridge, model, MergeStats()) for name, tensor in layer
     }
     tokens = torch.randint(0, 400, (2, 16), generator=torch.Generator().manual_seed(5))
     ours = logits(model, tokens)
@@ -193,3 +192,34 @@ def load_hf(model: Any, weights: dict[str, torch.Tensor]) -> None:
     result = model.load_state_dict(state, strict=False)
     assert not result.unexpected_keys, result.unexpected_keys
     assert set(result.missing_keys) <= {"lm_head.weight"}, result.missing_keys
+
+
+def run(argv: list[str], kill_at: int | None = None, bad_steps: tuple[int, ...] = ()) -> str:
+    """A whole run, as pretrain_gspo.py makes it. kill_at: SIGKILL every rank before that Megatron iteration.
+    bad_steps: Megatron iterations whose gradients are made NaN. The error's class and text, or ""."""
+    from megatron_sglang import config_load
+    from megatron_sglang.errors import MegatronSglangError
+    from megatron_sglang.training import guard
+    from megatron_sglang.training import run as training_run
+
+    original = guard.FiniteGuard.watch
+
+    def watch(self: Any, forward_backward: Any) -> Any:
+        iteration = int(training.get_args().curr_iteration)
+        if iteration == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def spoiled(*args: Any, model: list[Any], **kwargs: Any) -> Any:
+            losses = forward_backward(*args, model=model, **kwargs)
+            if iteration in bad_steps and mpu.get_data_parallel_rank() == 0:
+                model[0].buffers[0].grad_data[0] = math.nan
+            return losses
+
+        return original(self, spoiled)
+
+    guard.FiniteGuard.watch = watch  # type: ignore[method-assign]
+    try:
+        training_run.train(config_load.split_argv(argv).config)
+    except MegatronSglangError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

@@ -19,13 +19,14 @@ RunRanks = Callable[..., list[Any]]
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
     """`run_ranks(N, "case", **arguments)` -> what the case returned on each rank; AssertionError with tracebacks."""
     log = (tmp_path_factory.mktemp("ranks") / "log.txt").open("w")
+    here = str(Path(__file__).parent)  # for the user's modules of these tests, such as letter_reward
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", str(Path(__file__).with_name("rank_server.py"))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": here},
     )
     assert server.stdin is not None
     assert server.stdout is not None

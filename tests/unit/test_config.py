@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from megatron_sglang.config import DataConfig, ModelConfig, RunConfig
 from megatron_sglang.config_argv import FLAGS
-from megatron_sglang.config_check import field_types, known_options
+from megatron_sglang.config_check import MEGATRON_RL, field_types, known_options
 from megatron_sglang.config_docs import help_text, markdown
 from megatron_sglang.config_load import Invocation, dump, load_config, split_argv
 from megatron_sglang.errors import ConfigError
@@ -45,7 +45,7 @@ def test_later_sources_win(tmp_path: Path) -> None:
     yaml.write_text("lora: {rank: 2, alpha: 2}\nrollout: {top_k: 2}\nmegatron: {lr: 2.0, min-lr: 2.0}\n")
     argv = ["--lora-rank", "4", "--lr", "4", "lora.rank=3", "lora.alpha=3", "megatron.min_lr=3", "--config", str(yaml)]
     config = parse(*argv).config
-    assert (config.lora.rank, config.lora.alpha, config.rollout.top_k, config.lora.dropout) == (4, 3.0, 2, 0.0)
+    assert (config.lora.rank, config.lora.alpha, config.rollout.top_k, config.lora.targets) == (4, 3.0, 2, LoraConfig().targets)
     assert (config.megatron["lr"], config.megatron["min-lr"]) == ("4", 3)
 
 
@@ -56,7 +56,8 @@ def test_words_go_to_whom_they_are_for() -> None:
         "--target-modules", "linear_qkv,router",
         "--sglang-log-level", "info", "--sglang-disable-radix-cache", "--sglang-mem-fraction-static", "0.5",
         "--rollout.eval_samples", "5", "--data-path", "a", "b", "algo.baseline=leave_one_out",
-        "--no-rl-partial-rollouts", "--sequence-parallel", "--adam-beta2=0.95", "--loss-scale", "-1", "algo.kl_coef=1e-3",
+        "--no-inference-wandb-logging", "--sequence-parallel", "--adam-beta2=0.95", "--loss-scale", "-1",
+        "algo.kl_coef=1e-3",
     )  # fmt: skip
     config = invocation.config
     assert invocation.dry_run
@@ -68,7 +69,7 @@ def test_words_go_to_whom_they_are_for() -> None:
     assert config.engine.mem_fraction == 0.5
     assert parse("algo.tis=off").config.algo.tis == "off"
     words = " ".join(invocation.megatron_argv)
-    assert "--data-path a b --no-rl-partial-rollouts --sequence-parallel --adam-beta2 0.95 --loss-scale -1" in words
+    assert "--data-path a b --no-inference-wandb-logging --sequence-parallel --adam-beta2 0.95 --loss-scale -1" in words
 
 
 def test_megatron_gets_what_follows_from_our_own_options() -> None:
@@ -84,8 +85,8 @@ def test_megatron_gets_what_follows_from_our_own_options() -> None:
     assert options["--expert-tensor-parallel-size"] == "1"
     assert invocation.config.engine.tp_size == 8
     assert "--bf16" not in parse("model.dtype=float32").megatron_argv
-    assert parse("megatron.sequence-parallel=false", "megatron.rl_partial_rollouts=false").megatron_argv[-1] == (
-        "--no-rl-partial-rollouts"
+    assert parse("megatron.sequence-parallel=false", "megatron.inference_wandb_logging=false").megatron_argv[-1] == (
+        "--no-inference-wandb-logging"
     )
 
 
@@ -131,6 +132,7 @@ WRONG = {
     "expert tensor parallel": (["--expert-tensor-parallel-size", "2"], "set it to 1"),
     "owned by us": (["--bf16"], "it follows from model.dtype"),
     "owned in sglang": (["sglang.tp_size=2"], "it follows from engine.tp_size"),
+    "megatron's own RL": (["--rl-partial-rollouts"], "Megatron's own RL loop, which this package replaces"),
     "switch as text": (["megatron.sequence-parallel=yes please"], "expected true or false"),
     "word as switch": (["megatron.lr-decay-style=on"], "quote words"),
     "evaluation without data": (["rollout.eval_interval=5"], "set --eval-prompt-data"),
@@ -164,8 +166,9 @@ def test_warnings_name_what_is_probably_not_meant() -> None:
 
 
 def test_short_flags_do_not_hide_megatrons() -> None:
-    """A short flag of a Megatron name would take it away from Megatron; only --seed is shared, and passed on."""
-    assert FLAGS.keys() & known_options("megatron").keys() == {"seed"}
+    """A short flag of a Megatron name takes it away from Megatron: --seed is passed on, its RL loop does not run."""
+    shared = FLAGS.keys() & known_options("megatron").keys()
+    assert {name for name in shared if not name.startswith(MEGATRON_RL)} == {"seed"}
     assert {target.split("=")[0] for target in FLAGS.values()} <= field_types().keys()
 
 

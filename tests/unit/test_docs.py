@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,14 +23,6 @@ FOREIGN_FLAGS = """
 every_doc = pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.name)
 
 
-def tracked_files() -> list[Path]:
-    """All files of the repository as it would be committed now."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-
-
 def code_in(text: str) -> Iterator[str]:
     """Fenced blocks and `inline code` of a page; continued lines joined."""
     fence = re.compile(r"^```[^\n]*\n(.*?)^```", re.M | re.S)
@@ -50,13 +41,13 @@ def test_links_and_paths_exist(doc: Path) -> None:
 
 
 @every_doc
-def test_flags_exist(doc: Path) -> None:
+def test_flags_exist(doc: Path, repository_files: list[Path]) -> None:
     """A flag that was renamed; every --flag of the docs is ours, Megatron's, SGLang's, or stands in our own scripts."""
     known = {"config", "dry-run", "help", *FLAGS, *field_types(), *known_options("megatron")}
     known |= {"sglang-" + name.replace("_", "-") for name in known_options("sglang")}
     sources = "\n".join(
         path.read_text()
-        for path in tracked_files()
+        for path in repository_files
         if path.suffix in (".py", ".sh", "") and path.parts[-2] in ("scripts", "benchmarks", ".ci", "weights")
     )
     named = {flag for code in code_in(doc.read_text()) for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", code)}
@@ -83,7 +74,7 @@ def test_commands_can_be_read(doc: Path) -> None:
                 sort_words(word for word in command[1].split() if not word.startswith("["))
 
 
-def test_no_private_address_is_committed() -> None:
+def test_no_private_address_is_committed(repository_files: list[Path]) -> None:
     """A path of the machine it was written on, or the host of a package index."""
     private = re.compile(r"(^|[^\w.])/(wor[k]|far[m]|roo[t]|home/\w+)/", re.M)
     index = re.compile(
@@ -91,7 +82,7 @@ def test_no_private_address_is_committed() -> None:
     )
     host = re.compile(r"//(\w+\.)*(pypi\.or[g]|pythonhosted\.or[g]|anaconda\.or[g])")
     found = []
-    for path in tracked_files():
+    for path in repository_files:
         try:
             text = path.read_text()
         except UnicodeDecodeError:
@@ -102,6 +93,6 @@ def test_no_private_address_is_committed() -> None:
     assert found == []
 
 
-def test_no_large_file_is_committed() -> None:
+def test_no_large_file_is_committed(repository_files: list[Path]) -> None:
     """A checkpoint or a run folder that slipped in: it would stay in the history for ever."""
-    assert [path.name for path in tracked_files() if path.stat().st_size > 5_000_000] == []
+    assert [path.name for path in repository_files if path.stat().st_size > 5_000_000] == []

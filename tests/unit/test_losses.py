@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -57,8 +58,7 @@ def naive_loss(name: str, x: LossInputs, options: LossOptions, low: float, high:
             }[name]
             clipped = min(max(ratio, ratio.new_tensor(1 - low)), ratio.new_tensor(1 + high))
             term = -min(ratio * x.advantages[b], clipped * x.advantages[b])
-            weight = {"off": 0.0, "token": gap, "sequence": sum(gaps), "masked": gap}[options.tis]
-            weight = math.exp(weight)
+            weight = math.exp({"off": 0.0, "token": gap, "sequence": sum(gaps), "masked": gap}[options.tis])
             if options.tis == "masked":
                 weight = weight if 1 / options.tis_cap <= weight <= options.tis_cap else 0.0
             term = term * min(weight, options.tis_cap)
@@ -110,8 +110,7 @@ def test_value_and_gradient_equal_a_loop_over_tokens(name: str, options: LossOpt
 
 
 def two_tokens(advantage: float, **more: Tensor) -> LossInputs:
-    """One sequence with log ratios ln 2 and 0 behind one masked token: token ratios 2 and 1, their geometric mean
-    sqrt 2."""
+    """One sequence; behind a masked token, token ratios 2 and 1, whose geometric mean is sqrt 2."""
     old = torch.tensor([[-9.0, -2.0, -1.0]], dtype=torch.float64)
     new = old + torch.tensor([[5.0, math.log(2), 0.0]], dtype=torch.float64)
     mask = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64)
@@ -264,6 +263,31 @@ def test_a_bad_value_of_the_response_shows_in_loss_and_gradient(name: str, bad: 
     assert inputs.logprobs.grad[4, 1].isnan()
 
 
+@pytest.mark.parametrize("name", LOSS_NAMES)
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_ratio_that_overflows_is_not_hidden_by_the_clip(name: str, advantage: float) -> None:
+    new = torch.tensor([[-1.0]], requires_grad=True)
+    inputs = LossInputs(new, torch.tensor([[-200.0]]), torch.ones(1, 1), torch.tensor([advantage]))
+    loss = policy_loss(name, inputs).loss_sum
+    loss.backward()
+    assert new.grad is not None
+    assert loss.isnan()
+    assert new.grad.isnan().all()
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_only_the_policys_own_outputs_get_gradients(name: str) -> None:
+    """Old, reference and engine logprobs, and advantages, are constants even if a caller forgot to detach them."""
+    inputs = random_inputs()
+    constants = {
+        field: getattr(inputs, field).clone().requires_grad_()
+        for field in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "advantages")
+    }
+    policy_loss(name, replace(inputs, **constants), KL_AND_TIS).loss_sum.backward()
+    assert inputs.logprobs.grad is not None
+    assert [field for field, value in constants.items() if value.grad is not None] == []
+
+
 def test_a_bad_engine_logprob_does_not_stop_training_when_it_is_only_measured() -> None:
     inputs = random_inputs()
     assert inputs.rollout_logprobs is not None
@@ -279,7 +303,7 @@ def test_micro_batches_add_up_to_the_whole_batch(name: str) -> None:
     """Otherwise the micro-batch size would change the training."""
     inputs = random_inputs()
     whole = policy_loss(name, inputs, KL_AND_TIS)
-    parts = [policy_loss(name, _rows(inputs, rows), KL_AND_TIS) for rows in (slice(0, 1), slice(1, 3), slice(3, 5))]
+    parts = [policy_loss(name, _part(inputs, rows), KL_AND_TIS) for rows in (slice(0, 1), slice(1, 3), slice(3, 5))]
     assert sum(int(part.denominator) for part in parts) == int(whole.denominator)
     torch.testing.assert_close(sum(part.loss_sum for part in parts), whole.loss_sum)
     merged = values(merge(part.metrics for part in parts))
@@ -290,7 +314,7 @@ def test_a_sequence_without_response_does_not_count() -> None:
     inputs = random_inputs()
     empty = replace(inputs, mask=torch.cat([inputs.mask[:2], torch.zeros_like(inputs.mask[2:])]))
     empty = replace(empty, advantages=torch.cat([inputs.advantages[:2], torch.full((3,), math.nan).double()]))
-    two, five = policy_loss("gspo", _rows(inputs, slice(0, 2))), policy_loss("gspo", empty)
+    two, five = policy_loss("gspo", _part(inputs, slice(0, 2))), policy_loss("gspo", empty)
     assert (two.denominator.item(), five.denominator.item()) == (2, 2)
     torch.testing.assert_close(two.loss_sum, five.loss_sum)
     none = policy_loss("gspo", replace(empty, mask=torch.zeros_like(inputs.mask)))
@@ -306,7 +330,7 @@ def test_sequences_split_over_context_ranks_give_the_same_loss_and_gradient(name
     whole = policy_loss(name, inputs, options)
     wanted = torch.autograd.grad(whole.loss_sum / whole.denominator, inputs.logprobs)[0]
 
-    halves = [_columns(inputs, slice(0, 3)), _columns(inputs, slice(3, 7))]
+    halves = [_part(inputs, columns=slice(0, 3)), _part(inputs, columns=slice(3, 7))]
     outs = _on_context_ranks(halves, lambda half, hook: policy_loss(name, half, options, hook))
     loss = sum(out.loss_sum for out in outs) / sum(out.denominator for out in outs)
     torch.testing.assert_close(loss, whole.loss_sum / whole.denominator)
@@ -350,43 +374,27 @@ def test_a_run_configuration_gives_the_options_it_names() -> None:
     assert LossOptions.of(AlgoConfig(), 24) == LossOptions(longest_response=24)
 
 
-def _cut(inputs: LossInputs, where: Callable[[Tensor], Tensor]) -> LossInputs:
+def _part(inputs: LossInputs, rows: slice = slice(None), columns: slice = slice(None)) -> LossInputs:
     names = ("logprobs", "old_logprobs", "mask", "ref_logprobs", "rollout_logprobs", "entropy")
-    return replace(inputs, **{name: where(getattr(inputs, name)) for name in names})
-
-
-def _rows(inputs: LossInputs, rows: slice) -> LossInputs:
-    return replace(_cut(inputs, lambda value: value[rows]), advantages=inputs.advantages[rows])
-
-
-def _columns(inputs: LossInputs, columns: slice) -> LossInputs:
-    return _cut(inputs, lambda value: value[:, columns])
+    cut = {name: getattr(inputs, name)[rows, columns] for name in names}
+    return replace(inputs, advantages=inputs.advantages[rows], **cut)
 
 
 def _on_context_ranks(
     halves: list[LossInputs], loss: Callable[[LossInputs, Callable[[Tensor], Tensor]], LossOutputs]
 ) -> list[LossOutputs]:
     barrier = threading.Barrier(2, timeout=20)
-    slots: list[Tensor | None] = [None, None]
-    outs: list[LossOutputs | None] = [None, None]
+    parts: dict[int, Tensor] = {}
 
-    def run(rank: int) -> None:
+    def run(rank: int) -> LossOutputs:
         def hook(part: Tensor) -> Tensor:
-            slots[rank] = part
+            parts[rank] = part
             barrier.wait()
-            mine, other = slots[rank], slots[1 - rank]
+            total = parts[0] + parts[1]
             barrier.wait()
-            assert mine is not None
-            assert other is not None
-            return mine + other
+            return total
 
-        outs[rank] = loss(halves[rank], hook)
+        return loss(halves[rank], hook)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
-    done = [out for out in outs if out is not None]
-    assert len(done) == 2
-    return done
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, (0, 1)))

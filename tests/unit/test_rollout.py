@@ -2,7 +2,8 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -107,6 +108,8 @@ def test_a_rollout_batch_can_be_repeated_whatever_the_order_of_its_prompts() -> 
     forward = make_rollout().collect(PROMPTS, step=5)
     backward = make_rollout().collect(PROMPTS[::-1], step=5)
     assert forward == backward[::-1]
+    assert make_rollout().collect(PROMPTS, step=6) != forward
+    assert make_rollout(seed=2).collect(PROMPTS, step=5) != forward
 
 
 def test_seeds_differ_by_run_step_prompt_and_member_and_are_stable_between_machines() -> None:
@@ -125,6 +128,18 @@ def test_a_prompt_that_comes_twice_in_a_batch_gets_other_samples() -> None:
     rollout.collect([PROMPTS[0], PROMPTS[1], PROMPTS[0]], step=0)
     assert isinstance(rollout.engine, SeededEngine)
     assert len({request.sampling.seed for request in rollout.engine.requests}) == 9
+
+
+def test_generation_and_scoring_are_timed_apart() -> None:
+    names: list[str] = []
+
+    @contextmanager
+    def span(name: str) -> Iterator[None]:
+        yield
+        names.append(name)
+
+    replace(make_rollout(), span=span).collect(PROMPTS, step=0)
+    assert names == ["generate", "reward"]
 
 
 def test_evaluation_draws_once_per_prompt_and_is_the_same_at_every_step() -> None:
@@ -146,7 +161,7 @@ def group(name: str, rewards_G: Sequence[float], ids: Sequence[tuple[int, ...]],
 
 
 GROUPS = (
-    group("a", [1.0, 0.0, 0.5], [(1, 0), (2, 3, 4), (1, 0)], family="x"),
+    group("a", [1.0, 0.25, 0.25], [(1, 0), (2, 3, 4), (1, 0)], family="x"),
     group("b", [0.0, 0.0, 0.0], [(1, 0), (2, 0), (3, 0)]),
 )
 
@@ -172,12 +187,12 @@ def test_evaluation_metrics_count_a_family_only_by_its_own_problems() -> None:
 
 def test_samples_carry_ids_logprobs_advantage_and_version_of_their_own_completion() -> None:
     rewards_PG = rewards(GROUPS)
-    assert rewards_PG.tolist() == [[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]]
+    assert rewards_PG.tolist() == [[1.0, 0.25, 0.25], [0.0, 0.0, 0.0]]
     advantages = group_advantages(rewards_PG, std_normalization=False)
     samples = to_samples(GROUPS, advantages.advantages_PG)
-    assert [sample.advantage for sample in samples] == [0.5, -0.5, 0.0, 0.0, 0.0, 0.0]
+    assert [sample.advantage for sample in samples] == [0.5, -0.25, -0.25, 0.0, 0.0, 0.0]
     assert [sample.response_ids_T for sample in samples[:3]] == [(1, 0), (2, 3, 4), (1, 0)]
-    assert [sample.reward for sample in samples[:3]] == [1.0, 0.0, 0.5]
+    assert [sample.reward for sample in samples[:3]] == [1.0, 0.25, 0.25]
     assert {(sample.prompt_ids_T, sample.weight_version) for sample in samples} == {((5, 6), 2)}
     with pytest.raises(ValueError, match="zip"):
         to_samples(GROUPS, torch.zeros(2, 2))

@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import struct
+from collections.abc import Callable
 from typing import NoReturn
 
 NOBODY = 65534
@@ -31,21 +32,21 @@ class JailError(Exception):
 
 def unshare(control: socket.socket) -> None:
     """Continue as process 1 of new namespaces; the calling process stays outside as `guard`."""
-    root = os.geteuid() == 0
+    uid, gid = os.geteuid(), os.getegid()  # nobody's, once in the new namespace
     here, there = os.pipe()
-    writer = _fork_map_writer(os.getpid(), here, there) if root else None
+    writer = _fork_map_writer(os.getpid(), here, there) if uid == 0 else None
     _step("unshare the user namespace", os.unshare, os.CLONE_NEWUSER)
     os.close(here)
     os.close(there)  # tells the writer to go on
     if writer is None or os.waitpid(writer, 0)[1] != 0:
-        _map_only_self()
+        _map_only_self(uid, gid)
     flags = os.CLONE_NEWNS | os.CLONE_NEWPID | os.CLONE_NEWNET | os.CLONE_NEWIPC | os.CLONE_NEWUTS
     _step("unshare mount, pid, net, ipc, uts and cgroup namespaces", os.unshare, flags | os.CLONE_NEWCGROUP)
     fork_under_guard(control)
 
 
 def fork_under_guard(control: socket.socket) -> None:
-    """Continue in a child that dies with its guard; the guard dies with its own parent, and ends when the child does."""
+    """Continue in a child that dies with its guard, which ends when it, or the guard's parent, does."""
     parent = os.pidfd_open(os.getppid())
     child = os.fork()
     if child:
@@ -78,8 +79,7 @@ def _fork_map_writer(target: int, ready: int, unused: int) -> int:
     os._exit(0)
 
 
-def _map_only_self() -> None:
-    uid, gid = os.geteuid(), os.getegid()
+def _map_only_self(uid: int, gid: int) -> None:
     _step("deny setgroups", _write, "/proc/self/setgroups", "deny")
     _step("map the user", _write, "/proc/self/uid_map", f"{NOBODY} {uid} 1\n")
     _step("map the group", _write, "/proc/self/gid_map", f"{NOBODY} {gid} 1\n")
@@ -157,14 +157,14 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
     _call(f"mount {kind or source} on {target}", _libc.mount, *arguments)
 
 
-def _call(what: str, function: ctypes._CFuncPtr, *arguments: object) -> None:
+def _call(what: str, function: Callable[..., int], *arguments: object) -> None:
     if function(*arguments) != 0:
         raise JailError(f"{what}: {os.strerror(ctypes.get_errno())}")
 
 
-def _step(what: str, function: object, *arguments: object) -> None:
+def _step(what: str, function: Callable[..., object], *arguments: object) -> None:
     try:
-        function(*arguments)  # type: ignore[operator]
+        function(*arguments)
     except OSError as error:
         raise JailError(f"{what}: {error.strerror}") from None
 

@@ -14,6 +14,7 @@ import struct
 from typing import Any
 
 CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
+BASES: tuple[Any, ...] = (int, float, str, list, tuple, set, frozenset, dict, bytes, complex)
 HEADER = struct.Struct(">I")
 
 
@@ -38,7 +39,7 @@ def pack(value: Any) -> Any:
         return {kind.__name__: value.hex()}
     if kind is complex:
         return {"complex": [value.real, value.imag]}
-    for base in (int, float, str, list, tuple, set, frozenset, dict, bytes, complex):
+    for base in BASES:
         if isinstance(value, base):
             return pack(base(value))
     raise TypeError(f"a value of type {kind.__name__} is not a literal")

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import ast
 import builtins
+from typing import Any
 
-METHODS = frozenset(
-    """add append capitalize clear copy count difference discard endswith extend find get index insert intersection
-    isalnum isalpha isdigit islower isspace isupper items join keys lower lstrip pop remove replace reverse rfind rindex
-    rsplit rstrip sort split splitlines startswith strip swapcase title union update upper values zfill""".split()
-)
-BUILTINS = {
-    name: getattr(builtins, name)
-    for name in """abs all any bin bool chr dict divmod enumerate filter float frozenset hex int isinstance len list map
-    max min ord pow range repr reversed round set slice sorted str sum tuple zip""".split()
+METHODS = {
+    *("add", "append", "capitalize", "clear", "copy", "count", "difference", "discard", "endswith", "extend", "find"),
+    *("get", "index", "insert", "intersection", "isalnum", "isalpha", "isdigit", "islower", "isspace", "isupper"),
+    *("items", "join", "keys", "lower", "lstrip", "pop", "remove", "replace", "reverse", "rfind", "rindex", "rsplit"),
+    *("rstrip", "sort", "split", "splitlines", "startswith", "strip", "swapcase", "title", "union", "update", "upper"),
+    *("values", "zfill"),
+}
+BUILTINS: dict[str, Any] = {
+    builtin.__name__: builtin
+    for builtin in (
+        *(abs, all, any, bin, bool, chr, dict, divmod, enumerate, filter, float, frozenset, hex, int, isinstance, len),
+        *(list, map, max, min, ord, range, repr, reversed, round, set, slice, sorted, str, sum, tuple, zip),
+    )
 }
 BUILTINS["pow"] = lambda base, exponent, modulus: pow(base, exponent, modulus)
 NODES = (
@@ -54,12 +59,16 @@ def _problem(node: ast.AST) -> str:
             return f"the builtin {name}"
         case ast.Attribute(attr=name) if name not in METHODS:
             return f"the attribute {name}"
-        case ast.BinOp(op=ast.Pow() | ast.LShift(), right=right) | ast.AugAssign(
-            op=ast.Pow() | ast.LShift(), value=right
-        ) if not (isinstance(right, ast.Constant) and type(right.value) is int and right.value <= LARGEST_EXPONENT):
+        case ast.BinOp(op=op, right=right) | ast.AugAssign(op=op, value=right) if _may_explode(op, right):
             return f"a power or shift by anything but a constant up to {LARGEST_EXPONENT}"
         case ast.While(test=ast.Constant()):
             return "a while without a condition"
         case _ if not isinstance(node, NODES):
             return f"the construct {type(node).__name__}"
     return ""
+
+
+def _may_explode(operator: ast.operator, right: ast.expr) -> bool:
+    if not isinstance(operator, (ast.Pow, ast.LShift)):
+        return False
+    return not (isinstance(right, ast.Constant) and type(right.value) is int and right.value <= LARGEST_EXPONENT)

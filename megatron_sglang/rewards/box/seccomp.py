@@ -81,7 +81,7 @@ def program() -> bytes:
 
 
 def _search(ranges: list[tuple[int, list[Instruction]]]) -> list[Instruction]:
-    """Binary search for the last (start, verdict) with start <= number: the kernel walks the filter for every number."""
+    """Binary search for the last start <= number: the kernel walks the filter once for every number there is."""
     if len(ranges) == 1:
         return ranges[0][1]
     middle = len(ranges) // 2

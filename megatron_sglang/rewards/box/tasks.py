@@ -7,7 +7,7 @@ silent. Channel between them, a strict alternation of one request and one answer
     solve -> judge   {"ready": true} | {"error": [class, message]}
     judge -> solve   {"args": [...], "kwargs": {...}}
     solve -> judge   {"value": literal} | {"error": [class, message]}
-    judge -> driver  {"ok": bool, "detail": str, "gone": bool} per test | {"broken": str}, a fault of the tests themselves
+    judge -> driver  {"ok": bool, "detail": str, "gone": bool} per test | {"broken": str}
 """
 
 from __future__ import annotations
@@ -147,4 +147,6 @@ def _run(test: Any, candidate: Candidate, namespace: dict[str, Any]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, (SolutionError, SolutionGone)) else f"{type(error).__name__}: {error}".rstrip(": ")
+    if isinstance(error, (SolutionError, SolutionGone)):
+        return str(error)
+    return f"{type(error).__name__}: {error}".rstrip(": ")

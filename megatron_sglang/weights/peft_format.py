@@ -1,0 +1,224 @@
+"""A PEFT adapter folder: adapter_config.json and adapter_model.safetensors. Torch only; nothing of Megatron, no `peft`.
+
+Two layouts are read. Written is the first, one pair of factors for each linear layer and each expert:
+
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight          [r, in]
+    base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight          [out, r]
+    base_model.model.model.layers.0.mlp.experts.5.gate_proj.lora_A.weight   [r, in], 5 counts over all experts
+
+It is what transformers 4, vLLM and SGLang have; peft (0.19 and later) stacks it on loading where transformers 5 keeps
+the experts of a layer in one parameter. The second is what peft saves from there, E experts stacked:
+
+    ....mlp.experts.base_layer.lora_A.weight   gate_up_proj: [E * r, in], expert by expert
+    ....mlp.experts.base_layer.lora_B.weight                 [2 * out, r * E], rank by rank
+    ....mlp.experts.lora_A.weight, lora_B      down_proj, alike
+
+Module names are those of the Hugging Face weights without `.weight`, e.g. "model.layers.0.self_attn.q_proj".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_sglang.errors import DataError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_ONLY_IN_EXPERTS = {"gate_proj", "up_proj", "down_proj"}
+_PLAIN = {"bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False}
+"""Options of PEFT that Megatron's LoRA has no counterpart for, and the only value that can be read."""
+_ABSENT = ("modules_to_save", "layer_replication", "trainable_token_indices")
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One adapter: the weight gets `scale * up @ down`."""
+
+    down: torch.Tensor
+    """A, [r, in]."""
+    up: torch.Tensor
+    """B, [out, r]."""
+    scale: float = 1.0
+
+
+def join(parts: Sequence[Factors], scale: float) -> Factors:
+    """The adapter of a fused layer: its delta is the parts' deltas, one below the other, exactly.
+
+    Rows of A that parts share are kept once, so parts with a common A keep their rank; the rank of the result is the
+    number of different rows. A part's up is scaled where its scale is not `scale`.
+    """
+    place: dict[bytes, int] = {}
+    columns = []
+    for part in parts:
+        rows = part.down.detach().cpu().contiguous().view(torch.uint8).numpy()
+        columns.append(torch.tensor([place.setdefault(row.tobytes(), len(place)) for row in rows]))
+    first = parts[0]
+    down = first.down.new_empty(len(place), first.down.shape[1])
+    up = first.up.new_zeros(sum(len(part.up) for part in parts), len(place))
+    below = 0
+    for part, column in zip(parts, columns, strict=True):
+        down[column] = part.down
+        scaled = part.up if part.scale == scale else part.up * (part.scale / scale)
+        up[below : below + len(part.up)].index_add_(1, column, scaled)
+        below += len(part.up)
+    return Factors(down, up, scale)
+
+
+def write_adapter(
+    folder: Path, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], *, rank: int, alpha: float, base: str
+) -> None:
+    """Write module name -> (A, B), all with the scale alpha / rank. `base`: where the base model is found."""
+    state = {}
+    for module, (down, up) in factors.items():
+        # A of q, k and v is one tensor here, but safetensors wants memory of its own for each name.
+        state[f"{_PREFIX}{module}.lora_A.weight"] = down.cpu().clone(memory_format=torch.contiguous_format)
+        state[f"{_PREFIX}{module}.lora_B.weight"] = up.cpu().clone(memory_format=torch.contiguous_format)
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    modules, parameters = _targets(factors)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": 0.0,  # acts in training only, and peft refuses it for stacked experts
+        "target_modules": modules,
+        "target_parameters": parameters or None,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "modules_to_save": None,
+    }
+    (folder / CONFIG).write_text(json.dumps(config | _PLAIN, indent=2) + "\n")
+
+
+def _targets(modules: Iterable[str]) -> tuple[list[str], list[str]]:
+    """PEFT's target_modules and target_parameters.
+
+    In a model with experts peft takes the leaf names gate_proj, up_proj, down_proj for the experts alone, so dense and
+    shared MLPs are named as parameters.
+    """
+    names = list(modules)
+    has_experts = any(re.search(r"\.experts\.\d+\.", name) for name in names)
+    leaves, parameters = set(), []
+    for name in names:
+        leaf = name.rpartition(".")[2]
+        if has_experts and leaf in _ONLY_IN_EXPERTS and not re.search(r"\.experts\.\d+\.", name):
+            parameters.append(f"{name}.weight")
+        else:
+            leaves.add(leaf)
+    return sorted(leaves), parameters
+
+
+class AdapterFolder:
+    """A PEFT adapter opened for reading; tensors are read from disk when they are asked for.
+
+    experts: routed experts of the base model (0: none), to cut stacked tensors. Raises DataError for what is no LoRA
+    adapter, uses an option that Megatron's LoRA lacks, or is damaged.
+    """
+
+    def __init__(self, folder: Path, experts: int) -> None:
+        self.folder, self.experts = folder, experts
+        self.config = _read_config(folder)
+        try:
+            self._file = safe_open(folder / WEIGHTS, framework="pt")
+            keys = list(self._file.keys())
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{folder / WEIGHTS} cannot be read ({error}); fetch the adapter again") from error
+        self._readers: dict[str, Callable[[], Factors]] = {}
+        self._stacks: dict[str, torch.Tensor] = {}
+        for key in keys:
+            module, found, factor = key.removeprefix(_PREFIX).rpartition(".lora_")
+            if not found or factor not in ("A.weight", "B.weight"):
+                raise DataError(f"{folder / WEIGHTS}: {key} is no factor of a linear layer; only plain LoRA is read")
+            if key.endswith("B.weight"):
+                self._add(module, key)
+        if 2 * len([key for key in keys if key.endswith("B.weight")]) != len(keys):
+            raise DataError(f"{folder / WEIGHTS}: not every lora_A has its lora_B; fetch the adapter again")
+
+    @property
+    def modules(self) -> list[str]:
+        """Adapted modules; stacked experts one by one."""
+        return list(self._readers)
+
+    def factors(self, module: str) -> Factors | None:
+        """None where `module` has no adapter."""
+        reader = self._readers.get(module)
+        return reader() if reader is not None else None
+
+    def _add(self, module: str, key_b: str) -> None:
+        stacked = re.fullmatch(r"(.*\.experts)(\.base_layer)?", module)
+        if stacked is None:
+            self._readers[module] = lambda: self._plain(module)
+            return
+        fused = "gate_up_proj" if self._is_gate_up(module) else "down_proj"
+        name = f"{stacked[1]}.{fused}"
+        if not self.experts or self._file.get_slice(key_b).get_shape()[1] % self.experts:
+            raise DataError(f"{self.folder}: {module} does not hold {self.experts} experts; is it of another model?")
+        parts = {"gate_proj": 0, "up_proj": 1} if fused == "gate_up_proj" else {"down_proj": None}
+        for expert in range(self.experts):
+            for leaf, half in parts.items():
+                self._readers[f"{stacked[1]}.{expert}.{leaf}"] = (
+                    lambda expert=expert, half=half: self._of_stack(module, name, expert, half)
+                )
+
+    def _is_gate_up(self, module: str) -> bool:
+        """peft wraps a layer's parameters one by one: gate_up_proj inside, down_proj around it."""
+        targets = [str(target) for target in self.config.get("target_parameters") or ()]
+        return module.endswith(".base_layer") or not any(target.endswith("down_proj") for target in targets)
+
+    def _plain(self, module: str) -> Factors:
+        down, up = (self._file.get_tensor(f"{_PREFIX}{module}.lora_{factor}.weight") for factor in "AB")
+        return Factors(down, up, self._scale(module, len(down)))
+
+    def _of_stack(self, module: str, name: str, expert: int, half: int | None) -> Factors:
+        slice_a = self._file.get_slice(f"{_PREFIX}{module}.lora_A.weight")
+        rank = slice_a.get_shape()[0] // self.experts
+        down = slice_a[expert * rank : (expert + 1) * rank]
+        up = self._whole(f"{_PREFIX}{module}.lora_B.weight")[:, expert :: self.experts]
+        if half is not None:
+            up = up.chunk(2)[half]
+        return Factors(down, up, self._scale(name, rank))
+
+    def _whole(self, key: str) -> torch.Tensor:
+        """A stack of B, kept while the experts of its layer are read: their columns lie interleaved."""
+        if key not in self._stacks:
+            if len(self._stacks) == 2:
+                self._stacks.clear()
+            self._stacks[key] = self._file.get_tensor(key)
+        return self._stacks[key]
+
+    def _scale(self, module: str, rank: int) -> float:
+        alpha = float(self.config.get("lora_alpha", 8))
+        for pattern, given in (self.config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = float(given)
+                break
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); give the folder of a PEFT adapter") from error
+    if config.get("peft_type") != "LORA":
+        raise DataError(f"{path}: peft_type is {config.get('peft_type')}; only LORA can be converted")
+    given = {name: config.get(name) or plain for name, plain in _PLAIN.items()}
+    odd = {name: value for name, value in given.items() if value != _PLAIN[name]}
+    odd |= {name: config[name] for name in _ABSENT if config.get(name)}
+    if odd:
+        name, value = next(iter(odd.items()))
+        raise DataError(f"{path}: {name}={value} has no counterpart in Megatron's LoRA; train the adapter without it")
+    return config

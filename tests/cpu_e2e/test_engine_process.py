@@ -1,0 +1,86 @@
+"""An engine's processes: how they start, fail to start, and end with their trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from conftest import Publisher, Weights, engine_options
+
+from megatron_sglang.engine import create_engine
+from megatron_sglang.errors import EngineStartError
+from megatron_sglang.types import GenerateRequest, SamplingParams
+
+if TYPE_CHECKING:
+    from megatron_sglang.engine.http_engine import HttpEngine
+
+pytestmark = [pytest.mark.cpu_e2e, pytest.mark.timeout(400)]
+
+PROMPT = tuple(range(5, 40))
+
+TRAINER = """
+    import json, sys, time
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from conftest import engine_options
+    from megatron_sglang.engine import create_engine
+    from megatron_sglang.types import GenerateRequest, SamplingParams
+
+    engine = create_engine(engine_options(Path({model!r}), ep_size=2, load_format="auto", log_path={log!r}))
+    engine.start()
+    engine.wait_ready()
+    [completion] = engine.generate([GenerateRequest({prompt!r}, SamplingParams(max_new_tokens=24, seed=3))])
+    server = engine.server
+    print(json.dumps([server.pid, server.port, str(server.mailbox), completion.token_ids_T]), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_killed_trainer_leaves_nothing(
+    engine: HttpEngine, publish: Publisher, weights: Weights, tiny_model: Path, tmp_path: Path
+) -> None:
+    """After SIGKILL of the trainer an engine that lived on would hold its GPUs and ports for ever. Its weights come
+    from disk and its experts are spread by EP=2: its tokens must be those of the TP=2 engine that got them from us."""
+    log = tmp_path / "engine.log"
+    tests = str(Path(__file__).parent)
+    script = TRAINER.format(tests=tests, model=str(tiny_model), log=str(log), prompt=PROMPT)
+    trainer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    try:
+        publish(weights)
+        [expected] = engine.generate([GenerateRequest(PROMPT, SamplingParams(max_new_tokens=24, seed=3))])
+        assert trainer.stdout is not None
+        pid, port, mailbox, tokens = json.loads(trainer.stdout.readline() or "[]") or pytest.fail(
+            log.read_text()[-3000:]
+        )
+        assert tuple(tokens) == expected.token_ids_T
+        tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        assert len(tree) >= 5, "supervisor, server, two schedulers, detokenizer"
+    finally:
+        trainer.send_signal(signal.SIGKILL)
+        trainer.wait(10)
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    assert not alive
+    socket.create_server(("127.0.0.1", port)).close()
+    assert not Path(mailbox).parent.exists()
+
+
+def test_engine_that_dies_at_start_shows_its_log(tmp_path: Path) -> None:
+    """Without the log's last lines in the error, the user of a cluster has to go and look for them."""
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "qwen3_moe"}')
+    engine = create_engine(engine_options(tmp_path, tp_size=1))
+    started = time.monotonic()
+    with pytest.raises(EngineStartError, match=r"NoSuchModel|config"), engine:
+        pass
+    assert time.monotonic() - started < 200
+    assert engine.server.why_dead() == "it is not started"
+    assert os.environ.get("TORCHELASTIC_USE_AGENT_STORE") is None

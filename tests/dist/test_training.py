@@ -1,0 +1,97 @@
+"""Whole runs in Megatron's loop with the scriptable engine: resume, divergence, errors on all ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.dist
+
+BASE = (
+    "--config conf/tiny_cpu.yaml --rollout-engine fake rollout.prompts_per_batch=4 rollout.samples_per_prompt=2 "
+    "rollout.batches=6 rollout.eval_samples=4 reward.name=function:letter_reward.vowels --micro-batch-size 2 --global-batch-size 8"
+).split()
+
+
+def argv(folder: Path, *more: str) -> list[str]:
+    return [*BASE, f"log.run_dir={folder}", *more]
+
+
+def records(folder: Path) -> dict[int, dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {record["iteration"]: record for record in map(json.loads, lines)}
+
+
+def test_a_killed_run_resumes_with_the_same_losses(run_ranks, tmp_path):
+    """SIGKILL between two iterations must cost nothing but the time since the last save: adapters, optimizer, RNG, data
+    position and weight version come back."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run_ranks(2, "run", argv=argv(whole)) == ["", ""]
+    save = [f"--save={tmp_path / 'checkpoint'}", "--save-interval=2"]
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(2, "run", argv=argv(cut, *save), kill_at=5)
+    resumed = argv(cut, *save, f"--load={tmp_path / 'checkpoint'}")
+    assert run_ranks(2, "run", argv=resumed) == ["", ""]
+    expected, found = records(whole), records(cut)
+    assert expected[5]["sync/update_norm"] > 0, "the run must learn something for the comparison to mean anything"
+    assert list(found) == list(expected) == list(range(7))
+    for iteration in range(6):
+        for name in ("train/loss", "train/grad_norm", "rollout/reward", "sync/version", "sync/update_norm"):
+            assert found[iteration][name] == pytest.approx(expected[iteration][name], rel=1e-6), (iteration, name)
+
+
+def test_checkpoints_hold_adapters_and_not_the_base(run_ranks, tmp_path):
+    """A save that rewrites the frozen base costs 61 GB on the real model."""
+    import torch.distributed.checkpoint as dcp
+
+    save = [f"--save={tmp_path / 'checkpoint'}", "--save-interval=1", "rollout.batches=1"]
+    assert run_ranks(2, "run", argv=argv(tmp_path / "run", *save)) == ["", ""]
+    folder = tmp_path / "checkpoint" / "iter_0000001"
+    names = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    weights = [name for name in names if name.endswith(".weight") and not name.startswith("optimizer")]
+    assert weights
+    assert all(".adapter." in name for name in weights), weights
+    assert json.loads((folder / "rollout_state.json").read_text())["rollout_step"] == 1
+
+
+def test_a_step_that_is_not_finite_is_skipped(run_ranks, tmp_path):
+    """One NaN gradient must not reach the weights; the next step goes on from where it was."""
+    run_dir = tmp_path / "run"
+    assert run_ranks(2, "run", argv=argv(run_dir, "rollout.batches=4"), bad_steps=[1]) == ["", ""]
+    found = records(run_dir)
+    assert found[2]["sync/update_norm"] == found[1]["sync/update_norm"]
+    assert found[3]["sync/update_norm"] > found[2]["sync/update_norm"]
+
+
+def test_many_steps_that_are_not_finite_end_the_run_on_all_ranks(run_ranks, tmp_path):
+    """A diverged run must stop with the reason on every rank, not hang or go on forever."""
+    for text in run_ranks(2, "run", argv=argv(tmp_path / "run"), bad_steps=[1, 2, 3]):
+        assert text.startswith("DivergedError: 3 train steps in a row"), text
+    assert max(records(tmp_path / "run")) == 3
+
+
+def test_several_train_steps_per_rollout_batch(run_ranks, tmp_path):
+    """With two steps a batch, the second is off-policy: its ratios must differ from 1, the first's must not."""
+    more = ["--global-batch-size=4", "rollout.batches=3", "rollout.temperature=0.7"]
+    assert run_ranks(2, "run", argv=argv(tmp_path / "run", *more)) == ["", ""]
+    assert all(record["train/kl_old"] > 0 for step, record in records(tmp_path / "run").items() if step < 3)
+
+
+@pytest.mark.parametrize(
+    ("layout", "text"),
+    [
+        (
+            ["--tensor-model-parallel-size=2", "--expert-tensor-parallel-size=2"],
+            "adapters of experts are wrong above 1",
+        ),
+        (["--seq-length=64"], "seq-length"),
+        (["--context-parallel-size=2", "--expert-model-parallel-size=1"], "no context parallelism"),
+        (["model.hf_path=/nonexistent"], "has no config.json"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_reason(run_ranks, tmp_path, layout, text):
+    """Megatron or Bridge would accept these and be wrong, or fail far from the cause."""
+    for found in run_ranks(2, "run", argv=argv(tmp_path / "run", *layout)):
+        assert text in found, found

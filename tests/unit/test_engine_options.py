@@ -1,0 +1,64 @@
+"""Engine options and the environment an engine inherits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_sglang.engine import EngineOptions
+from megatron_sglang.engine.options import OWNED, server_args, server_args_fields
+from megatron_sglang.engine.server import clean_environment
+from megatron_sglang.errors import ConfigError
+
+
+def test_extra_reaches_sglang_and_owned_names_do_not() -> None:
+    """A passed-through key or port would silently undo what the engine room guarantees."""
+    options = EngineOptions("m", device="cpu", tp_size=2, extra={"log_level": "info", "page_size": 1})
+    arguments = server_args(options, port=1234)
+    assert (arguments["log_level"], arguments["page_size"], arguments["port"]) == ("info", 1, 1234)
+    for name in OWNED:
+        with pytest.raises(ConfigError, match=f"sets '{name}', which this package owns; use "):
+            EngineOptions("m", extra={name: 1})
+
+
+@pytest.mark.skipif(not server_args_fields(), reason="SGLang is not installed")
+def test_unknown_name_is_refused_with_a_suggestion() -> None:
+    """SGLang would only fail a minute later, in another process."""
+    with pytest.raises(ConfigError, match="did you mean 'chunked_prefill_size'"):
+        EngineOptions("m", extra={"chunk_prefill_size": 1})
+    ours = server_args(EngineOptions("m", device="cuda"), 1) | server_args(EngineOptions("m", device="cpu"), 1)
+    assert ours.keys() | OWNED.keys() <= server_args_fields()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"tp_size": 0}, "tp_size=0"), ({"tp_size": 2, "ep_size": 3}, "ep_size=3")]
+)
+def test_impossible_sizes(changes: dict[str, int], message: str) -> None:
+    """They would surface as an assertion deep in SGLang."""
+    with pytest.raises(ConfigError, match=message):
+        EngineOptions("m", **changes)  # pyright: ignore[reportArgumentType]
+
+
+def test_environment_is_cleaned() -> None:
+    """torchrun's variables make SGLang join the wrong process group; expandable segments break CUDA IPC."""
+    dirty = {
+        "PATH": "/bin",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "x",
+        "TORCHELASTIC_RUN_ID": "x",
+        "GROUP_RANK": "0",
+        "ROLE_NAME": "x",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True",
+    }
+    assert clean_environment(dirty) == {"PATH": "/bin", "PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}
+
+
+def test_import_is_light() -> None:
+    """The supervisor imports this package too: torch or SGLang in it would cost seconds and memory per engine."""
+    code = "import sys, megatron_sglang.engine.launch; print(sorted({'torch', 'sglang', 'httpx'} & sys.modules.keys()))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert shown.stdout.strip() == "[]"
