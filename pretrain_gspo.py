@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_sglang import config_load
+from megatron_sglang import config_load, dry_run
 from megatron_sglang.errors import MegatronSglangError
 
 
@@ -26,7 +26,7 @@ def main() -> int:
                 print(f"warning: {warning}", file=sys.stderr)
         if invocation.dry_run:
             if is_leader:
-                print(config_load.dump(invocation.config))
+                print(dry_run.describe(invocation.config))
             return 0
         from megatron_sglang.training import run
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -113,21 +113,33 @@ def fusion_key(name: str) -> str:
     return re.sub(r"\.(q_a_proj|kv_a_proj_with_mqa)\.", ".qkv_a_proj.", name)
 
 
-def fill[T](items: Iterable[tuple[str, T]], sizes: dict[str, int], bucket_bytes: int) -> Iterator[list[tuple[str, T]]]:
-    """Cut a stream of (name, item) into buckets of at most `bucket_bytes`, never within a fusion group.
+def transfer_order(name: str) -> tuple[int, str, str]:
+    """Sort key of HF names: what is outside the layers, then layer after layer, fused tensors side by side."""
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    return int(layer.group(1)) if layer else -1, fusion_key(name), name
 
-    sizes: bytes by name. A group that is larger than `bucket_bytes` gets a bucket of its own.
-    The members of a group must be neighbours in the stream.
+
+def fill[T](items: Iterable[tuple[str, T]], nbytes: Callable[[T], int], limit: int) -> Iterator[list[tuple[str, T]]]:
+    """Cut a stream of (name, item) into buckets of at most `limit` bytes, never within a fusion group.
+
+    A group larger than `limit` gets a bucket of its own. The members of a group must be neighbours in the stream,
+    as they are in `transfer_order`.
     """
     bucket: list[tuple[str, T]] = []
     filled = 0
     for _, members in itertools.groupby(items, key=lambda item: fusion_key(item[0])):
         group = list(members)
-        needed = sum(sizes[name] for name, _ in group)
-        if bucket and filled + needed > bucket_bytes:
+        needed = sum(nbytes(item) for _, item in group)
+        if bucket and filled + needed > limit:
             yield bucket
             bucket, filled = [], 0
         bucket += group
         filled += needed
     if bucket:
         yield bucket
+
+
+def plan(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """The names of each bucket of a whole model. sizes: bytes by HF name."""
+    stream = ((name, sizes[name]) for name in sorted(sizes, key=transfer_order))
+    return [[name for name, _ in bucket] for bucket in fill(stream, lambda size: size, limit)]

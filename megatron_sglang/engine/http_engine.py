@@ -125,6 +125,7 @@ class HttpEngine:
         with self._failing_as(what := self._in_update(bucket.version, f"bucket {bucket.index}")):
             message = {"command": "load", "version": bucket.version, "bucket": bucket.header()}
             self._message(what, message, bucket.data)
+        wire.collect_ipc()
 
     def commit_update(self, version: int, buckets: int) -> str:
         """Prove that every rank holds all of `version`, then serve it; digest of all parameters of all ranks."""
@@ -133,6 +134,7 @@ class HttpEngine:
             if "kv_cache" in self._released:
                 self._memory("resume", "kv_cache")
             self._publish(version)
+        wire.collect_ipc()
         return wire.engine_digest(replies)
 
     def fail_update(self, reason: str) -> None:
@@ -238,6 +240,8 @@ def _completion(reply: dict[str, Any], version: int | None) -> Completion:
     logprobs = meta.get("output_token_logprobs") or []
     if ids != tuple(token for _, token, *_ in logprobs):
         raise EngineError(f"engine returned {len(ids)} tokens but logprobs of {len(logprobs)} or of other tokens")
+    if any(logprob is None for logprob, *_ in logprobs):
+        raise EngineError("engine returned logprobs that are not finite; its weights or its arithmetic are broken")
     served = meta["weight_version"]
     if served != str(version):
         raise EngineError(f"engine generated with weight version {served}, expected the published {version}")

@@ -162,8 +162,6 @@ def server_args(options: EngineOptions, port: int) -> dict[str, Any]:
         "log_level": "warning",
         "grammar_backend": "none",
         "sampling_backend": "pytorch",
-        # A cached prefix changes how a prompt is cut into kernels, and so its last bits.
-        "disable_radix_cache": deterministic,
     }
     if device == "cpu":
         defaults |= {
@@ -172,6 +170,8 @@ def server_args(options: EngineOptions, port: int) -> dict[str, Any]:
             "disable_cuda_graph": True,
             "disable_custom_all_reduce": True,
             "chunked_prefill_size": -1,
+            # A cached prefix changes the shapes that a prompt is computed in, and so its last bits.
+            "disable_radix_cache": deterministic,
             # Idle schedulers would otherwise spin on the cores the trainer needs.
             "sleep_on_idle": True,
         }

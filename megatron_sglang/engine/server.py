@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import importlib.metadata
 import json
 import os
 import secrets
@@ -11,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -20,12 +22,13 @@ from typing import Any
 import httpx
 
 from megatron_sglang.engine.options import MAILBOX_VARIABLE, EngineOptions, server_args
-from megatron_sglang.errors import EngineError, EngineStartError
+from megatron_sglang.errors import EngineError, EngineStartError, SetupError
 
 _TRAINER_ONLY = ("RANK", "WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
 _TRAINER_PREFIXES = ("LOCAL_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _MODULES = {"sglang": "megatron_sglang.engine.sglang_server", "fake": "megatron_sglang.engine.fake"}
+SGLANG_VERSION = "0.5.17"
 CLOSE_TIMEOUT_S = 30.0
 LOG_LINES = 20
 
@@ -43,6 +46,19 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
         if kept:
             clean[name] = ",".join(kept)
     return clean
+
+
+def _check_version() -> None:
+    """The loader, the routes and the CPU fixes are those of one version."""
+    try:
+        found = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found != SGLANG_VERSION:
+        raise SetupError(
+            f"the engine needs sglang {SGLANG_VERSION}, found {found}; install megatron-sglang[sglang], or set "
+            "engine.python to an environment that has it"
+        )
 
 
 class Server:
@@ -78,6 +94,8 @@ class Server:
         """Spawn and return at once."""
         if self._process is not None:
             raise EngineError("engine is started already; close() it before another start()")
+        if self.options.kind == "sglang" and self.options.python == sys.executable:
+            _check_version()
         self._folder = Path(tempfile.mkdtemp(prefix="msgl-"))
         for name in ("mailbox", "tmp"):
             (self._folder / name).mkdir(mode=0o700)

@@ -62,6 +62,12 @@ class _IpcPickler(ForkingPickler):
         return rebuild, (*arguments[:_DEVICE_INDEX], uuid, *arguments[_DEVICE_INDEX + 1 :])
 
 
+def collect_ipc() -> None:
+    """Give back CUDA memory of buckets that the engine ranks have closed; torch would only do so when it runs short."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.ipc_collect()
+
+
 def collect(mailbox: Path, message_id: int, ranks: int, what: str) -> list[dict[str, Any]]:
     """Take every rank's answer out of the mailbox; `WeightSyncError` naming `what` and the first rank that failed."""
     replies = []

@@ -68,14 +68,14 @@ class Lean:
         allow_native_decide: bool = False,
         visible: Sequence[str] = (),
     ) -> None:
-        self._project = Path(project or ".").resolve()
-        if not self._project.is_dir():
-            raise ConfigError(f"lean_project {project!r} is not a folder; expected the folder of a Lean project")
+        if project is None or not Path(project).is_dir():
+            raise ConfigError(f"lean_project is {project!r}; fim_lean needs the folder of a Lean project")
+        self._project = Path(project).resolve()
         self._toolchain = find_toolchain(self._project)
         self._timeout_s, self._memory_mb = timeout_s, memory_mb
         self._native = allow_native_decide
         self._visible = [str(self._toolchain.prefix), str(self._project), *visible]
-        self._visible += [path for path in SYSTEM_LIBRARIES if Path(path).is_dir() and not Path(path).is_symlink()]
+        self._visible += [path for path in SYSTEM_LIBRARIES if Path(path).is_dir()]
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="lean")
         try:
             self._isolate = self._can_isolate(unsafe=unsafe)

@@ -35,32 +35,24 @@ class PythonFim:
 
     def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
         """Scores in the order of `pairs`; `RewardError` if a problem itself is unusable."""
-        new = {
-            (prompt.id, completion.text): self._job(prompt, completion.text)
-            for prompt, completion in pairs
-            if self._finished(completion) and (prompt.id, completion.text) not in self._cache
-        }
+        jobs = [self._job(prompt, completion.text) for prompt, completion in pairs]
+        keys = [(prompt.id, job.source) for (prompt, _), job in zip(pairs, jobs, strict=True)]
+        finished = [completion.finish_reason == "stop" or not self._require_stop for _, completion in pairs]
+        new = {key: job for key, job, ok in zip(keys, jobs, finished, strict=True) if ok and key not in self._cache}
         verdicts = self._sandbox.run(list(new.values()))
-        judged = {key: self._score(key[0], verdict) for key, verdict in zip(new, verdicts, strict=True)}
-        scores = [self._lookup(prompt, completion, judged) for prompt, completion in pairs]
+        known = self._cache | {key: self._score(key[0], v) for key, v in zip(new, verdicts, strict=True)}
+        # A timeout may be the machine's fault: it is looked at again the next time.
+        self._cache = {key: score for key, score in known.items() if score.detail != "timeout"}
         if len(self._cache) > CACHE_SIZE:
             self._cache.clear()
-        # A timeout may be the machine's fault: look again the next time.
-        self._cache.update({key: score for key, score in judged.items() if score.detail != "timeout"})
-        return scores
+        return [
+            known[key] if ok else Score(0.0, passed=False, detail=f"not finished: {completion.finish_reason}")
+            for key, ok, (_, completion) in zip(keys, finished, pairs, strict=True)
+        ]
 
     def close(self) -> None:
         """End the sandbox."""
         self._sandbox.close()
-
-    def _finished(self, completion: Completion) -> bool:
-        return completion.finish_reason == "stop" or not self._require_stop
-
-    def _lookup(self, prompt: Prompt, completion: Completion, judged: dict[tuple[str, str], Score]) -> Score:
-        if not self._finished(completion):
-            return Score(0.0, passed=False, detail=f"not finished: {completion.finish_reason}")
-        key = (prompt.id, completion.text)
-        return judged[key] if key in judged else self._cache[key]
 
     def _job(self, prompt: Prompt, text: str) -> Job:
         problem = prompt.problem

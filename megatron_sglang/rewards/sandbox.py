@@ -101,10 +101,15 @@ class Sandbox:
             raise
 
     @property
+    def filtered(self) -> bool:
+        """Whether the system calls of solutions are filtered."""
+        return self._boxes[0].filtered
+
+    @property
     def description(self) -> str:
         """For the log: tier, filter, workers, limits."""
-        filtered = "filtered" if self._boxes[0].filtered else "not filtered"
-        return f"sandbox {self.tier}: system calls {filtered}, {self._workers} workers, {self.limits}"
+        filter_ = "filter" if self.filtered else "no filter"
+        return f"{self.tier} ({filter_} of system calls, {self._workers} workers, {self.limits})"
 
     def run(self, jobs: Sequence[Job]) -> list[Verdict]:
         """Judge all jobs, in parallel; verdicts in the order of the jobs. Afterwards nothing any job started is left."""

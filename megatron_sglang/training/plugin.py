@@ -12,6 +12,7 @@ that waits for the first one's activations.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -184,7 +185,12 @@ class Plugin:
     def _save_state(self, iteration: int) -> None:
         assert self.cycle is not None
         args = get_args()
-        state = {"rollout_step": self.rollout_step, "cycle": self.cycle.state()}
+        state = {
+            "rollout_step": self.rollout_step,
+            "cycle": self.cycle.state(),
+            "lora": dataclasses.asdict(self.config.lora),  # for `megatron-sglang convert`, with dtype
+            "dtype": self.config.model.dtype,
+        }
         self.cycle.comm.from_leader(lambda: checkpoint.write_state(args.save, iteration, state))
 
 

@@ -7,6 +7,7 @@ path: right for any model that SGLang and Bridge share, and the oracle for faste
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -44,15 +45,10 @@ class MergedWeights:
         """Raises `WeightSyncError` for a name that comes twice, is unknown, has another shape, or is missing."""
         self.stats = MergeStats()
         seen: set[str] = set()
-        index = 0
-        for layer in hf_layers(self.bridge, self.model_chunks, self.stats):
-            named = [(name, tensor.detach().to(self.dtype)) for name, tensor in layer]
-            for name, tensor in named:
-                self._check(version, name, tensor, seen)
-            sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in named}
-            for part in buckets.fill(named, sizes, self.bucket_bytes):
-                yield buckets.pack(version, index, part)
-                index += 1
+        stream = self._checked(version, seen)
+        parts = buckets.fill(stream, lambda tensor: tensor.numel() * tensor.element_size(), self.bucket_bytes)
+        for index, part in enumerate(parts):
+            yield buckets.pack(version, index, part)
         missing = set(self.expected or ()) - seen
         if missing:
             raise WeightSyncError(
@@ -68,15 +64,19 @@ class MergedWeights:
         update, lost = total.tolist()
         return math.sqrt(update), math.sqrt(lost / update) if update else 0.0
 
-    def _check(self, version: int, name: str, tensor: torch.Tensor, seen: set[str]) -> None:
-        if name in seen:
-            raise WeightSyncError(f"version {version}: {name} was exported twice; expected every name once")
-        seen.add(name)
-        if self.expected is not None and self.expected.get(name) != tuple(tensor.shape):
-            raise WeightSyncError(
-                f"version {version}: {name} was exported with shape {tuple(tensor.shape)}, "
-                f"the HF model has {self.expected.get(name, 'no such tensor')}"
-            )
+    def _checked(self, version: int, seen: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors in the engine's dtype; their names are added to `seen`."""
+        for layer in hf_layers(self.bridge, self.model_chunks, self.stats):
+            for name, tensor in layer:
+                if name in seen:
+                    raise WeightSyncError(f"version {version}: {name} was exported twice; expected every name once")
+                seen.add(name)
+                if self.expected is not None and self.expected.get(name) != tuple(tensor.shape):
+                    raise WeightSyncError(
+                        f"version {version}: {name} was exported with shape {tuple(tensor.shape)}, "
+                        f"the HF model has {self.expected.get(name, 'no such tensor')}"
+                    )
+                yield name, tensor.detach().to(self.dtype)
 
 
 def hf_shapes(hf_path: str) -> dict[str, tuple[int, ...]]:
@@ -92,9 +92,9 @@ def hf_shapes(hf_path: str) -> dict[str, tuple[int, ...]]:
 def hf_layers(
     bridge: Any, model_chunks: list[torch.nn.Module], stats: MergeStats, merge: bool = True
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Yield the full tensors of one decoder layer (or of one tensor outside the layers) at a time, fused ones adjacent.
+    """Yield the full tensors outside the layers, then those of one decoder layer at a time, in `transfer_order`.
 
-    The order is the same whatever the layout. merge: False gives the base weights.
+    merge: False gives the base weights.
     """
     adapted = adapted_weights(model_chunks) if merge else {}
     for tasks in _by_layer(bridge.get_conversion_tasks(model_chunks)):
@@ -109,22 +109,16 @@ def hf_layers(
         )
         # With merging off Bridge marks adapted layers as peft does.
         named = [(name.replace(".base_layer.", "."), tensor) for name, tensor in exported]
-        yield sorted(named, key=lambda item: (buckets.fusion_key(item[0]), item[0]))
+        yield sorted(named, key=lambda item: buckets.transfer_order(item[0]))
 
 
 def _by_layer(tasks: list[Any]) -> Iterator[list[Any]]:
-    """Consecutive tasks of the same decoder layer together; the same cut on every rank."""
-    batch: list[Any] = []
-    current = None
-    for task in tasks:
-        if task is None:  # a parameter without a counterpart in the HF model
-            continue
-        layer = re.match(r".*layers\.\d+\.", task.global_param_name)
-        key = layer.group() if layer else task.global_param_name
-        if batch and key != current:
-            yield batch
-            batch = []
-        current = key
-        batch.append(task)
-    if batch:
-        yield batch
+    """Tasks by decoder layer, those outside the layers first; the same cut on every rank. Bridge sorts them so."""
+
+    def layer(task: Any) -> int:
+        found = re.search(r"layers\.(\d+)\.", task.global_param_name)
+        return int(found.group(1)) if found else -1
+
+    known = [task for task in tasks if task is not None]  # None: a parameter without a counterpart in the HF model
+    for _, of_one_layer in itertools.groupby(sorted(known, key=layer), key=layer):
+        yield list(of_one_layer)

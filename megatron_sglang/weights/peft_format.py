@@ -24,19 +24,29 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from megatron_sglang.buckets import fusion_key
+from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import DataError
+from megatron_sglang.weights.write import save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _ONLY_IN_EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 _PLAIN = {"bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False}
 """Options of PEFT that Megatron's LoRA has no counterpart for, and the only value that can be read."""
+_TARGETS = {
+    "qkv_proj": "linear_qkv",
+    "o_proj": "linear_proj",
+    "gate_up_proj": "linear_fc1",
+    "down_proj": "linear_fc2",
+    "gate": "router",
+}
+"""Last part of a module's name, fused as Megatron fuses -> Megatron's name."""
 _ABSENT = ("modules_to_save", "layer_replication", "trainable_token_indices")
 
 
@@ -57,14 +67,10 @@ def join(parts: Sequence[Factors], scale: float) -> Factors:
     Rows of A that parts share are kept once, so parts with a common A keep their rank; the rank of the result is the
     number of different rows. A part's up is scaled where its scale is not `scale`.
     """
-    place: dict[bytes, int] = {}
-    columns = []
-    for part in parts:
-        rows = part.down.detach().cpu().contiguous().view(torch.uint8).numpy()
-        columns.append(torch.tensor([place.setdefault(row.tobytes(), len(place)) for row in rows]))
+    count, columns = _distinct_rows(parts)
     first = parts[0]
-    down = first.down.new_empty(len(place), first.down.shape[1])
-    up = first.up.new_zeros(sum(len(part.up) for part in parts), len(place))
+    down = first.down.new_empty(count, first.down.shape[1])
+    up = first.up.new_zeros(sum(len(part.up) for part in parts), count)
     below = 0
     for part, column in zip(parts, columns, strict=True):
         down[column] = part.down
@@ -72,6 +78,16 @@ def join(parts: Sequence[Factors], scale: float) -> Factors:
         up[below : below + len(part.up)].index_add_(1, column, scaled)
         below += len(part.up)
     return Factors(down, up, scale)
+
+
+def _distinct_rows(parts: Sequence[Factors]) -> tuple[int, list[torch.Tensor]]:
+    """How many different rows the A of `parts` have together, and for each part where its rows are among them."""
+    place: dict[bytes, int] = {}
+    columns = []
+    for part in parts:
+        rows = part.down.contiguous().view(torch.uint8).numpy()
+        columns.append(torch.tensor([place.setdefault(row.tobytes(), len(place)) for row in rows]))
+    return len(place), columns
 
 
 def write_adapter(
@@ -83,7 +99,7 @@ def write_adapter(
         # A of q, k and v is one tensor here, but safetensors wants memory of its own for each name.
         state[f"{_PREFIX}{module}.lora_A.weight"] = down.cpu().clone(memory_format=torch.contiguous_format)
         state[f"{_PREFIX}{module}.lora_B.weight"] = up.cpu().clone(memory_format=torch.contiguous_format)
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(state, folder / WEIGHTS)
     modules, parameters = _targets(factors)
     config = {
         "peft_type": "LORA",
@@ -156,6 +172,31 @@ class AdapterFolder:
         reader = self._readers.get(module)
         return reader() if reader is not None else None
 
+    def lora_config(self, rank: int | None) -> LoraConfig:
+        """The options of a Megatron model that can hold this adapter; `rank`: None is the least that will do.
+
+        Reads every A: q, k and v whose A differ need the rank of all three, because Megatron gives them one A.
+        """
+        fused: dict[str, list[str]] = {}
+        for module in self.modules:
+            fused.setdefault(fusion_key(f"{module}.").removesuffix("."), []).append(module)
+        targets = set()
+        needed, largest = 0, ""
+        for name, modules in fused.items():
+            leaf = name.rpartition(".")[2]
+            if leaf not in _TARGETS:
+                raise DataError(f"{self.folder} adapts {modules[0]}, for which Megatron's LoRA has no target")
+            targets.add(_TARGETS[leaf])
+            found, _ = _distinct_rows([self._readers[module]() for module in modules])
+            needed, largest = max((needed, largest), (found, " and ".join(modules)))
+        if rank is not None and rank < needed:
+            raise DataError(f"--lora-rank {rank} is below {needed}, the rank that {largest} need together")
+        alpha = float(self.config.get("lora_alpha", 8))
+        scale = alpha / (math.sqrt(self.config["r"]) if self.config.get("use_rslora") else self.config["r"])
+        rank = rank or needed
+        ordered = tuple(target for target in _TARGETS.values() if target in targets)
+        return LoraConfig(rank=rank, alpha=scale * rank, targets=cast("Any", ordered))
+
     def _add(self, module: str, key_b: str) -> None:
         stacked = re.fullmatch(r"(.*\.experts)(\.base_layer)?", module)
         if stacked is None:
@@ -168,8 +209,8 @@ class AdapterFolder:
         parts = {"gate_proj": 0, "up_proj": 1} if fused == "gate_up_proj" else {"down_proj": None}
         for expert in range(self.experts):
             for leaf, half in parts.items():
-                self._readers[f"{stacked[1]}.{expert}.{leaf}"] = (
-                    lambda expert=expert, half=half: self._of_stack(module, name, expert, half)
+                self._readers[f"{stacked[1]}.{expert}.{leaf}"] = lambda expert=expert, half=half: self._of_stack(
+                    module, name, expert, half
                 )
 
     def _is_gate_up(self, module: str) -> bool:

@@ -19,7 +19,7 @@ from megatron.core import parallel_state as mpu
 
 from megatron_sglang.errors import DataError
 from megatron_sglang.weights.merge import adapted_weights
-from megatron_sglang.weights.peft_format import Factors
+from megatron_sglang.weights.peft_format import Factors, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,27 +55,33 @@ class Site:
         rows = self.rows(len(up))
         return {name: (down, up[rows[part].to(up.device)]) for part, name in self.modules.items()}
 
-    def write(self, factors: Factors, parts: Mapping[str, int]) -> None:
-        """Set this rank's shard. factors.up: the parts' rows one below the other; parts: how many rows each has.
+    def write(self, parts: Mapping[str, Factors], scale: float) -> None:
+        """Set this rank's shard; a part that is not given gets B = 0. Collective over `group`.
 
-        Ranks that the model has beyond those of `factors` keep their A and get B = 0, so they add nothing and train.
+        Ranks of the model that the parts together do not need keep their A and get B = 0: they add nothing, and train.
         """
         down, up = self._shards()
         size = 1 if self.group is None else torch.distributed.get_world_size(self.group)
         rank = 0 if self.group is None else torch.distributed.get_rank(self.group)
-        used = len(factors.down)
         whole_down = _gather(down, self.group, self._split_dim)
         whole_up = up.new_zeros(len(up) * size, up.shape[1])
         rows = self.rows(len(whole_up))
-        if whole_down.shape[1] != factors.down.shape[1] or {part: len(rows[part]) for part in rows} != dict(parts):
+        for part, given in parts.items():
+            expected, found = (len(rows[part]), whole_down.shape[1]), (len(given.up), given.down.shape[1])
+            if found != expected:
+                raise DataError(
+                    f"the adapter of {self.modules[part]} is for a weight of shape {found}, the model's is {expected}; "
+                    "give the model that the adapter was trained on"
+                )
+        joined = join(list(parts.values()), scale)
+        used = len(joined.down)
+        if used > len(whole_up.T):
             raise DataError(
-                f"the adapter of {', '.join(self.modules.values())} is for {factors.down.shape[1]} inputs and "
-                f"{sum(parts.values())} outputs, the model has {whole_down.shape[1]} and {len(whole_up)}; "
-                "give the model it was trained on"
+                f"the adapter of {', '.join(self.modules.values())} needs rank {used}, because its parts have "
+                f"different A; the model has rank {len(whole_up.T)}, give --lora-rank {used} or more"
             )
-        order = torch.cat([rows[part] for part in parts]).to(up.device)
-        whole_down[:used] = factors.down.to(down)
-        whole_up[order, :used] = factors.up.to(up)
+        whole_down[:used] = joined.down.to(down)
+        whole_up[torch.cat([rows[part] for part in parts]).to(up.device), :used] = joined.up.to(up)
         down.copy_(whole_down.chunk(size, self._split_dim)[rank])
         up.copy_(whole_up.chunk(size)[rank])
 
@@ -116,7 +122,8 @@ def find_sites(bridge: Any, model_chunks: list[torch.nn.Module]) -> dict[str, li
         assert layer is not None, f"adapter of {task.global_param_name} is outside the decoder layers"
         names = task.mapping.hf_param
         names = {"": names} if isinstance(names, str) else names
-        if set(names) not in ({""}, {"q", "k", "v"}, {"gate", "up"}) or not all(n.endswith(".weight") for n in names.values()):
+        known = set(names) in ({""}, {"q", "k", "v"}, {"gate", "up"})
+        if not known or not all(name.endswith(".weight") for name in names.values()):
             raise DataError(
                 f"{task.global_param_name} is {sorted(names.values())} in the Hugging Face model, of which an adapter "
                 "cannot be converted by itself; write merged weights instead"

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_sglang.errors import DataError
@@ -27,7 +28,9 @@ def require_new(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists():
-        raise DataError(f"{folder} exists and is not an empty folder; nothing is overwritten, name another or remove it")
+        raise DataError(
+            f"{folder} exists and is not an empty folder; nothing is overwritten, name another or remove it"
+        )
 
 
 def partial_name(folder: Path) -> Path:
@@ -45,10 +48,16 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         partial.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DataError(f"{folder} cannot be written: {error}; make room or name another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """One safetensors file, readable by whom its folder is; safetensors itself makes it the owner's alone."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 class ShardWriter:
@@ -63,15 +72,10 @@ class ShardWriter:
         self._filled = self._total = 0
         self._names: list[list[str]] = []
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a copy of `tensor`, any device and stride."""
-        nbytes = tensor.numel() * tensor.element_size()
-        if self._shard and self._filled + nbytes > self.shard_bytes:
-            self._write()
-        # A clone of its own: safetensors refuses tensors that share memory, and views keep their whole storage alive.
-        self._shard[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        self._filled += nbytes
-        self._total += nbytes
+    def extend(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take copies of tensors of any device and stride."""
+        for name, tensor in named:
+            self._add(name, tensor)
 
     def close(self) -> None:
         """Write the last shard, give all of them their final names, and write the index."""
@@ -86,11 +90,20 @@ class ShardWriter:
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        nbytes = tensor.numel() * tensor.element_size()
+        if self._shard and self._filled + nbytes > self.shard_bytes:
+            self._write()
+        # A clone of its own: safetensors refuses tensors that share memory, and views keep their whole storage alive.
+        self._shard[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        self._filled += nbytes
+        self._total += nbytes
+
     def _write(self) -> None:
         if not self._shard:
             return
         self._names.append(list(self._shard))
-        save_file(self._shard, self._path(len(self._names)), metadata={"format": "pt"})
+        save_tensors(self._shard, self._path(len(self._names)))
         self._shard, self._filled = {}, 0
 
     def _path(self, number: int) -> Path:

@@ -147,7 +147,7 @@ def test_update_in_the_middle_of_requests(
     publish(weights)
     old = engine.version
     answers: list[list[Completion]] = []
-    long = [dataclasses.replace(r, sampling=SamplingParams(max_new_tokens=200, seed=1)) for r in requests(64)]
+    long = [dataclasses.replace(r, sampling=SamplingParams(max_new_tokens=200, seed=1)) for r in requests(160)]
     thread = threading.Thread(target=lambda: answers.append(engine.generate(long)))
     thread.start()
     time.sleep(0.3)

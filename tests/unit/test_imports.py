@@ -29,6 +29,7 @@ LAYERS = [
     "config_argv losses trace rewards rollout",
     "config_docs batching report cpu",
     "config_load cycle doctor engine weights",
+    "dry_run",
     "training",
     "cli",
 ]

@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -82,7 +83,9 @@ def attack(path):
 """
 
 
-@pytest.mark.parametrize("path", ["/etc/shadow", "/etc/passwd", __file__, f"/proc/{os.getpid()}/environ", "/proc/1/mem"])
+@pytest.mark.parametrize(
+    "path", ["/etc/shadow", "/etc/passwd", __file__, f"/proc/{os.getpid()}/environ", "/proc/1/mem"]
+)
 def test_files_of_the_machine_do_not_exist(strong, path):
     assert attack(strong, READ, path) == "FileNotFoundError"
 
@@ -151,11 +154,12 @@ def attack():
 
 
 def test_fork_bomb_is_bounded_and_leaves_nothing(strong):
+    if strong.tier == "bubblewrap" and not strong.filtered and os.geteuid() == 0:
+        pytest.skip("bubblewrap's jobs stay root's, whose processes the kernel does not count")
     idle = descendants()
     started, error = attack(strong, FORK_BOMB)
-    assert error in ("BlockingIOError", "PermissionError")
-    filtered = error == "PermissionError"
-    assert started == 0 if filtered else 0 < started <= LIMITS.processes
+    assert error == ("PermissionError" if strong.filtered else "BlockingIOError")
+    assert started == 0 if strong.filtered else 0 < started <= LIMITS.processes
     assert outcome(strong, "def attack():\n    return None\n").passed == (True,), "the box is usable at once"
     assert descendants() <= idle
 
@@ -176,8 +180,9 @@ def attack():
 
 
 def test_daemon_dies_with_its_job():
+    limits = replace(LIMITS, processes=10_000)  # without namespaces this counts all processes of the user
     for tier in ("namespaces", "unsafe-local"):
-        with Sandbox(tier, unsafe=True, limits=LIMITS, workers=1, use_filter=False) as sandbox:
+        with Sandbox(tier, unsafe=True, limits=limits, workers=1, use_filter=False) as sandbox:
             outcome(sandbox, "def attack():\n    return None\n")
             idle = descendants()
             assert attack(sandbox, DAEMON) == "daemon runs"
@@ -266,6 +271,22 @@ def test_huge_output_goes_nowhere_and_huge_values_are_refused(strong):
     verdict = outcome(strong, "def attack():\n    return 'x' * (2 << 20)\n")
     assert verdict.passed == (False,)
     assert "over the limit" in verdict.detail
+
+
+def test_solution_holds_no_descriptor_but_its_channel(strong, bare):
+    source = """
+import os
+def attack():
+    held = []
+    for fd in range(1024):
+        try:
+            held.append((fd, os.fstat(fd).st_mode >> 12))
+        except OSError:
+            pass
+    return [kind for fd, kind in held if fd > 2], len(held)
+"""
+    for sandbox in (strong, bare):
+        assert attack(sandbox, source) == ([0o14], 4)
 
 
 def test_processes_of_the_box_cannot_be_killed_or_read(strong):

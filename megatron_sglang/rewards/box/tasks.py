@@ -62,7 +62,7 @@ def _load(job: dict[str, Any]) -> Any:
 
 def _describe(error: BaseException) -> tuple[str, str]:
     try:
-        return type(error).__name__, str(error)[:200]
+        return type(error).__name__, _message(error)[:200]
     except BaseException:  # noqa: BLE001 - the solution's own __str__
         return type(error).__name__, "?"
 
@@ -149,4 +149,8 @@ def _run(test: Any, candidate: Candidate, namespace: dict[str, Any]) -> str:
 def _reason(error: BaseException) -> str:
     if isinstance(error, (SolutionError, SolutionGone)):
         return str(error)
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"{type(error).__name__}: {_message(error)}".rstrip(": ")
+
+
+def _message(error: BaseException) -> str:
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)  # KeyError quotes its text

@@ -1,0 +1,151 @@
+"""Which sandbox is chosen, that the choice fails closed, and that boxes neither linger nor take others down."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_sglang.errors import ConfigError, SandboxError
+from megatron_sglang.rewards.sandbox import Job, Limits, Sandbox
+
+GOOD = Job("def f(a):\n    return a + 1\n", "f", ({"args": [1], "expect": 2},))
+ENDLESS = Job("def f(a):\n    while True:\n        pass\n", "f", GOOD.tests)
+ROOT = Path(__file__).parents[2]
+REFUSE_NAMESPACES = "echo 0 > /proc/sys/user/max_user_namespaces && exec"
+
+
+def without_namespaces(code: str) -> str:
+    """Run Python code where the kernel refuses user namespaces and there is no bwrap; what it printed."""
+    script = f'{REFUSE_NAMESPACES} "$0" -c "$1"'
+    command = ["unshare", "-Ur", "sh", "-c", script, sys.executable, code]
+    environment = os.environ | {"PATH": "/usr/bin:/bin"}
+    if shutil.which("bwrap", path="/usr/bin:/bin"):
+        pytest.skip("bubblewrap is installed system-wide")
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60).stdout
+
+
+CHOOSE = """
+from megatron_sglang.rewards.sandbox import Sandbox, Job
+from megatron_sglang.errors import SandboxError
+try:
+    with Sandbox(**{options!r}) as sandbox:
+        job = Job('def f(a):\\n    return a + 1\\n', 'f', ({{'args': [1], 'expect': 2}},))
+        print(sandbox.tier, sandbox.run([job])[0].passed, '|'.join(sandbox.refused.values()))
+except SandboxError as error:
+    print('SandboxError', error)
+"""
+
+
+def test_auto_prefers_isolation_even_where_less_is_allowed():
+    with Sandbox(unsafe=True, all_pure=True, workers=1) as sandbox:
+        assert sandbox.tier in ("bubblewrap", "namespaces")
+        assert sandbox.filtered == (os.uname().machine in ("x86_64", "aarch64"))
+        assert sandbox.tier in sandbox.description
+
+
+def test_auto_refuses_without_isolation_and_says_what_to_do():
+    printed = without_namespaces(CHOOSE.format(options={"workers": 1}))
+    assert printed.startswith("SandboxError no sandbox for untrusted code")
+    for hint in ("no bwrap on PATH", "unshare the user namespace: ", "--unsafe-local-sandbox", "user namespaces"):
+        assert hint in printed
+
+
+@pytest.mark.parametrize(("option", "tier"), [("all_pure", "restricted"), ("unsafe", "unsafe-local")])
+def test_auto_falls_back_only_as_far_as_it_may(option, tier):
+    printed = without_namespaces(CHOOSE.format(options={"workers": 1, option: True}))
+    assert printed.startswith(f"{tier} (True,) ")
+    assert "unshare the user namespace: " in printed, "the reason why the stronger tiers were refused is kept"
+
+
+def test_unsafe_tier_needs_a_word_of_its_own():
+    with pytest.raises(SandboxError, match="--unsafe-local-sandbox"):
+        Sandbox("unsafe-local")
+
+
+def test_tier_that_does_not_isolate_is_not_believed(tmp_path, monkeypatch):
+    """A bwrap that runs its program without any isolation must be found out by the probe."""
+    fake = tmp_path / "bwrap"
+    fake.write_text('#!/bin/sh\nwhile [ "$1" != -P ]; do last=$1; shift; done\ncd /; exec "$last" "$@"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(SandboxError, match="bubblewrap"):
+        Sandbox("bubblewrap", workers=1)
+
+
+@pytest.mark.parametrize("options", [{"tier": "docker"}, {"workers": 0}])
+def test_unknown_options_are_refused(options):
+    with pytest.raises(ConfigError, match=r"expected|choose"):
+        Sandbox(**options)
+
+
+def test_box_killed_between_jobs_is_replaced_and_nobody_is_blamed():
+    with Sandbox("namespaces", workers=1) as sandbox:
+        for box in sandbox._boxes:
+            for process in psutil.Process(box._process.pid).children():
+                process.kill()
+        assert sandbox.run([GOOD] * 2) == sandbox.run([GOOD] * 2)
+        assert sandbox.run([GOOD])[0].passed == (True,)
+
+
+def test_box_killed_during_a_job_fails_that_job_only():
+    with Sandbox("namespaces", workers=1, limits=Limits(cpu_s=5, wall_s=10)) as sandbox:
+        (server,) = psutil.Process(sandbox._boxes[0]._process.pid).children()
+        timer = threading.Timer(0.5, server.kill)
+        timer.start()
+        first, second = sandbox.run([ENDLESS, GOOD])
+        timer.join()
+        assert first.passed == (False,)
+        assert "brought its sandbox down" in first.detail
+        assert second.passed == (True,)
+
+
+OWNER = """
+import sys
+from megatron_sglang.rewards.sandbox import Job, Limits, Sandbox
+sandbox = Sandbox({tier!r}, unsafe=True, workers=1, limits=Limits(cpu_s=60, wall_s=60.0))
+print("ready", flush=True)
+sandbox.run([Job("def f(a):\\n    while True:\\n        pass\\n", "f", ({{"args": [1], "expect": 2}},))])
+"""
+
+
+@pytest.mark.parametrize("tier", ["namespaces", "unsafe-local"])
+def test_everything_ends_when_the_trainer_is_killed(tier):
+    command = [sys.executable, "-c", OWNER.format(tier=tier)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"ready\n"
+        deadline = time.monotonic() + 20
+        while len(started := psutil.Process(owner.pid).children(recursive=True)) < 5:
+            assert time.monotonic() < deadline, "guard and server of two boxes, and the job"
+            time.sleep(0.02)
+        owner.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive
+
+
+def test_many_jobs_leak_neither_descriptors_nor_processes():
+    with Sandbox("namespaces", workers=2) as sandbox:
+        sandbox.run([GOOD] * 4)
+        before = psutil.Process().num_fds(), psutil.Process().children(recursive=True)
+        sandbox.run([GOOD, Job("def f(", "f", GOOD.tests)] * 50)
+        assert (psutil.Process().num_fds(), psutil.Process().children(recursive=True)) == before
+
+
+def test_close_leaves_no_process_and_no_folder():
+    before = psutil.Process().children(recursive=True)
+    folders = set(Path("/tmp").glob("megatron-sglang-box-*"))
+    for tier in ("namespaces", "unsafe-local"):
+        with Sandbox(tier, unsafe=True, workers=2) as sandbox:
+            sandbox.run([GOOD] * 4)
+        sandbox.close()
+    assert psutil.Process().children(recursive=True) == before
+    assert set(Path("/tmp").glob("megatron-sglang-box-*")) <= folders
