@@ -5,7 +5,7 @@
                         --tensor-model-parallel-size 2 --expert-model-parallel-size 4
 
 Options: docs/configuration.md for ours (YAML, `section.field=value`, flags); Megatron's flags are Megatron's;
-`--sglang-*` goes to SGLang. `--dry-run` prints what would run, and stops.
+`--sglang-*` goes to SGLang. `--dry-run` prints what would run, and stops. Exit code 1 after an error, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,30 +13,47 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_sglang import config_load, dry_run
-from megatron_sglang.errors import MegatronSglangError
+from megatron_sglang.training import ending
 
 
 def main() -> int:
-    is_leader = int(os.environ.get("RANK", "0")) == 0
+    ending.watch()
     try:
-        invocation = config_load.split_argv(sys.argv[1:])
-        if is_leader:
+        return train(sys.argv[1:])
+    except ending.Stopped as stopped:
+        if is_leader():
+            print(f"stopped by {stopped.signal.name}", file=sys.stderr)
+        return stopped.code
+
+
+def train(argv: list[str]) -> int:
+    """Run the command line as one of torchrun's ranks; the exit code."""
+    from megatron_sglang import config_load, dry_run
+    from megatron_sglang.errors import MegatronSglangError
+
+    try:
+        invocation = config_load.split_argv(argv)
+        if is_leader():
             for warning in invocation.warnings:
                 print(f"warning: {warning}", file=sys.stderr)
         if invocation.dry_run:
-            if is_leader:
+            if is_leader():
                 print(dry_run.describe(invocation.config))
             return 0
-        from megatron_sglang.training import run
+    except MegatronSglangError as error:  # the same on all ranks
+        return ending.report(error, log=None) if is_leader() else 1
 
+    from megatron_sglang.training import run
+
+    try:
         run.train(invocation.config)
-    except MegatronSglangError as error:
-        print(f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    except Exception as error:  # noqa: BLE001 - the edge of the process
+        return ending.report(error, run.log_file(invocation.config))
     return 0
+
+
+def is_leader() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 if __name__ == "__main__":

@@ -1,20 +1,26 @@
 """How ranks act as one: a value from the leader, a value from each, an error for all. JSON over gloo, no pickle.
 
 One failure, one way to die: whatever one rank raises inside `from_leader` or hands to `agree` is raised on every
-rank, as the same class with the same message, so that no rank is left waiting in a collective.
+rank, as the same class with the same message, so that no rank is left waiting in a collective. Outside of them a
+`Board` does it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_sglang.errors import MegatronSglangError, from_text
+from megatron_sglang.errors import MegatronSglangError, OnOtherRank, SetupError, from_text, is_from_other_rank
+
+STORE_TIMEOUT_S = 10.0
 
 
 class TorchComm:
@@ -31,17 +37,16 @@ class TorchComm:
     def from_leader(self, produce: Callable[[], Any]) -> Any:
         """Run `produce` on rank 0 and give its JSON-able value to all; its error is raised on all ranks."""
         reply: dict[str, Any] = {}
-        failure: BaseException | None = None
         if self.rank == 0:
             try:
                 reply = {"value": produce()}
-            except BaseException as error:  # noqa: BLE001 - not swallowed: sent to all ranks and raised there
-                failure, reply = error, {"error": _describe(error)}
+            except BaseException as error:
+                with contextlib.suppress(RuntimeError):  # ranks that are gone need no word
+                    self._broadcast({"error": _describe(error)})
+                raise
         reply = self._broadcast(reply)
-        if failure is not None:
-            raise failure
         if "error" in reply:
-            raise from_text(*reply["error"])
+            raise _of_rank(0, *reply["error"])
         return reply["value"]
 
     def agree(self, error: BaseException | None) -> None:
@@ -53,7 +58,7 @@ class TorchComm:
             if rank == self.rank and error is not None:
                 raise error
             kind, message = found
-            raise from_text(kind, f"rank {rank}: {message}")
+            raise _of_rank(rank, kind, f"rank {rank}: {message}")
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON-able value, by rank, on every rank."""
@@ -74,6 +79,86 @@ class TorchComm:
             data = torch.zeros(int(size), dtype=torch.uint8)
         dist.broadcast(data, 0, group=self._group)
         return _decode(data)
+
+
+class Board:
+    """What ranks tell each other before process groups exist and after one of them broke.
+
+    Two keys in the store of the rendezvous, which lives as long as torchrun (without torchrun: as rank 0). Every rank
+    must construct it. Raises `SetupError` where there is no rendezvous.
+    """
+
+    def __init__(self, timeout_s: float = 300.0) -> None:
+        environment = os.environ
+        if "MASTER_ADDR" not in environment or "RANK" not in environment:
+            raise SetupError(
+                "RANK and MASTER_ADDR are not set; expected to be one of torchrun's ranks: "
+                "start with `torchrun --nproc-per-node N pretrain_gspo.py ...`"
+            )
+        self.rank, self.world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        try:
+            store = dist.TCPStore(
+                address,
+                port,
+                self.world_size,
+                is_master=self.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+                timeout=datetime.timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise SetupError(
+                f"rank {self.rank} cannot meet the others at {address}:{port}: {reason}; "
+                "if something else has that port, choose another with --master-port"
+            ) from error
+        store.set_timeout(datetime.timedelta(seconds=STORE_TIMEOUT_S))
+        self._store = dist.PrefixStore("megatron_sglang", store)
+
+    def meet(self, timeout_s: float = 1800.0) -> None:
+        """Wait until every rank is here. Raises the error of one that cannot come, `SetupError` at the deadline."""
+        deadline = time.monotonic() + timeout_s
+        self._store.add("arrived", 1)
+        while (arrived := self._store.add("arrived", 0)) < self.world_size:
+            if self._store.check(["failure"]):
+                raise self._posted()
+            if time.monotonic() > deadline:
+                raise SetupError(
+                    f"{arrived} of {self.world_size} ranks were ready after {timeout_s:g} s; see the other ranks' logs"
+                )
+            time.sleep(0.1)
+
+    @contextlib.contextmanager
+    def one_error(self) -> Iterator[None]:
+        """Whatever ranks raise inside, each of them raises the first of it, as the error it was."""
+        try:
+            yield
+        except Exception as error:
+            first = error if is_from_other_rank(error) else self._first(error)
+            if first is error:
+                raise
+            assert first.__cause__ is not None
+            first.__cause__.__cause__ = error
+            raise first from first.__cause__
+
+    def _first(self, error: Exception) -> Exception:
+        """`error` if no rank was faster; else that rank's."""
+        mine = json.dumps([self.rank, *_describe(error)])
+        try:
+            first = self._store.compare_set("failure", "", mine).decode()
+        except RuntimeError:  # the store is gone, and with it any other rank's word
+            return error
+        return error if first == mine else self._posted()
+
+    def _posted(self) -> MegatronSglangError:
+        return _of_rank(*json.loads(self._store.get("failure")))
+
+
+def _of_rank(rank: int, kind: str, message: str) -> MegatronSglangError:
+    error = from_text(kind, message)
+    error.__cause__ = OnOtherRank(f"rank {rank} has it; see its log")
+    return error
 
 
 def _describe(error: BaseException) -> tuple[str, str]:

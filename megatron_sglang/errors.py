@@ -73,6 +73,18 @@ class DivergedError(MegatronSglangError, RuntimeError):
     """Losses stayed non-finite; training stopped without publishing the weights."""
 
 
+class OnOtherRank(Exception):
+    """Cause of an error that is raised here because another rank has it. That rank reports it."""
+
+
+def is_from_other_rank(error: BaseException) -> bool:
+    """True if `error`, or what caused it, is of another rank."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OnOtherRank):
+        cause = cause.__cause__
+    return cause is not None
+
+
 def _tree(root: type[MegatronSglangError]) -> dict[str, type[MegatronSglangError]]:
     found = {root.__name__: root}
     for child in root.__subclasses__():

@@ -12,6 +12,11 @@ from megatron_sglang.types import Completion, GenerateRequest, Prompt, Score
 class Reward(Protocol):
     """Scores finished rollouts. Never raises for a bad answer; raises `RewardError` when it is itself broken."""
 
+    @property
+    def tier(self) -> str:
+        """Where sampled code runs, for people to read."""
+        ...
+
     def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[Score]: ...
 
     def close(self) -> None: ...

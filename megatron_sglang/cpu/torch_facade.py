@@ -111,8 +111,8 @@ def install() -> None:
         return
     _patch_cuda_functions()
     _patch_distributed()
-    _mode = _CudaIsCpu()
-    _mode.__enter__()
+    mode = _mode = _CudaIsCpu()
+    mode.__enter__()
 
 
 def _patch_cuda_functions() -> None:

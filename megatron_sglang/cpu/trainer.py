@@ -6,6 +6,7 @@ Each patch names the place upstream that makes it necessary (megatron-core 0.19.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from typing import Any
@@ -35,6 +36,8 @@ def enter() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     for name in _ONLY_FOR_GPUS:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    # torch warns at import, past any redirection, that it finds nvcc but no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch_facade.install()
     te_import.install()
     _patch_core()

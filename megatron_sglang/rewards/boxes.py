@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).parents[1]
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp", "PYTHONHASHSEED": "0"}
 START_S = 30.0  # a start takes 0.2 s on an idle machine
 ANSWER_S = 10.0  # the server kills, reaps and deletes before it answers
-END_S = 2.0
+END_S = 5.0
 MESSAGE_BYTES = 16 << 20
 
 
@@ -66,7 +66,7 @@ class Box:
                 self.close()
                 reason = f"{answer['failed']} {stderr.read(1000).decode(errors='replace')[-300:]}".strip()
                 raise SandboxError(f"sandbox tier {self._options['tier']!r} does not work here: {reason}")
-        self.filtered = answer["filter"]
+        self.filtered = bool(answer["filter"])
 
     def submit(self, job: Mapping[str, Any], channels: Sequence[socket.socket]) -> None:
         """Hand over a job and its ends of sockets, without waiting; `BoxDied` if nobody takes it."""
@@ -139,6 +139,8 @@ def _bubblewrap(tmp_mb: int) -> list[str]:
     for path in dict.fromkeys(libraries):
         arguments += ["--ro-bind-try", path, path]
     arguments += ["--ro-bind", stdlib, stdlib]
+    if os.path.isdir(f"{stdlib}/site-packages"):
+        arguments += ["--tmpfs", f"{stdlib}/site-packages"]
     for path in ours:
         arguments += ["--ro-bind", str(PACKAGE / path), f"/box/megatron_sglang/{path}"]
     return [*arguments, "--size", str(tmp_mb << 20), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import math
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_sglang.errors import ConfigError, RewardError
+from megatron_sglang.rewards.box import jail
 from megatron_sglang.rewards.box.literals import ChannelError, receive, send
 from megatron_sglang.types import Completion, Prompt, Score
 
@@ -126,6 +128,7 @@ class _Worker:
 
 def serve() -> None:
     """The worker process: argv is a socket's number and the function's path; ends when the socket does."""
+    jail.prctl(jail.PDEATHSIG, signal.SIGKILL)  # even in the middle of a call that hangs
     channel = socket.socket(fileno=int(sys.argv[1]))
     try:
         module, _, name = sys.argv[2].rpartition(".")

@@ -60,6 +60,8 @@ class PythonFim:
             preamble = problem.get("preamble", "")
             source = preamble + problem["prefix"] + text + problem["suffix"]
             job = Job(source, problem["entry_point"], problem["tests"], preamble)
+            for test in job.tests:
+                _ = isinstance(test, str) or (test["args"], test["expect"])
         except (KeyError, TypeError) as error:
             raise RewardError(
                 f"problem {prompt.id!r} has no usable field {error}; expected prefix, suffix, entry_point and tests"

@@ -112,7 +112,7 @@ class Sandbox:
         return f"{self.tier} ({filter_} of system calls, {self._workers} workers, {self.limits})"
 
     def run(self, jobs: Sequence[Job]) -> list[Verdict]:
-        """Judge all jobs, in parallel; verdicts in the order of the jobs. Afterwards nothing any job started is left."""
+        """Judge all jobs, in parallel; verdicts in the order of the jobs. Nothing that a job started is left then."""
         verdicts = list(self._threads.map(self._judge, jobs))
         for box in self._boxes:
             with contextlib.suppress(BoxDied):

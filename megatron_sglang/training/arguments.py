@@ -6,16 +6,18 @@ config.json through Megatron-Bridge, so that it is written down once.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import sys
+import traceback
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from megatron_sglang import config_check
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.errors import ConfigError, DataError, SetupError
+from megatron_sglang.training import hf_folder
 
 MEGATRON_CORE = "0.19.2"
 MEGATRON_BRIDGE = "0.6.2"
@@ -71,19 +73,14 @@ def load_bridge(hf_path: str) -> Any:
     """The Megatron-Bridge of a local Hugging Face folder; DataError when it is missing, corrupt or unknown."""
     from megatron.bridge import AutoBridge
 
-    folder = Path(hf_path)
-    if not (folder / "config.json").is_file():
-        raise DataError(f"model.hf_path={hf_path} has no config.json; give a folder in Hugging Face format")
-    try:
-        json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise DataError(f"{folder / 'config.json'} is not JSON ({error}); fetch the file again") from error
-    if not list(folder.glob("*.safetensors")):
-        raise DataError(f"model.hf_path={hf_path} has no .safetensors file; only safetensors weights are read")
+    hf_folder.check(hf_path, weights=False)
     try:
         return AutoBridge.from_hf_pretrained(hf_path, trust_remote_code=False)
-    except ValueError as error:
-        raise DataError(f"Megatron-Bridge cannot read {hf_path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise DataError(
+            f"Megatron-Bridge cannot read {hf_path}: {type(error).__name__}: {error}; "
+            "expected a model of a family that it knows (docs of Megatron-Bridge 0.6.2)"
+        ) from error
 
 
 def architecture_flags(provider: Any) -> list[str]:
@@ -126,12 +123,18 @@ def parse(config: RunConfig, provider: Any) -> Any:
     device = _CPU_FLAGS if cpu_room.needed() else []
     argv = [*architecture_flags(provider), *device, *_PLUGIN_FLAGS, *config_check.megatron_argv(config)]
     program, sys.argv = sys.argv, [sys.argv[0], *argv]
+    said = io.StringIO()
     try:
-        args = parse_and_validate_args()
-    except AssertionError as error:
-        raise ConfigError(f"Megatron refuses these arguments: {error}") from error
+        with contextlib.redirect_stderr(said):
+            args = parse_and_validate_args()
+    except SystemExit as error:  # argparse: usage of 1000 flags, then the reason
+        raise ConfigError(f"Megatron refuses these arguments: {said.getvalue().splitlines()[-1]}") from error
+    except (AssertionError, ValueError) as error:
+        reason = str(error) or f"it expects `{traceback.extract_tb(error.__traceback__)[-1].line}`"
+        raise ConfigError(f"Megatron refuses these arguments: {reason}") from error
     finally:
         sys.argv = program
+        sys.stderr.write(said.getvalue())
     check(config, args, provider)
     return args
 
@@ -158,6 +161,11 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
         raise ConfigError(
             f"--context-parallel-size={args.context_parallel_size}: Megatron's attention without Transformer Engine "
             "has no context parallelism; set it to 1 on a CPU"
+        )
+    if args.global_batch_size % (args.micro_batch_size * args.data_parallel_size):
+        raise ConfigError(
+            f"--micro-batch-size={args.micro_batch_size} times {args.data_parallel_size} data-parallel ranks does not "
+            f"divide --global-batch-size={args.global_batch_size}; lower it, or change rollout.prompts_per_batch"
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > args.seq_length:

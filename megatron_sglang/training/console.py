@@ -5,24 +5,38 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from megatron_sglang.errors import ConfigError
 
 
 @contextlib.contextmanager
 def quiet(log: Path) -> Iterator[Callable[[str], None]]:
-    """Send this process's Python output, log records and warnings to `log`; yields a print to the real console."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    """Send this process's Python output, log records, warnings, and the traceback of an error to `log`; yields a print
+    to the real console. `ConfigError` if the file cannot be written."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open("w", buffering=1)
+    except OSError as error:
+        raise ConfigError(
+            f"log.run_dir={log.parent} cannot be written to: {error.strerror}; name another folder"
+        ) from error
     console = sys.stdout
 
     def show(line: str) -> None:
         print(line, file=console, flush=True)
 
-    with log.open("w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         handler = logging.StreamHandler(file)
         logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
         try:
             yield show
+        except Exception:
+            with contextlib.suppress(OSError):
+                traceback.print_exc(file=file)
+            raise
         finally:
             logging.root.removeHandler(handler)
 

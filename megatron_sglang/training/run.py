@@ -15,34 +15,43 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sglang import rewards, rollout
+from megatron_sglang.comm import Board, TorchComm
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.cycle import Cycle, Leader
 from megatron_sglang.engine import EngineOptions, create_engine
+from megatron_sglang.errors import DataError
 from megatron_sglang.prompts import source
 from megatron_sglang.report import write_report
 from megatron_sglang.trace import RunLog
-from megatron_sglang.training import console
+from megatron_sglang.training import console, hf_folder
 from megatron_sglang.types import Prompt, SamplingParams
 
 
 def train(config: RunConfig) -> None:
-    """Run `config` (resolved) as one of torchrun's ranks. Raises `MegatronSglangError`."""
+    """Run `config` (resolved) as one of torchrun's ranks. Whatever ranks raise, all of them raise the first of it."""
     rank = int(os.environ.get("RANK", "0"))
-    output = console.quiet(Path(config.log.run_dir, f"rank{rank}.log")) if config.log.quiet else console.loud()
-    with contextlib.ExitStack() as cleanup, output as show:
-        station = Station.open(config, cleanup, show) if rank == 0 else None
-        cpu_room.enter()
-        _train(config, station)
+    log = log_file(config)
+    with console.quiet(log) if log else console.loud() as show:
+        board = Board()
+        with contextlib.ExitStack() as cleanup, board.one_error():
+            hf_folder.check(config.model.hf_path, weights=not config.model.random_weights)
+            station = Station.open(config, cleanup, show) if rank == 0 else None
+            cpu_room.enter()
+            _train(config, station, board)
 
 
-def _train(config: RunConfig, station: Station | None) -> None:
+def log_file(config: RunConfig) -> Path | None:
+    """Where this rank's output goes; None: to the console."""
+    return Path(config.log.run_dir, f"rank{os.environ.get('RANK', '0')}.log") if config.log.quiet else None
+
+
+def _train(config: RunConfig, station: Station | None, board: Board) -> None:
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_sglang.comm import TorchComm
     from megatron_sglang.losses import LossOptions
     from megatron_sglang.training.model import ModelRecipe
     from megatron_sglang.training.plugin import Plugin
@@ -63,18 +72,16 @@ def _train(config: RunConfig, station: Station | None) -> None:
     options = LossOptions.of(config.algo, config.rollout.max_new_tokens)
     plugin = Plugin(config, PolicyStep(config.algo.loss, options, config.rollout.temperature), make_cycle)
     plugin.register()
-    try:
-        pretrain(
-            pretrain_cfg_container_from_args(recipe.args),
-            _no_dataset,
-            ModelType.encoder_or_decoder,
-            plugin.step.forward_step,
-            recipe.model_provider,
-        )
-        plugin.finish()
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    board.meet()
+    pretrain(
+        pretrain_cfg_container_from_args(recipe.args),
+        _no_dataset,
+        ModelType.encoder_or_decoder,
+        plugin.step.forward_step,
+        recipe.model_provider,
+    )
+    plugin.finish()
+    torch.distributed.destroy_process_group()  # after an error it might wait for ranks that are gone
 
 
 def _no_dataset(_samples: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
@@ -146,10 +153,14 @@ class Station:
             resume_after=resume_after,
             echo=self.show,
         )
-        self.cleanup.callback(write_report, self.config.log.run_dir)
+        self.cleanup.callback(self._write_report)
         self.cleanup.callback(log.close)
         sampler = dataclasses.replace(self.rollout, span=log.span)
         return Leader(self.engine, sampler, self.prompts, self.held_out, self.config.log.save_rollouts, log)
+
+    def _write_report(self) -> None:
+        with contextlib.suppress(DataError, OSError):  # a run that failed early has none, and it must not hide why
+            write_report(self.config.log.run_dir)
 
 
 def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]:

@@ -80,6 +80,8 @@ def _factors(adapter: Any, expert: int | None) -> tuple[torch.Tensor, torch.Tens
         return down, up
     if adapter.input_is_parallel:
         return down, _gather_rows(up, group)
+    if not adapter.base_linear_is_parallel:  # the router: every rank has the whole weight
+        return _gather_rows(down, group), _gather_rows(up, group)
     return _gather_rows(down, group), up
 
 

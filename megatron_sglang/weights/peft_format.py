@@ -95,6 +95,7 @@ def write_adapter(
 ) -> None:
     """Write module name -> (A, B), all with the scale alpha / rank. `base`: where the base model is found."""
     state = {}
+    factors = {**factors, **_idle_down(factors)}
     for module, (down, up) in factors.items():
         # A of q, k and v is one tensor here, but safetensors wants memory of its own for each name.
         state[f"{_PREFIX}{module}.lora_A.weight"] = down.cpu().clone(memory_format=torch.contiguous_format)
@@ -116,6 +117,22 @@ def write_adapter(
         "modules_to_save": None,
     }
     (folder / CONFIG).write_text(json.dumps(config | _PLAIN, indent=2) + "\n")
+
+
+def _idle_down(
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Adapters of nothing for the down_proj of experts where only gate and up are adapted.
+
+    Without them peft 0.21 looks for gate_up_proj under another name than it has itself made of it, and loads nothing.
+    """
+    idle = {}
+    for module, (down, up) in factors.items():
+        expert = re.fullmatch(r"(.*\.experts\.\d+)\.gate_proj", module)
+        if expert and f"{expert[1]}.down_proj" not in factors:
+            rank, hidden = down.shape
+            idle[f"{expert[1]}.down_proj"] = down.new_zeros(rank, len(up)), up.new_zeros(hidden, rank)
+    return idle
 
 
 def _targets(modules: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -84,12 +84,8 @@ def adapted_model(
     sizes: Megatron's parallel sizes by flag name. base: False leaves the base weights unread. What Megatron prints is
     shown when it fails only.
     """
-    import torch
-
     from megatron_sglang.cpu import trainer as cpu_room
 
-    if torch.distributed.is_initialized():
-        raise ConfigError("this process is part of a run already; convert in a process of its own")
     said = io.StringIO()
     with _alone_unless_launched():
         try:
@@ -172,12 +168,13 @@ def _config(
 @contextlib.contextmanager
 def _megatron(config: RunConfig) -> Iterator[Model]:
     """Megatron's set-up without optimizer; what it keeps for a process is taken down in the end."""
-    import torch
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
     from megatron.training import global_vars, initialize, training
 
     from megatron_sglang.training.model import ModelRecipe
 
+    if parallel_state.is_initialized():
+        raise ConfigError("this process is part of a run already; convert in a process of its own")
     initialize._compile_dependencies = lambda: None  # see training/plugin.py
     try:
         recipe = ModelRecipe(config)
@@ -189,13 +186,13 @@ def _megatron(config: RunConfig) -> Iterator[Model]:
         num_microbatches_calculator.destroy_num_microbatches_calculator()
         rerun_state_machine.destroy_rerun_state_machine()
         parallel_state.destroy_model_parallel()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
 def _alone_unless_launched() -> Iterator[None]:
-    """Without torchrun, be the only rank."""
+    """Without torchrun, be the only rank. With it, its ranks stay joined for the next conversion."""
+    import torch
+
     if "RANK" in os.environ:
         yield
         return
@@ -208,5 +205,7 @@ def _alone_unless_launched() -> Iterator[None]:
     try:
         yield
     finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         for name in alone:
             os.environ.pop(name, None)

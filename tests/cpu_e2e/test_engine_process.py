@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from conftest import Publisher, Weights, engine_options
+from engine_tools import Publisher, Weights, engine_options
 
 from megatron_sglang.engine import create_engine
 from megatron_sglang.errors import EngineStartError
@@ -32,7 +32,7 @@ TRAINER = """
     import json, sys, time
     from pathlib import Path
     sys.path.insert(0, {tests!r})
-    from conftest import engine_options
+    from engine_tools import engine_options
     from megatron_sglang.engine import create_engine
     from megatron_sglang.types import GenerateRequest, SamplingParams
 

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from conftest import Publisher, Weights, make_buckets
+from engine_tools import Publisher, Weights, make_buckets
 
 from megatron_sglang.buckets import Bucket, pack
 from megatron_sglang.errors import EngineStaleError, WeightSyncError

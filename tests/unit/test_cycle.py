@@ -34,6 +34,8 @@ MODEL = "examples/tiny_fim/model"
 class EvenTokens:
     """A reward without a sandbox: the share of even token ids."""
 
+    tier = "none"
+
     def score(self, pairs: list[tuple[Prompt, Completion]]) -> list[Score]:
         shares = [sum(t % 2 == 0 for t in done.token_ids_T) / len(done.token_ids_T) for _, done in pairs]
         return [Score(share, share == 1.0) for share in shares]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -259,6 +260,7 @@ def test_a_kill_leaves_no_process(killed: str, tmp_path: Path) -> None:
             assert not Path(folder).exists()
         else:
             assert psutil.wait_procs(tree[1:], timeout=10)[1] == []
+            shutil.rmtree(folder)  # nobody is left to do it
     finally:
         trainer.kill()
         trainer.wait(10)

@@ -82,6 +82,7 @@ def test_preamble_stands_before_the_source_and_the_tests(reward):
         ({"tests": []}, "has no tests"),
         ({"tests": ["assert ("]}, "cannot be run"),
         ({"suffix": None}, "no usable field"),
+        ({"tests": [{"args": [1]}]}, "no usable field 'expect'"),
     ],
 )
 def test_unusable_problem_is_an_error_and_names_it(reward, fields, message):

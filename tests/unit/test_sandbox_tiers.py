@@ -87,13 +87,16 @@ def test_unknown_options_are_refused(options):
         Sandbox(**options)
 
 
-def test_box_killed_between_jobs_is_replaced_and_nobody_is_blamed():
+@pytest.mark.parametrize("victim", ["server", "guard"])
+def test_box_killed_between_jobs_is_replaced_and_nobody_is_blamed(victim):
     with Sandbox("namespaces", workers=1) as sandbox:
-        for box in sandbox._boxes:
-            for process in psutil.Process(box._process.pid).children():
-                process.kill()
-        assert sandbox.run([GOOD] * 2) == sandbox.run([GOOD] * 2)
-        assert sandbox.run([GOOD])[0].passed == (True,)
+        guards = [psutil.Process(box._process.pid) for box in sandbox._boxes]
+        servers = [server for guard in guards for server in guard.children()]
+        assert len(servers) == 2
+        for process in servers if victim == "server" else guards:
+            process.kill()
+        assert not psutil.wait_procs(servers, timeout=10)[1], "a server dies with its guard"
+        assert [verdict.passed for verdict in sandbox.run([GOOD] * 4)] == [(True,)] * 4
 
 
 def test_box_killed_during_a_job_fails_that_job_only():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import select
 import signal
 import socket
 import struct
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 NOBODY = 65534
+GUARD_POLL_S, GUARD_GRACE_S = 0.5, 3.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 1 << 12, 1 << 14, 1 << 18
@@ -47,18 +47,22 @@ def unshare(control: socket.socket) -> None:
 
 def fork_under_guard(control: socket.socket) -> None:
     """Continue in a child that dies with its guard, which ends when it, or the guard's parent, does."""
-    parent = os.pidfd_open(os.getppid())
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     child = os.fork()
     if child:
         control.close()
         _guard(child, parent)
-    os.close(parent)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     prctl(PDEATHSIG, signal.SIGKILL)
 
 
 def _guard(child: int, parent: int) -> NoReturn:
-    ended = os.pidfd_open(child)
-    select.select([ended, parent], [], [])
+    ended = None
+    while ended is None and os.getppid() == parent:
+        ended = signal.sigtimedwait([signal.SIGCHLD], GUARD_POLL_S)
+    if ended is None:  # it tidies up and ends by itself when nobody is at the other end of its socket
+        signal.sigtimedwait([signal.SIGCHLD], GUARD_GRACE_S)
     os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(status if status >= 0 else 128 - status)
@@ -137,6 +141,7 @@ def drop_privileges() -> None:
     _call("drop capabilities", _libc.capset, header, nothing)
     prctl(NO_NEW_PRIVS, 1)
     prctl(DUMPABLE, 0)
+    prctl(PDEATHSIG, signal.SIGKILL)  # the kernel forgets it with the user
 
 
 def become_nobody() -> None:

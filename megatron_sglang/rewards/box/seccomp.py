@@ -53,7 +53,7 @@ def supported() -> bool:
     child = os.fork()
     if child == 0:
         try:
-            install(program())
+            install(program(os.uname().machine))
             os.kill(os.getpid(), 0)
         except PermissionError:
             os._exit(0)
@@ -63,9 +63,9 @@ def supported() -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-def program() -> bytes:
+def program(machine: str) -> bytes:
     """The filter as BPF."""
-    column, audit, clone, prlimit = _MACHINES[os.uname().machine]
+    column, audit, clone, prlimit = _MACHINES[machine]
     numbers = (row.split()[1 + column] for row in _ALLOWED.replace("\n", ";").split(";") if row.strip())
     verdicts = {int(number): [_ALLOW] for number in numbers if number != "-"}
     verdicts[_CLONE3] = [(_RETURN, 0, 0, 0x00050000 | _ENOSYS)]  # glibc then falls back to clone

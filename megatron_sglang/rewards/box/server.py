@@ -17,15 +17,16 @@ import resource
 import select
 import signal
 import socket
-import stat
 import sys
 import sysconfig
+import time
 from typing import Any, NoReturn
 
 from megatron_sglang.rewards.box import jail, seccomp, tasks
 from megatron_sglang.rewards.box.literals import ChannelError, receive, send
 
 JOB_BYTES = 16 << 20
+POLL_S = 0.005  # a pidfd would do without, where there is one; a stop is noticed at once anyway
 TASKS = {"solve": tasks.solve, "judge": tasks.judge}
 # Imported once, before the forks; each library more makes a fork slower. Others are imported by the job itself.
 WARM = ["collections.abc", "copy", "functools", "heapq", "itertools", "math", "random", "re", "string", "typing"]
@@ -47,7 +48,7 @@ def main(control_fd: int, options: dict[str, Any]) -> None:
         for name in [*WARM, *WARM_FOR_TIER.get(options["tier"], [])]:
             importlib.import_module(name)
         _enter(control, options["tier"], options["limits"])
-        options["filter"] = seccomp.program() if options["filter"] and seccomp.supported() else b""
+        options["filter"] = seccomp.program(os.uname().machine) if options["filter"] and seccomp.supported() else b""
     except (jail.JailError, OSError) as error:
         send(control, {"failed": str(error)}, JOB_BYTES)
         return
@@ -94,16 +95,26 @@ def _serve(control: socket.socket, options: dict[str, Any]) -> bool:
     for fd in fds:
         os.close(fd)
     send(control, {"started": child}, JOB_BYTES)
-    ended = os.pidfd_open(child)
-    select.select([control, ended], [], [], options["limits"]["wall_s"])
-    in_time = bool(select.select([ended], [], [], 0)[0])
-    os.close(ended)
+    in_time = _wait(child, control, options["limits"]["wall_s"])
     status = _end_all(child) if alone else _end_descendants(child)
     _empty(folder)
     if not alone:
         os.rmdir(folder)
     send(control, {"ended": status if in_time else "killed"}, JOB_BYTES)
     return True
+
+
+def _wait(child: int, control: socket.socket, wall_s: float) -> bool:
+    """Until the job has ended, must stop, or is over its time; whether it had ended."""
+    deadline = time.monotonic() + wall_s
+    while time.monotonic() < deadline and not _has_ended(child):
+        if select.select([control], [], [], POLL_S)[0]:  # a stop, or the driver is gone
+            break
+    return _has_ended(child)
+
+
+def _has_ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _compare(control: socket.socket, job: dict[str, Any], fds: list[int], limit: int) -> None:
@@ -156,11 +167,11 @@ def _status(raw: int) -> str:
 
 def _empty(folder: str) -> None:
     for _, folders, files, fd in os.fwalk(folder, topdown=False):
-        for name in files:
-            os.unlink(name, dir_fd=fd)
-        for name in folders:
-            is_link = stat.S_ISLNK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode)
-            (os.unlink if is_link else os.rmdir)(name, dir_fd=fd)
+        for name in (*files, *folders):
+            try:
+                os.unlink(name, dir_fd=fd)
+            except IsADirectoryError:
+                os.rmdir(name, dir_fd=fd)
 
 
 def _run(job: dict[str, Any], fds: list[int], folder: str, options: dict[str, Any]) -> NoReturn:

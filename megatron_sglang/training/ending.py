@@ -1,0 +1,107 @@
+"""How a rank ends: by a signal, together with torchrun, by an error. Standard library only, to be in force at once.
+
+    SIGINT, SIGTERM, SIGHUP   raise `Stopped` in the main thread, so that everything is closed; exit code 128 + signal
+    torchrun is killed        the kernel sends SIGHUP
+    an error                  one rank says it on the console and all of them to torchrun, which repeats it at its end
+
+A rank that does not end within `GRACE_S` (its main thread may sit in a collective) is ended; its engine and its
+reward workers notice by themselves. With Megatron's --exit-signal-handler SIGTERM is Megatron's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_sglang.errors import MegatronSglangError, is_from_other_rank
+
+GRACE_S = 10.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+
+
+class Stopped(SystemExit):
+    """A signal ends this rank; the code is 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+
+def watch() -> None:
+    """Take over the signals of this process, not of its forks. Call it first, in the main thread."""
+    for number in SIGNALS:
+        signal.signal(number, _stop)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP, 0, 0, 0)
+    # Python runs handlers between bytecodes only; the wakeup descriptor is written to even while C code blocks.
+    seen, written = socket.socketpair()
+    written.setblocking(False)
+    signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_enforce, args=(seen, written), daemon=True, name="ending").start()
+    os.register_at_fork(after_in_child=_unwatch)
+
+
+def report(error: Exception, log: Path | None) -> int:
+    """Say what ended the run; the exit code. Silent on ranks that only share another one's error.
+
+    log: file with the traceback; None: show the traceback of an error that nobody foresaw.
+    """
+    text = f"{type(error).__name__}: {error}"
+    shared = is_from_other_rank(error)
+    if not shared:
+        lines = [f"rank {os.environ.get('RANK', '0')}: {text}"]
+        if not isinstance(error, MegatronSglangError):
+            lines.append("nobody foresaw this error; if a rank was lost, its end is the cause and this the consequence")
+            lines += [] if log else [traceback.format_exc()]
+        lines += [f"traceback: {log}"] if log else []
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    _tell_torchrun(f"ended with another rank: {text}" if shared else text)
+    _alarm()
+    return 1
+
+
+def _tell_torchrun(text: str) -> None:
+    """What torch.distributed.elastic's ErrorHandler writes, with the message where it has the traceback."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError), open(path, "w") as file:
+        json.dump({"message": {"message": text, "extraInfo": extra}}, file)
+
+
+def _stop(number: int, _frame: Any) -> NoReturn:
+    for each in SIGNALS:  # one is enough: the next would interrupt the cleaning up
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def _enforce(seen: socket.socket, _written: socket.socket) -> None:
+    while True:
+        number = seen.recv(1)[0]
+        if number in SIGNALS and signal.getsignal(number) in (_stop, signal.SIG_IGN):
+            _alarm()
+            time.sleep(GRACE_S)
+            os._exit(128 + number)
+
+
+def _alarm() -> None:
+    """The kernel ends this process if it hangs in the libraries' exit code, where no thread runs any more."""
+    signal.alarm(round(GRACE_S) + 5)
+
+
+def _unwatch() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)

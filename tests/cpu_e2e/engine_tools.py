@@ -1,0 +1,65 @@
+"""What the tests of the real engine share: options for a small one, buckets, and publishing as the trainer does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_sglang.buckets import Bucket, pack
+from megatron_sglang.engine import EngineOptions
+
+if TYPE_CHECKING:
+    from megatron_sglang.engine.http_engine import HttpEngine
+
+GIGABYTE = 1 << 30
+Weights = dict[str, torch.Tensor]
+
+
+def make_buckets(version: int, weights: Weights, size: int = GIGABYTE) -> list[Bucket]:
+    """All of `weights` in buckets of at most `size` bytes (one tensor at least)."""
+    groups: list[list[tuple[str, torch.Tensor]]] = [[]]
+    filled = 0
+    for name, tensor in weights.items():
+        if groups[-1] and filled + tensor.nbytes > size:
+            groups.append([])
+            filled = 0
+        groups[-1].append((name, tensor))
+        filled += tensor.nbytes
+    return [pack(version, index, group) for index, group in enumerate(groups)]
+
+
+class Publisher:
+    """Publishes weights as the trainer does, with versions that only grow."""
+
+    def __init__(self, engine: HttpEngine) -> None:
+        self.engine = engine
+
+    def __call__(self, weights: Weights, size: int = GIGABYTE) -> str:
+        version = self.next_version
+        buckets = make_buckets(version, weights, size)
+        self.engine.begin_update(version)
+        for bucket in buckets:
+            self.engine.load(bucket)
+        return self.engine.commit_update(version, len(buckets))
+
+    @property
+    def next_version(self) -> int:
+        return (self.engine.version or 0) + 1
+
+
+def engine_options(model: Path, **changes: object) -> EngineOptions:
+    """A small fp32 engine with short deadlines."""
+    common: dict[str, object] = {
+        "tp_size": 2,
+        "dtype": "float32",
+        "max_total_tokens": 16384,
+        "max_running_requests": 128,
+        "mem_fraction": 0.1,
+        "device": "cpu",
+        "start_timeout_s": 300.0,
+        "request_timeout_s": 120.0,
+        "update_timeout_s": 60.0,
+    }
+    return EngineOptions(str(model), **(common | changes))  # pyright: ignore[reportArgumentType]

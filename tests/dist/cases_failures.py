@@ -1,0 +1,76 @@
+"""One rank of a run that shall fail: pretrain_gspo.py's `main`, and what it left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from cases import training
+
+import pretrain_gspo
+from megatron_sglang.training import run
+
+Outcome = dict[str, Any]
+
+
+def outcome(
+    argv: list[str], faults: list[dict[str, Any]] | None = None, port: int | None = None, break_at: int | None = None
+) -> Outcome:
+    """Exit code, console text, seconds, and what was left: child processes, files in the temporary folder.
+
+    faults: the fake engine's script. port: where the ranks are told to meet. break_at: Megatron iteration at which
+    rank 1 fails in a way nobody foresaw.
+    """
+    if port is not None:
+        os.environ["MASTER_PORT"] = str(port)
+    original_options, original_step = run.engine_options, training.train_step
+
+    def options(config: Any) -> Any:
+        return dataclasses.replace(original_options(config), extra={"faults": faults or []})
+
+    def step(*args: Any, iteration: int, **kwargs: Any) -> Any:
+        if iteration == break_at and os.environ["RANK"] == "1":
+            raise ZeroDivisionError("a bug")
+        return original_step(*args, iteration=iteration, **kwargs)
+
+    # The signature is what the plugin checks.
+    step.__wrapped__ = original_step  # type: ignore[attr-defined]
+    run.engine_options, training.train_step = options, step
+    with tempfile.TemporaryDirectory(prefix="failing") as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        started = time.monotonic()
+        code, console = _main(argv, Path(folder).parent / f"console.{os.getpid()}")
+        found = {"code": code, "console": console, "seconds": time.monotonic() - started}
+        return found | {"left": os.listdir(folder), "children": _children()}
+
+
+def _main(argv: list[str], console: Path) -> tuple[int, str]:
+    """`main` with its console in a file; C++ writes past sys.stderr, so the descriptors are what is replaced."""
+    sys.stdout.flush()
+    kept = os.dup(1), os.dup(2)
+    try:
+        with console.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            sys.argv = ["pretrain_gspo.py", *argv]
+            code = pretrain_gspo.main()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        return code, console.read_text()
+    finally:
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        console.unlink(missing_ok=True)
+
+
+def _children() -> list[str]:
+    gone = time.monotonic() + 3
+    while (found := psutil.Process().children(recursive=True)) and time.monotonic() < gone:
+        time.sleep(0.1)
+    return [" ".join(process.cmdline()) for process in found if process.is_running()]
