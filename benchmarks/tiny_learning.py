@@ -24,7 +24,7 @@ _ONE = ["--expert-model-parallel-size", "1"]
 RUNS: dict[str, tuple[int, list[str]]] = {
     "ep2": (2, []),
     "ep2 again": (2, []),
-    "world1": (1, _ONE),
+    "world1": (1, [*_ONE, "engine.tp_size=1"]),
     "tp2": (2, [*_ONE, "--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     "pp2": (2, [*_ONE, "--pipeline-model-parallel-size", "2"]),
     "shuffled rewards": (2, ["algo.shuffle_rewards=true"]),

@@ -93,7 +93,7 @@ def digest(tensor: torch.Tensor) -> int:
     """
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     padding = -data.numel() % 8
-    if padding:
+    if padding or data.storage_offset() % 8:  # 8-byte words need an 8-byte boundary
         data = torch.cat([data, data.new_zeros(padding)])
     words = data.view(torch.int64) if data.numel() else data.new_zeros(1, dtype=torch.int64)
     position = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64)

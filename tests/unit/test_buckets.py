@@ -50,6 +50,14 @@ def test_swapped_words_change_the_digest(first: int, second: int) -> None:
     assert (digest(swapped) == digest(original)) == (first == second)
 
 
+def test_a_view_digests_as_its_copy() -> None:
+    """Segments of a send buffer start anywhere; where the bytes lie must not matter."""
+    buffer = torch.arange(40, dtype=torch.float32)
+    for start in range(4):
+        part = buffer[start : start + 17]
+        assert digest(part) == digest(part.clone())
+
+
 def test_trailing_zeros_and_emptiness_differ() -> None:
     digests = {digest(torch.zeros(size)) for size in range(5)}
     assert len(digests) == 5

@@ -144,7 +144,7 @@ def test_humaneval_bodies_pass_and_emptied_ones_do_not(reward, humaneval):
 
 
 def test_a_rollout_batch_is_judged_in_a_fraction_of_a_second():
-    """128 small problems of 4 tests: 0.3 s on two idle cores; the bound allows for a machine shared by many."""
+    """128 small problems of 4 tests: 0.2 s on two idle cores; the bound allows for a machine shared by many."""
     with Sandbox(limits=Limits(wall_s=30.0)) as sandbox:
         reward = PythonFim(sandbox)
         reward.score([(prompt("warm"), answer(f"a + 1 + {i}")) for i in range(8)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import os
 import shutil
 import signal
@@ -124,15 +126,29 @@ sandbox.run([Job("def f(a):\\n    while True:\\n        pass\\n", "f", ({{"args"
 def test_everything_ends_when_the_trainer_is_killed(tier):
     command = [sys.executable, "-c", OWNER.format(tier=tier)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as owner:
-        assert owner.stdout is not None
-        assert owner.stdout.readline() == b"ready\n"
-        deadline = time.monotonic() + 20
-        while len(started := psutil.Process(owner.pid).children(recursive=True)) < 5:
-            assert time.monotonic() < deadline, "guard and server of two boxes, and the job"
-            time.sleep(0.02)
-        owner.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(started, timeout=10)
+        try:
+            assert owner.stdout is not None
+            assert owner.stdout.readline() == b"ready\n"
+            started, folders = running(owner.pid, folders=tier == "unsafe-local")
+        finally:
+            owner.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(started, timeout=15)
     assert not alive
+    assert not [folder for folder in folders if Path(folder).exists()]
+
+
+def running(owner: int, *, folders: bool) -> tuple[list[psutil.Process], set[str]]:
+    """The guards and servers of two boxes and the job, once it runs, and the private folder it is in."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        started, found = psutil.Process(owner).children(recursive=True), set()
+        for process in started:
+            with contextlib.suppress(psutil.Error):  # gone, or not ours to look into
+                found |= {folder for folder in [process.cwd()] if "megatron-sglang-box-" in folder}
+        if len(started) >= 5 and (found or not folders):
+            return started, found
+        time.sleep(0.02)
+    raise AssertionError("the job never ran")
 
 
 def test_many_jobs_leak_neither_descriptors_nor_processes():
@@ -145,10 +161,11 @@ def test_many_jobs_leak_neither_descriptors_nor_processes():
 
 def test_close_leaves_no_process_and_no_folder():
     before = psutil.Process().children(recursive=True)
-    folders = set(Path("/tmp").glob("megatron-sglang-box-*"))
+    where = Job("import os\ndef f(a):\n    return os.getcwd()\n", "f", GOOD.tests)
     for tier in ("namespaces", "unsafe-local"):
         with Sandbox(tier, unsafe=True, workers=2) as sandbox:
-            sandbox.run([GOOD] * 4)
+            folder = ast.literal_eval(sandbox.run([where])[0].detail.split("wrong value ")[1].split(",")[0])
         sandbox.close()
+        assert folder.startswith("/tmp")
+        assert folder == "/tmp" or not Path(folder).exists()
     assert psutil.Process().children(recursive=True) == before
-    assert set(Path("/tmp").glob("megatron-sglang-box-*")) <= folders
