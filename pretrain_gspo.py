@@ -23,7 +23,7 @@ def main() -> int:
     except ending.Stopped as stopped:
         if is_leader():
             print(f"stopped by {stopped.signal.name}", file=sys.stderr)
-        return stopped.code
+        return 128 + stopped.signal
 
 
 def train(argv: list[str]) -> int:

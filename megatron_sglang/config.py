@@ -171,6 +171,8 @@ class EngineConfig:
 class SyncConfig:
     """How merged weights travel."""
 
+    path: Literal["auto", "generic"] = "auto"
+    """auto: straight into the engine's parameters where that proves equal to the generic path, else the generic one."""
     bucket_bytes: int = 512 * 2**20
     """Bytes per bucket; bounds the extra memory of a weight update."""
 
@@ -185,8 +187,6 @@ class LogConfig:
     """Show one line per rollout batch; what Megatron prints goes to rank<N>.log in the run folder."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Where metrics go besides the run folder's own JSONL file."""
-    save_rollouts: bool = True
-    """Write every prompt, completion and score to the run folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ import torch
 
 from megatron_sglang import metrics, rollout
 from megatron_sglang.advantages import group_advantages
-from megatron_sglang.buckets import Bucket
 from megatron_sglang.config import AlgoConfig
 from megatron_sglang.errors import MegatronSglangError, WeightSyncError
-from megatron_sglang.interfaces import Comm, Engine, Weights
+from megatron_sglang.interfaces import Comm, Engine
 from megatron_sglang.prompts.source import PromptSource
+from megatron_sglang.sync import Path
 from megatron_sglang.trace import RunLog
 from megatron_sglang.types import Prompt, RolloutGroup, SyncReport, TrainSample
 
@@ -37,48 +37,79 @@ class Leader:
     rollout: rollout.Rollout
     prompts: PromptSource
     held_out: Sequence[Prompt]
-    save_rollouts: bool
     log: RunLog
 
 
 class Cycle:
-    """One rollout batch after another; `version` is the last published weight version."""
+    """One rollout batch after another; `version` is the last published weight version.
 
-    def __init__(self, comm: Comm, weights: Weights, leader: Leader | None, algo: AlgoConfig, seed: int) -> None:
+    path: how weights travel. make_direct: tried once, after the first version; None: keep to `path`.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        path: Path,
+        leader: Leader | None,
+        algo: AlgoConfig,
+        seed: int,
+        make_direct: Callable[[], Path] | None = None,
+    ) -> None:
         assert (leader is not None) == (comm.rank == 0), "exactly rank 0 leads"
-        self.comm, self.weights, self.leader = comm, weights, leader
+        self.comm, self.path, self.leader, self.make_direct = comm, path, leader, make_direct
         self.algo, self.seed = algo, seed
         self.version = 0
         self._record: dict[str, metrics.Metric] = {}
 
     def publish(self) -> SyncReport:
         """Give the engine the weights as they are now. On failure the engine stays stale and every rank raises."""
+        version = self.version + 1
         with self.span("sync"):
-            report = self._publish()
+            report = self._publish(self.path, version)
+            if self.make_direct is not None:
+                report = self._establish(self.make_direct, report)
+                self.make_direct = None
+        self.version = version
         numbers = {name: getattr(report, name) for name in ("version", "bytes", "update_norm", "cast_loss")}
         numbers |= {f"{phase}_s": seconds for phase, seconds in report.seconds.items()}
         self.add({f"sync/{name}": metrics.Last(number) for name, number in numbers.items()})
         return report
 
-    def _publish(self) -> SyncReport:
-        version = self.version + 1
+    def _publish(self, path: Path, version: int) -> SyncReport:
         started = time.perf_counter()
         self.comm.from_leader(lambda: self._lead.engine.begin_update(version))
-        tensors = count = size = 0
         try:
-            for bucket in self._agreed(self.weights.buckets(version)):
-                self.comm.from_leader(lambda bucket=bucket: self._lead.engine.load(bucket))
-                tensors, count, size = tensors + len(bucket.specs), count + 1, size + bucket.data.numel()
-            sent = time.perf_counter()
-            digest = self.comm.from_leader(lambda: self._lead.engine.commit_update(version, count))
+            sent = path.send(version)
+            loaded = time.perf_counter()
+            digest = self.comm.from_leader(lambda: self._lead.engine.commit_update(version, sent.buckets))
         except MegatronSglangError as error:
             if self.leader is not None:
                 self.leader.engine.fail_update(str(error))
             raise WeightSyncError(f"version {version} was not published: {error}") from error
-        self.version = version
-        seconds = {"load": sent - started, "verify": time.perf_counter() - sent}
-        norm, cast_loss = self.weights.fidelity()
-        return SyncReport(version, tensors, count, size, seconds, norm, cast_loss, digest)
+        seconds = {"load": loaded - started, "verify": time.perf_counter() - loaded}
+        norm, cast_loss = path.fidelity()
+        return SyncReport(version, sent.tensors, sent.buckets, sent.bytes, seconds, norm, cast_loss, digest)
+
+    def _establish(self, make_direct: Callable[[], Path], generic: SyncReport) -> SyncReport:
+        """Send the same version again by the direct path; keep to it if the engine then holds the same bits."""
+        try:
+            direct = make_direct()
+            report = self._publish(direct, generic.version)
+            if report.engine_digest != generic.engine_digest:
+                raise WeightSyncError(
+                    f"its engine digest {report.engine_digest} is not that of the generic path, {generic.engine_digest}"
+                )
+        except WeightSyncError as error:
+            if self.leader is not None:
+                self.leader.log.say(f"weight sync: the generic path, because the direct one does not apply: {error}")
+            return self._publish(self.path, generic.version)
+        self.path = direct
+        if self.leader is not None:
+            self.leader.log.say(
+                f"weight sync: the direct path, {report.buckets} buckets, {report.bytes:,} bytes; "
+                f"engine digest {report.engine_digest}, as by the generic path"
+            )
+        return report
 
     def collect(self, step: int) -> list[TrainSample]:
         """The samples of rollout batch `step`, the same list on every rank."""
@@ -124,8 +155,7 @@ class Cycle:
         lead = self._lead
         with lead.log.span("rollout"):
             groups = lead.rollout.collect(lead.prompts.next_batch(), step)
-        if lead.save_rollouts:
-            lead.log.rollouts(step, groups)
+        lead.log.rollouts(step, groups, prompt_text=lambda prompt: lead.rollout.decode(prompt.token_ids_T))
         self.add(rollout.rollout_metrics(groups))
         advantages = group_advantages(self._rewards(groups, step), self.algo.baseline, self.algo.std_normalization)
         return rollout.to_samples(groups, advantages.advantages_PG)
@@ -146,19 +176,6 @@ class Cycle:
             _, found = lead.rollout.evaluate(lead.held_out)
         self.add(found)
         return metrics.values(found)
-
-    def _agreed(self, buckets: Iterator[Bucket]) -> Iterator[Bucket]:
-        """The same buckets, but an error on one rank is raised on all of them."""
-        while True:
-            bucket, failure = None, None
-            try:
-                bucket = next(buckets, None)
-            except MegatronSglangError as error:
-                failure = error
-            self.comm.agree(failure)
-            if bucket is None:
-                return
-            yield bucket
 
 
 def _tuples(value: Any) -> Any:

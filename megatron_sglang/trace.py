@@ -78,6 +78,10 @@ class RunLog:
         start = {"name": "start", "ph": "i", "ts": 0, "pid": os.getpid(), "tid": 0, "args": {"unix_s": time.time()}}
         self._trace.write("[\n" + json.dumps(start))
 
+    def say(self, line: str) -> None:
+        """Print a line between the progress lines."""
+        self._echo(line)
+
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Measure a phase; nested ones are named outer/inner. Its seconds go into the next `step` as timing_s/<name>,
@@ -169,8 +173,9 @@ _PROGRESS = (
     ("rollout/pass_rate", "pass", "{:.3f}"),
     ("eval/pass_rate", "held-out", "{:.3f}"),
     ("train/loss", "loss", "{:+.4f}"),
-    ("train/kl_ref", "kl_ref", "{:.2e}"),
-    ("train/kl_old", "kl_old", "{:.2e}"),
+    ("train/grad_norm", "grad", "{:.2f}"),
+    ("train/kl_ref", "kl_ref", "{:.1e}"),
+    ("train/kl_old", "kl_old", "{:.1e}"),
     ("train/entropy", "entropy", "{:.3f}"),
     ("train/logprob_gap_max", "gap", "{:.1e}"),
 )

@@ -6,6 +6,8 @@
     commit_update  loader "commit", weight version, resume(kv_cache) if released, continue
     release        pause(abort), flush until 200, release(kv_cache, weights)
     wait_ready     with load_format="auto": loader "adopt", weight version 0
+    layout         loader "layout"
+    self_test      pause(abort), flush until 200, loader "self_test"
 
 SGLang kills itself when an update flushes, or memory is released, while a request is alive: hence pause and flush
 first, and never a flush inside an update. Requests that change state are never sent twice.
@@ -16,17 +18,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 
-from megatron_sglang.buckets import Bucket
+from megatron_sglang.buckets import Bucket, pack
 from megatron_sglang.engine import wire
 from megatron_sglang.engine.http import Http
 from megatron_sglang.engine.options import LOADER, EngineOptions
 from megatron_sglang.engine.server import Server
 from megatron_sglang.errors import EngineError, EngineStaleError, EngineTimeoutError, WeightSyncError
+from megatron_sglang.layout import RankLayout
 from megatron_sglang.types import Completion, FinishReason, GenerateRequest
 
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
@@ -127,6 +130,21 @@ class HttpEngine:
             self._message(what, message, bucket.data)
         wire.collect_ipc()
 
+    def install_plan(self, receipts: Sequence[Mapping[str, Any]]) -> None:
+        """Direct path: tell each engine rank what it will write: by rank, {"buckets", "constants"} of `direct.Plan`."""
+        with self._failing_as("transfer plan"):
+            self._message("transfer plan", {"command": "plan"}, each=receipts)
+
+    def ticket(self, version: int, index: int) -> dict[str, Any]:
+        """Direct path: what every trainer rank puts into the envelope of its part of delivery `index`."""
+        self._in_update(version, f"delivery {index}")
+        return {"id": next(self._message_ids), "command": "deliver", "version": version, "index": index}
+
+    def deliver(self, ticket: Mapping[str, Any], payloads: Sequence[str]) -> None:
+        """Hand over one delivery: for each engine rank the payload that the trainer rank beside it has serialised."""
+        with self._failing_as(what := self._in_update(ticket["version"], f"delivery {ticket['index']}")):
+            self._send(what, ticket["id"], list(payloads))
+
     def commit_update(self, version: int, buckets: int) -> str:
         """Prove that every rank holds all of `version`, then serve it; digest of all parameters of all ranks."""
         with self._failing_as(what := self._in_update(version, "commit")):
@@ -151,7 +169,37 @@ class HttpEngine:
         if tags:
             self._memory("release", *tags)
 
+    # ---- layout ----
+
+    def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:
+        """Where each engine rank's parameters come from, by rank. shapes: of all HF tensors to be sent.
+
+        Weights stay as they are and may be served meanwhile. `WeightSyncError`, and a stale engine, where the model's
+        loader cannot be traced; see `megatron_sglang.layout.problems` for what the result may lack.
+        """
+        self._refuse_released("layout")
+        message = {"command": "layout", "dtype": self.options.dtype, "shapes": dict(shapes)}
+        with self._failing_as("layout"):
+            replies = self._message("layout", message)
+        return [RankLayout.from_json(reply["layout"]) for reply in replies]
+
+    def self_test(self, weights: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+        """Prove that the layout says what the loader does: `weights`, all HF tensors, are loaded both ways in every
+        rank and must give the same bits. The reports, by rank; `WeightSyncError` if not. Stale afterwards."""
+        self._refuse_released("self-test")
+        bucket = pack(0, 0, list(weights.items()))
+        with self._failing_as("self-test"):
+            self._quiesce()
+            replies = self._message("self-test", {"command": "self_test", "bucket": bucket.header()}, bucket.data)
+        self.fail_update("a self-test has overwritten the weights")
+        wire.collect_ipc()
+        return [reply["report"] for reply in replies]
+
     # ---- steps ----
+
+    def _refuse_released(self, what: str) -> None:
+        if "weights" in self._released:
+            raise EngineError(f"{what}: the engine's weights are released; ask before release() or in an update")
 
     @property
     def _connected(self) -> Http:
@@ -186,19 +234,29 @@ class HttpEngine:
         self._connected.post("/continue_generation", {}, timeout)
         self.version, self._updating, self._stale = version, None, ""
 
-    def _message(self, what: str, message: dict[str, Any], data: torch.Tensor | None = None) -> list[dict[str, Any]]:
-        """Send one message to every rank's loader; their answers. `what` names it in errors."""
+    def _message(
+        self,
+        what: str,
+        message: dict[str, Any],
+        data: torch.Tensor | None = None,
+        each: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Send one message to every rank's loader; their answers. `what` names it in errors; `each`: more, by rank."""
         identity = next(self._message_ids)
         data = torch.empty(0, dtype=torch.uint8) if data is None else data
-        ranks = range(self.options.tp_size)
+        extra = each or [{}] * self.options.tp_size
+        envelopes = [{"id": identity, "rank": rank, **message, **more} for rank, more in enumerate(extra)]
+        return self._send(what, identity, [wire.serialize(envelope, data) for envelope in envelopes])
+
+    def _send(self, what: str, identity: int, payloads: list[str]) -> list[dict[str, Any]]:
         body = {
-            "serialized_named_tensors": [wire.serialize({"id": identity, "rank": r, **message}, data) for r in ranks],
+            "serialized_named_tensors": payloads,
             "load_format": LOADER,
             "flush_cache": False,
             "abort_all_requests": False,
         }
         self._connected.post("/update_weights_from_tensor", body, self.options.update_timeout_s)
-        return wire.collect(self.server.mailbox, identity, len(ranks), what)
+        return wire.collect(self.server.mailbox, identity, len(payloads), what)
 
     def _in_update(self, version: int, step: str) -> str:
         """Name of a step of the open update, which must be of `version`."""

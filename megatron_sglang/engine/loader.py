@@ -3,11 +3,15 @@
 An exception that leaves `load` would kill the whole engine (managers/tp_worker.py:207 has no catch around it), and
 SGLang drops its return value; so every message is answered by a JSON file in the engine's private mailbox folder:
 
-    command  what the rank does                                              answer beside ok/error
-    begin    opens a version; poisons all parameters with NaN                -
-    load     checks order, bytes, dtypes, duplicates; model.load_weights     -
-    commit   checks the bucket count and that no parameter is left unfilled  "digests": {parameter: digest}
-    adopt    the same check of weights that SGLang loaded from disk itself   "digests": {parameter: digest}
+    command    what the rank does                                              answer beside ok/error
+    begin      opens a version; poisons all parameters with NaN                -
+    load       checks order, bytes, dtypes, duplicates; model.load_weights     -
+    commit     checks the bucket count and that no parameter is left unfilled  "digests": {parameter: digest}
+    plan       direct path: checks and keeps the plan of all coming deliveries -
+    deliver    direct path: checks a delivery, writes it, reads it back        -
+    adopt      the same check of weights that SGLang loaded from disk itself   "digests": {parameter: digest}
+    layout     traces model.load_weights (trace_loader.py); changes nothing    "layout": RankLayout as JSON
+    self_test  loads one bucket both ways and compares; weights are lost       "report" (self_test.py)
 
 Once a message of a version failed, all later ones of that version fail, until the next begin.
 """
@@ -26,10 +30,10 @@ from typing import Any
 import torch
 
 from megatron_sglang.buckets import Bucket, digest
+from megatron_sglang.engine import direct
+from megatron_sglang.engine.live_model import floating, poison, tie_head
 from megatron_sglang.engine.options import MAILBOX_VARIABLE
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+from megatron_sglang.engine.wire import write_reply
 
 
 @dataclass(slots=True)
@@ -38,11 +42,14 @@ class _Session:
 
     version: int
     buckets: int = 0
+    direct: bool = False
+    """Deliveries by plan, not buckets through the model's loader."""
     received: dict[str, tuple[int, ...]] = field(default_factory=dict)
     broken: str = ""
 
 
 _open: dict[int, _Session] = {}
+_plans: dict[int, direct.Plan] = {}
 _committed: dict[int, dict[str, tuple[int, ...]]] = {}
 """By rank: names and shapes of the last committed version; every later version must bring the same."""
 
@@ -65,22 +72,20 @@ def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         if session is not None:
             session.broken = session.broken or str(error)
         reply = {"ok": False, "error": str(error) if type(error) is ValueError else repr(error)}
-    partial = reply_path.with_suffix(".partial")
-    partial.write_text(json.dumps(reply))
-    partial.replace(reply_path)
+    write_reply(reply_path, reply)
 
 
 def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str, Any]:
     rank, command = message["rank"], message["command"]
     if command == "begin":
         _open[rank] = _Session(message["version"])
-        with torch.no_grad():
-            for _, parameter in _floating(model):
-                parameter.fill_(torch.nan)
+        poison(model)
         return {}
     if command == "adopt":
-        _tie_head(model)
+        tie_head(model)
         return {"digests": _digests(model)}
+    if command in ("layout", "self_test", "plan"):
+        return _examine(model, message, data)
     session = _open.get(rank)
     if session is None:
         raise ValueError(f"{command} arrived before any begin; start a new update")
@@ -89,12 +94,36 @@ def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str
     if command == "load":
         _load_bucket(model, session, Bucket.from_header(message["bucket"], data))
         return {}
+    if command == "deliver":
+        _deliver(model, session, message, data)
+        return {}
     if command == "commit":
         digests = _commit(model, session, message)
-        _committed[rank] = session.received
+        if not session.direct:
+            _committed[rank] = session.received
         del _open[rank]
         return {"digests": digests}
-    raise ValueError(f"unknown command {command!r}; expected begin, load, commit or adopt")
+    raise ValueError(f"unknown command {command!r}; expected one of those in loader.py's docstring")
+
+
+def _examine(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str, Any]:
+    """What concerns the model rather than a version of its weights."""
+    from megatron_sglang.engine.self_test import self_test
+    from megatron_sglang.engine.trace_loader import trace
+
+    if not isinstance(model, torch.nn.Module):
+        # ValueError, because its text is the answer.
+        raise ValueError(f"a {type(model).__name__} has no layout; only a torch module can be traced")  # noqa: TRY004
+    rank = message["rank"]
+    if message["command"] == "plan":
+        _plans[rank] = direct.check(model, message)
+        return {}
+    if message["command"] == "self_test":
+        _open.pop(rank, None)
+        return {"report": self_test(model, dict(Bucket.from_header(message["bucket"], data).tensors()), rank)}
+    dtype = getattr(torch, message["dtype"])
+    specs = {name: (tuple(shape), dtype) for name, shape in message["shapes"].items()}
+    return {"layout": trace(model, specs, rank).to_json()}
 
 
 def _load_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
@@ -105,7 +134,7 @@ def _load_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
         )
     if bucket.data.dtype != torch.uint8 or bucket.data.dim() != 1:
         raise ValueError(f"bucket data is {bucket.data.dtype} {tuple(bucket.data.shape)}, expected flat uint8")
-    dtypes = {parameter.dtype for _, parameter in _floating(model)}
+    dtypes = {parameter.dtype for _, parameter in floating(model)}
     for spec in bucket.specs:
         if spec.name in session.received:
             raise ValueError(f"tensor {spec.name} arrived twice")
@@ -126,19 +155,25 @@ def _load_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
     session.buckets += 1
 
 
-def _tie_head(model: Any) -> None:
-    """Fill the head of a model that ties it to its embedding but does not share the memory: SGLang's MoE models
-    ignore tie_word_embeddings (models/qwen3_moe.py:958) and would keep a random one. Both are sharded alike."""
-    parameters = dict(model.named_parameters())
-    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    if tied and HEAD in parameters and EMBEDDING in parameters:
-        with torch.no_grad():
-            parameters[HEAD].copy_(parameters[EMBEDDING])
+def _deliver(model: Any, session: _Session, message: dict[str, Any], data: torch.Tensor) -> None:
+    plan = _plans.get(message["rank"])
+    if plan is None:
+        raise ValueError("a delivery arrived before any plan")
+    if (message["version"], message["index"]) != (session.version, session.buckets):
+        raise ValueError(
+            f"got delivery {message['index']} of version {message['version']}, expected {session.buckets} of version "
+            f"{session.version}: one was dropped, repeated or reordered"
+        )
+    session.direct = True
+    direct.deliver(model, plan, session.buckets, message, data)
+    if data.is_cuda:
+        torch.cuda.synchronize(data.device)
+    session.buckets += 1
 
 
 def _digests(model: Any) -> dict[str, str]:
     """Of every parameter of this rank; refuses a model that holds anything but finite numbers."""
-    unfilled = [name for name, parameter in _floating(model) if not bool(torch.isfinite(parameter).all())]
+    unfilled = [name for name, parameter in floating(model) if not bool(torch.isfinite(parameter).all())]
     if unfilled:
         raise ValueError(f"{len(unfilled)} parameters are unfilled or hold NaN or infinity: {_names(unfilled)}")
     return {name: f"{digest(parameter) % 2**64:016x}" for name, parameter in model.named_parameters()}
@@ -150,21 +185,15 @@ def _commit(model: Any, session: _Session, message: dict[str, Any]) -> dict[str,
             f"commit of version {message['version']} with {message['buckets']} buckets, but this rank has "
             f"{session.buckets} buckets of version {session.version}"
         )
+    if session.direct:
+        direct.finish(model, _plans[message["rank"]])
+        return _digests(model)
     before = _committed.get(message["rank"])
     if before is not None and before != session.received:
         changed = sorted(name for name, _ in before.items() ^ session.received.items())
         raise ValueError(f"{len(changed)} tensors are missing, new or of another shape than before: {_names(changed)}")
-    _tie_head(model)
+    tie_head(model)
     return _digests(model)
-
-
-def _floating(model: Any) -> list[tuple[str, torch.Tensor]]:
-    """Parameters whose dtype has a NaN; quantised ones are left to the digests."""
-    return [
-        (name, parameter.data)
-        for name, parameter in model.named_parameters()
-        if parameter.dtype.is_floating_point and parameter.element_size() > 1
-    ]
 
 
 def _names(items: Any) -> str:

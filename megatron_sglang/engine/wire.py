@@ -1,7 +1,8 @@
 """What travels to `loader.py` and back: envelopes, payloads and the mailbox.
 
 An envelope is JSON {"id", "rank", "command", "version", ...}; a payload is SGLang's serialised [(envelope, tensor)]
-for one tensor-parallel rank: the bytes themselves on a CPU, a CUDA IPC handle on a GPU. Trainer side only.
+for one tensor-parallel rank: the bytes themselves on a CPU, a CUDA IPC handle on a GPU. An answer is one JSON file of
+each rank, compressed when it is large.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import io
 import json
 import pickle
+import zlib
 from collections.abc import Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -23,6 +25,9 @@ from megatron_sglang.errors import WeightSyncError
 
 _DEVICE_INDEX = 6
 """Position of the device number in torch's arguments for rebuilding a CUDA tensor (sglang utils/patch_torch.py:75)."""
+
+_LARGE = 1 << 16
+"""Bytes of an answer from which on it is compressed."""
 
 
 def serialize(envelope: Mapping[str, Any], data: torch.Tensor) -> str:
@@ -68,6 +73,20 @@ def collect_ipc() -> None:
         torch.cuda.ipc_collect()
 
 
+def write_reply(path: Path, reply: Mapping[str, Any]) -> None:
+    """Called in the rank: the whole answer appears at once."""
+    content = json.dumps(reply).encode()
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(zlib.compress(content) if len(content) > _LARGE else content)
+    partial.replace(path)
+
+
+def _read_reply(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    path.unlink()
+    return json.loads(content if content.startswith(b"{") else zlib.decompress(content))
+
+
 def collect(mailbox: Path, message_id: int, ranks: int, what: str) -> list[dict[str, Any]]:
     """Take every rank's answer out of the mailbox; `WeightSyncError` naming `what` and the first rank that failed."""
     replies = []
@@ -75,8 +94,7 @@ def collect(mailbox: Path, message_id: int, ranks: int, what: str) -> list[dict[
         path = mailbox / f"{message_id}.{rank}.json"
         if not path.exists():
             raise WeightSyncError(f"{what}, engine rank {rank}: no answer from the loader; see the engine's log")
-        replies.append(json.loads(path.read_text()))
-        path.unlink()
+        replies.append(_read_reply(path))
     for rank, reply in enumerate(replies):
         if not reply["ok"]:
             raise WeightSyncError(f"{what}, engine rank {rank}: {reply['error']}")

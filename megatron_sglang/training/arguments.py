@@ -118,7 +118,7 @@ def parse(config: RunConfig, provider: Any) -> Any:
 
     The command line is architecture, device, plugin, then what the user's configuration says, which wins.
     """
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.arguments import parse_and_validate_args, parse_args
 
     device = _CPU_FLAGS if cpu_room.needed() else []
     argv = [*architecture_flags(provider), *device, *_PLUGIN_FLAGS, *config_check.megatron_argv(config)]
@@ -126,17 +126,21 @@ def parse(config: RunConfig, provider: Any) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            args = parse_and_validate_args()
-    except SystemExit as error:  # argparse: usage of 1000 flags, then the reason
+            check(config, parse_args(), provider)  # first: Megatron's messages lack the numbers
+            return parse_and_validate_args()
+    except SystemExit as error:
+        if error.code != 2:
+            raise
+        # argparse: the usage of a thousand flags, then the reason
         raise ConfigError(f"Megatron refuses these arguments: {said.getvalue().splitlines()[-1]}") from error
+    except ConfigError:
+        raise
     except (AssertionError, ValueError) as error:
         reason = str(error) or f"it expects `{traceback.extract_tb(error.__traceback__)[-1].line}`"
         raise ConfigError(f"Megatron refuses these arguments: {reason}") from error
     finally:
         sys.argv = program
         sys.stderr.write(said.getvalue())
-    check(config, args, provider)
-    return args
 
 
 def check(config: RunConfig, args: Any, provider: Any) -> None:
@@ -162,10 +166,13 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
             f"--context-parallel-size={args.context_parallel_size}: Megatron's attention without Transformer Engine "
             "has no context parallelism; set it to 1 on a CPU"
         )
-    if args.global_batch_size % (args.micro_batch_size * args.data_parallel_size):
+    replicas = args.world_size // (
+        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    )
+    if replicas and args.global_batch_size % ((args.micro_batch_size or 1) * replicas):
         raise ConfigError(
-            f"--micro-batch-size={args.micro_batch_size} times {args.data_parallel_size} data-parallel ranks does not "
-            f"divide --global-batch-size={args.global_batch_size}; lower it, or change rollout.prompts_per_batch"
+            f"--micro-batch-size={args.micro_batch_size} times {replicas} data-parallel ranks does not divide "
+            f"--global-batch-size={args.global_batch_size}; lower it, or change rollout.prompts_per_batch"
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > args.seq_length:

@@ -7,16 +7,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sglang.errors import DataError
+from megatron_sglang.errors import ConfigError, DataError, OnOtherRank
 
 STATE_FILE = "rollout_state.json"
 
@@ -75,6 +80,49 @@ def read_state(load: str, iteration: int) -> dict[str, Any]:
             f"{path} cannot be read ({error}); the checkpoint is not of this package or is damaged, "
             "load an earlier one with --ckpt-step"
         ) from error
+
+
+@contextlib.contextmanager
+def writing(save: str, iteration: int) -> Iterator[None]:
+    """Turn whatever fails in a save into a DataError that says what is still there."""
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        free_mb = shutil.disk_usage(save).free >> 20
+        _raise_explained(
+            f"the checkpoint of iteration {iteration} could not be written to {save} ({free_mb} MB free)",
+            error,
+            f"those before it are complete: make room, or save less often, and resume with --load {save}",
+        )
+
+
+@contextlib.contextmanager
+def reading(load: str | None) -> Iterator[None]:
+    """Turn what Megatron raises on a checkpoint that it cannot use into a DataError or ConfigError."""
+    try:
+        yield
+    except (CheckpointException, CheckpointingException) as error:
+        _raise_explained(
+            f"the checkpoint in {load} cannot be read", error, "it is damaged: load an earlier one with --ckpt-step"
+        )
+    except AssertionError as error:
+        if not str(error).startswith("OptimizerParamScheduler"):
+            raise
+        raise ConfigError(
+            f"the checkpoint in {load} has another schedule: {error}; give --override-opt-param-scheduler to take "
+            "that of this command line, --use-checkpoint-opt-param-scheduler to keep the checkpoint's"
+        ) from error
+
+
+def _raise_explained(what: str, error: BaseException, remedy: str) -> NoReturn:
+    """torch raises one exception on all ranks, and gives the details to one of them."""
+    failures = getattr(error, "failures", None)
+    if failures is None:
+        raise DataError(f"{what}: {error}; {remedy}") from error
+    if not failures:
+        raise DataError(f"{what}; {remedy}") from OnOtherRank("the rank that gathers the results knows why")
+    rank, (reason, _) = min(failures.items())
+    raise DataError(f"{what}: rank {rank}: {reason}; {remedy}") from error
 
 
 def _folder(root: str, iteration: int) -> Path:

@@ -64,26 +64,26 @@ def report(error: Exception, log: Path | None) -> int:
         if not isinstance(error, MegatronSglangError):
             lines.append("nobody foresaw this error; if a rank was lost, its end is the cause and this the consequence")
             lines += [] if log else [traceback.format_exc()]
-        lines += [f"traceback: {log}"] if log else []
+        lines += [f"traceback: {log}"] if log and log.exists() else []
         print("\n".join(lines), file=sys.stderr, flush=True)
-    _tell_torchrun(f"ended with another rank: {text}" if shared else text)
-    _alarm()
+    # torchrun takes the earliest for the cause.
+    _tell_torchrun(f"ended with another rank: {text}" if shared else text, time.time() + (GRACE_S if shared else 0))
+    _end_undisturbed()
     return 1
 
 
-def _tell_torchrun(text: str) -> None:
+def _tell_torchrun(text: str, unix_s: float) -> None:
     """What torch.distributed.elastic's ErrorHandler writes, with the message where it has the traceback."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
-    extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    extra = {"py_callstack": text, "timestamp": str(int(unix_s))}
     with contextlib.suppress(OSError), open(path, "w") as file:
         json.dump({"message": {"message": text, "extraInfo": extra}}, file)
 
 
 def _stop(number: int, _frame: Any) -> NoReturn:
-    for each in SIGNALS:  # one is enough: the next would interrupt the cleaning up
-        signal.signal(each, signal.SIG_IGN)
+    _end_undisturbed()
     raise Stopped(number)
 
 
@@ -91,13 +91,14 @@ def _enforce(seen: socket.socket, _written: socket.socket) -> None:
     while True:
         number = seen.recv(1)[0]
         if number in SIGNALS and signal.getsignal(number) in (_stop, signal.SIG_IGN):
-            _alarm()
             time.sleep(GRACE_S)
             os._exit(128 + number)
 
 
-def _alarm() -> None:
-    """The kernel ends this process if it hangs in the libraries' exit code, where no thread runs any more."""
+def _end_undisturbed() -> None:
+    """No further signal interrupts the cleaning up. If it hangs, in libraries' exit code too, the kernel ends us."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.alarm(round(GRACE_S) + 5)
 
 

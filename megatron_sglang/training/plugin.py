@@ -77,8 +77,9 @@ class Plugin:
             return self._train_step(original_step, model, optimizer, *args, **kwargs)
 
         def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
-            self._save_state(iteration)
-            return original_save(iteration, *args, **kwargs)
+            with checkpoint.writing(get_args().save, iteration):
+                self._save_state(iteration)
+                return original_save(iteration, *args, **kwargs)
 
         training.train_step, training.save_checkpoint = train_step, save_checkpoint
         initialize._compile_dependencies = lambda: None

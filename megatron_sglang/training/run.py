@@ -19,12 +19,14 @@ from megatron_sglang.comm import Board, TorchComm
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.cycle import Cycle, Leader
-from megatron_sglang.engine import EngineOptions, create_engine
+from megatron_sglang.engine import EngineOptions, create_engine, wire
 from megatron_sglang.errors import DataError
 from megatron_sglang.prompts import source
 from megatron_sglang.report import write_report
-from megatron_sglang.trace import RunLog
+from megatron_sglang.sync import DirectPath, GenericPath, plan_for
+from megatron_sglang.trace import METRICS, RunLog, read_lines
 from megatron_sglang.training import console, hf_folder
+from megatron_sglang.transfer import Region
 from megatron_sglang.types import Prompt, SamplingParams
 
 
@@ -53,33 +55,52 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_sglang.losses import LossOptions
+    from megatron_sglang.training import checkpoint
     from megatron_sglang.training.model import ModelRecipe
     from megatron_sglang.training.plugin import Plugin
     from megatron_sglang.training.step import PolicyStep
+    from megatron_sglang.weights import shards
+    from megatron_sglang.weights.direct import DirectSender
     from megatron_sglang.weights.export import MergedWeights, hf_shapes
 
     recipe = ModelRecipe(config)
     expected = None if config.model.random_weights else hf_shapes(config.model.hf_path)
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
 
     def make_cycle(model_chunks: list[Any], resume_after: int | None) -> Cycle:
-        dtype = getattr(torch, config.model.dtype)
-        weights = MergedWeights(recipe.bridge, model_chunks, config.sync.bucket_bytes, dtype, expected)
         comm = TorchComm()
         leader = station.lead(resume_after) if station is not None else None
         comm.from_leader(lambda: station and station.engine.wait_ready())
-        return Cycle(comm, weights, leader, config.algo, config.seed)
+        engine = leader.engine if leader is not None else None
+        weights = MergedWeights(recipe.bridge, model_chunks, config.sync.bucket_bytes, dtype, expected)
+        generic = GenericPath(comm, weights, engine)
+
+        def make_direct() -> DirectPath:
+            ranks = config.engine.tp_size or 1
+
+            def find_shards() -> list[Region]:
+                return shards.of_this_rank(recipe.bridge, model_chunks, expected or {})
+
+            limit = config.sync.bucket_bytes // dtype.itemsize
+            plan = plan_for(comm, engine, ranks, expected or {}, find_shards, limit)
+            sender = DirectSender(recipe.bridge, model_chunks, plan, dtype)
+            return DirectPath(comm, sender, engine, ranks, wire.serialize)
+
+        wanted = config.sync.path == "auto" and expected
+        return Cycle(comm, generic, leader, config.algo, config.seed, make_direct if wanted else None)
 
     options = LossOptions.of(config.algo, config.rollout.max_new_tokens)
     plugin = Plugin(config, PolicyStep(config.algo.loss, options, config.rollout.temperature), make_cycle)
     plugin.register()
     board.meet()
-    pretrain(
-        pretrain_cfg_container_from_args(recipe.args),
-        _no_dataset,
-        ModelType.encoder_or_decoder,
-        plugin.step.forward_step,
-        recipe.model_provider,
-    )
+    with checkpoint.reading(recipe.args.load):
+        pretrain(
+            pretrain_cfg_container_from_args(recipe.args),
+            _no_dataset,
+            ModelType.encoder_or_decoder,
+            plugin.step.forward_step,
+            recipe.model_provider,
+        )
     plugin.finish()
     torch.distributed.destroy_process_group()  # after an error it might wait for ranks that are gone
 
@@ -156,11 +177,18 @@ class Station:
         self.cleanup.callback(self._write_report)
         self.cleanup.callback(log.close)
         sampler = dataclasses.replace(self.rollout, span=log.span)
-        return Leader(self.engine, sampler, self.prompts, self.held_out, self.config.log.save_rollouts, log)
+        return Leader(self.engine, sampler, self.prompts, self.held_out, log)
 
     def _write_report(self) -> None:
         with contextlib.suppress(DataError, OSError):  # a run that failed early has none, and it must not hide why
-            write_report(self.config.log.run_dir)
+            page = write_report(self.config.log.run_dir)
+            held_out = [
+                line["eval/pass_rate"] for line in read_lines(page.with_name(METRICS)) if "eval/pass_rate" in line
+            ]
+            if len(held_out) > 1:
+                gain = 100 * (held_out[-1] - held_out[0])
+                self.show(f"held-out pass rate {held_out[0]:.3f} -> {held_out[-1]:.3f}: {gain:+.1f} points")
+            self.show(f"report: {page}")
 
 
 def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]:

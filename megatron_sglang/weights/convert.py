@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run one conversion; the leader says what was written."""
+    from megatron_sglang.weights import standalone
+
     sizes = {name: getattr(args, name.replace("-", "_")) for name in SIZES}
     if args.direction == "to-hf":
         if args.adapter_only:
@@ -69,13 +72,12 @@ def run(args: argparse.Namespace) -> None:
             )
         text = f"{args.output}: {done} tensors"
     else:
-        if args.adapter and (args.lora_alpha or args.target_modules):
-            raise ConfigError("--lora-alpha and --target-modules follow from --adapter; give them without it only")
         given = {"rank": args.lora_rank, "alpha": args.lora_alpha, "targets": args.target_modules}
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value}
         lora = import_adapter(args.hf_model, args.save, adapter=args.adapter, sizes=sizes, dtype=args.dtype, **given)
         targets = ",".join(lora.targets)
         text = f"{args.save}: train with lora.rank={lora.rank} lora.alpha={lora.alpha:g} lora.targets={targets}"
+    standalone.leave()
     if _is_leader():
         print(text)
 
@@ -95,16 +97,17 @@ def export_merged(
     Raises DataError: no or a foreign checkpoint, a missing model, an output folder that is not empty.
     """
     from megatron_sglang.weights import standalone, write
-    from megatron_sglang.weights.export import hf_layers, hf_shapes
-    from megatron_sglang.weights.merge import MergeStats
 
     hf_model, output = _model_folder(hf_model), Path(output)
     write.require_new(output)
     stored = standalone.find_checkpoint(Path(load), iteration)
-    expected = hf_shapes(str(hf_model))
-    missing = set(expected)
     with standalone.adapted_model(hf_model, stored.lora, stored.dtype, sizes or {}, base=True) as model:
+        from megatron_sglang.weights.export import hf_layers, hf_shapes  # Megatron needs the CPU room where it is used
+        from megatron_sglang.weights.merge import MergeStats
+
         standalone.load_adapters(model, stored.folder)
+        expected = hf_shapes(str(hf_model))
+        missing = set(expected)
         with _new_folder(model, output) as folder, _progress("merging", len(expected)) as advance:
             writer = write.ShardWriter(folder, shard_bytes)
             for layer in hf_layers(model.bridge, model.chunks, MergeStats()):
@@ -175,6 +178,10 @@ def import_adapter(
     config = json.loads((hf_model / "config.json").read_text())
     given = None
     if adapter is not None:
+        if lora.keys() - {"rank"}:
+            raise ConfigError(
+                f"{' and '.join(lora.keys() - {'rank'})} follow from --adapter; give them without it only"
+            )
         experts = next((config[name] for name in _EXPERTS if config.get(name)), 0)
         given = peft_format.AdapterFolder(Path(adapter), experts)
         options = given.lora_config(lora.get("rank"))
@@ -275,7 +282,8 @@ def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True, disable=not _is_leader()) as bar:
+    console = Console(file=sys.__stderr__)  # past the redirection of what Megatron prints
+    with Progress(console=console, transient=True, disable=not _is_leader()) as bar:
         task = bar.add_task(text, total=total)
         yield lambda steps: bar.advance(task, steps)
 

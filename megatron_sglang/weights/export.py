@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import safe_open
 
 from megatron_sglang import buckets
 from megatron_sglang.errors import WeightSyncError
-from megatron_sglang.weights.merge import MergeStats, adapted_weights, merged
+from megatron_sglang.weights.merge import MergeStats, adapted_weights, merged, replicas_of
 
 
 class MergedWeights:
@@ -57,12 +56,8 @@ class MergedWeights:
             )
 
     def fidelity(self) -> tuple[float, float]:
-        """(L2 norm of the update, share of it lost by the cast), over all ranks."""
-        device = torch.cuda.current_device()
-        total = torch.tensor([self.stats.update, self.stats.lost], dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(total)
-        update, lost = total.tolist()
-        return math.sqrt(update), math.sqrt(lost / update) if update else 0.0
+        """See `interfaces.Weights`."""
+        return self.stats.fidelity()
 
     def _checked(self, version: int, seen: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors in the engine's dtype; their names are added to `seen`."""
@@ -102,7 +97,7 @@ def hf_layers(
         for task in tasks:
             found = adapted.get(id(task.param_weight)) if task.param_weight is not None else None
             if found is not None:
-                task = dataclasses.replace(task, param_weight=merged(task.param_weight, *found, stats))
+                task = dataclasses.replace(task, param_weight=_merged(task.param_weight, found, stats))
             prepared.append(task)
         exported = bridge.export_hf_weights(
             model_chunks, conversion_tasks=prepared, merge_adapter_weights=False, show_progress=False
@@ -110,6 +105,10 @@ def hf_layers(
         # With merging off Bridge marks adapted layers as peft does.
         named = [(name.replace(".base_layer.", "."), tensor) for name, tensor in exported]
         yield sorted(named, key=lambda item: buckets.transfer_order(item[0]))
+
+
+def _merged(base: torch.Tensor, adapter: tuple[Any, int | None], stats: MergeStats) -> torch.Tensor:
+    return merged(base, *adapter, stats, replicas_of(base))
 
 
 def _by_layer(tasks: list[Any]) -> Iterator[list[Any]]:

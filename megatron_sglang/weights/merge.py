@@ -7,6 +7,7 @@ model_bridge.py:306). Here each rank merges what it holds, so the layout cannot 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +27,18 @@ class MergeStats:
     lost: float = 0.0
     """sum of (cast(merged) - merged)^2: what the engine's dtype cannot hold."""
 
-    def add(self, base: torch.Tensor, update: torch.Tensor, lost: torch.Tensor | None) -> None:
-        is_expert = not getattr(base, "allreduce", True)  # Megatron's mark for parameters split over EP
-        replicas = (
-            mpu.get_expert_data_parallel_world_size()
-            if is_expert
-            else mpu.get_data_parallel_world_size(with_context_parallel=True)
-        )
+    def add(self, update: torch.Tensor, lost: torch.Tensor | None, replicas: int) -> None:
+        """replicas: how many ranks add this shard."""
         self.update += float(update.square().sum()) / replicas
         if lost is not None:
             self.lost += float(lost.square().sum()) / replicas
+
+    def fidelity(self) -> tuple[float, float]:
+        """(L2 norm of the update, share of it lost by the cast), over all ranks. Collective."""
+        total = torch.tensor([self.update, self.lost], dtype=torch.float64, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(total)
+        update, lost = total.tolist()
+        return math.sqrt(update), math.sqrt(lost / update) if update else 0.0
 
 
 def adapted_weights(model_chunks: list[torch.nn.Module]) -> dict[int, tuple[AdapterWrapper, int | None]]:
@@ -53,8 +56,19 @@ def adapted_weights(model_chunks: list[torch.nn.Module]) -> dict[int, tuple[Adap
     return found
 
 
-def merged(base: torch.Tensor, wrapper: AdapterWrapper, expert: int | None, stats: MergeStats) -> torch.Tensor:
+def replicas_of(base: torch.Tensor) -> int:
+    """How many ranks hold the same shard of a weight."""
+    if getattr(base, "allreduce", True):  # Megatron's mark: False for parameters split over EP
+        return mpu.get_data_parallel_world_size(with_context_parallel=True)
+    return mpu.get_expert_data_parallel_world_size()
+
+
+def merged(
+    base: torch.Tensor, wrapper: AdapterWrapper, expert: int | None, stats: MergeStats | None, replicas: int
+) -> torch.Tensor:
     """The effective weight of one shard, [out, in] as `base`, in `base`'s dtype, in fresh memory.
+
+    stats: where the change is counted (None: it was already); replicas: by how many ranks.
 
     Collective over the adapter's TP group: both factors are sharded, and each rank needs one of them whole.
     """
@@ -63,7 +77,8 @@ def merged(base: torch.Tensor, wrapper: AdapterWrapper, expert: int | None, stat
     delta = (up @ down).mul_(scale)
     whole = base.detach().float() + delta
     cast = whole.to(base.dtype)
-    stats.add(base, delta, None if cast.dtype == torch.float32 else cast.float() - whole)
+    if stats is not None:
+        stats.add(delta, None if cast.dtype == torch.float32 else cast.float() - whole, replicas)
     return cast
 
 

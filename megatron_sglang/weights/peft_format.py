@@ -209,7 +209,8 @@ class AdapterFolder:
         if rank is not None and rank < needed:
             raise DataError(f"--lora-rank {rank} is below {needed}, the rank that {largest} need together")
         alpha = float(self.config.get("lora_alpha", 8))
-        scale = alpha / (math.sqrt(self.config["r"]) if self.config.get("use_rslora") else self.config["r"])
+        rank_given = self.config.get("r", 8)
+        scale = alpha / (math.sqrt(rank_given) if self.config.get("use_rslora") else rank_given)
         rank = rank or needed
         ordered = tuple(target for target in _TARGETS.values() if target in targets)
         return LoraConfig(rank=rank, alpha=scale * rank, targets=cast("Any", ordered))

@@ -115,8 +115,7 @@ def find_sites(bridge: Any, model_chunks: list[torch.nn.Module]) -> dict[str, li
     adapted = adapted_weights(model_chunks)
     found: dict[str, list[Site]] = {}
     for task in bridge.get_conversion_tasks(model_chunks):
-        adapter = adapted.get(id(task.param_weight)) if task is not None and task.param_weight is not None else None
-        if adapter is None:
+        if task is None or task.param_weight is None or id(task.param_weight) not in adapted:
             continue
         layer = re.match(r".*layers\.\d+\.", task.global_param_name)
         assert layer is not None, f"adapter of {task.global_param_name} is outside the decoder layers"
@@ -129,7 +128,7 @@ def find_sites(bridge: Any, model_chunks: list[torch.nn.Module]) -> dict[str, li
                 "cannot be converted by itself; write merged weights instead"
             )
         modules = {part: name.removesuffix(".weight") for part, name in names.items()}
-        found.setdefault(layer.group(), []).append(Site(layer.group(), modules, *adapter))
+        found.setdefault(layer.group(), []).append(Site(layer.group(), modules, *adapted[id(task.param_weight)]))
     return found
 
 

@@ -60,8 +60,9 @@ def find_checkpoint(load: Path, iteration: int | None) -> Stored:
     path = folder / "rollout_state.json"
     try:
         state = json.loads(path.read_text())
-        known = {name: state["lora"][name] for name in ("rank", "alpha", "targets")}
-        return Stored(folder, LoraConfig(**known | {"targets": tuple(known["targets"])}), state["dtype"])
+        lora = state["lora"]
+        options = LoraConfig(rank=lora["rank"], alpha=lora["alpha"], targets=tuple(lora["targets"]))
+        return Stored(folder, options, state["dtype"])
     except (OSError, ValueError, KeyError) as error:
         have = ", ".join(sorted(path.parent.name for path in load.glob(f"*/{path.name}"))) or "none"
         raise DataError(
@@ -81,15 +82,15 @@ def adapted_model(
 ) -> Iterator[Model]:
     """Build `hf_model` with adapters as a run with this `lora` does. Collective over all ranks.
 
-    sizes: Megatron's parallel sizes by flag name. base: False leaves the base weights unread. What Megatron prints is
-    shown when it fails only.
+    sizes: Megatron's parallel sizes by flag name. base: False leaves the base weights unread. What Megatron prints
+    goes into the notes of an error.
     """
     from megatron_sglang.cpu import trainer as cpu_room
 
     said = io.StringIO()
     with _alone_unless_launched():
         try:
-            with contextlib.redirect_stdout(said):
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 cpu_room.enter()
                 with _megatron(_config(hf_model, lora, dtype, sizes, base)) as model:
                     yield model
@@ -99,15 +100,20 @@ def adapted_model(
 
 
 def load_adapters(model: Model, folder: Path) -> None:
-    """Load the adapters of a checkpoint of any layout. DataError, on all ranks, when they are another model's."""
+    """Load the adapters of a checkpoint of any layout. DataError on all ranks: it is damaged, or another model's."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.utils import unwrap_model
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    metadata = dist_checkpointing.load_content_metadata(str(folder)) or {}
     chunks = unwrap_model(model.chunks)
-    wanted = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
-    _check_fits(model.comm, wanted, folder)
-    state = dist_checkpointing.load(wanted, str(folder))
+    try:
+        metadata = dist_checkpointing.load_content_metadata(str(folder)) or {}
+        wanted = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
+        _check_fits(model.comm, wanted, folder)
+        state = dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointException, CheckpointingException, OSError) as error:
+        raise DataError(f"{folder} cannot be read ({error}); it is damaged, choose another with --iteration") from error
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{index}"])
 
@@ -116,9 +122,20 @@ def save_release(model: Model, folder: Path) -> None:
     """Write the adapters to `folder` as Megatron's release checkpoint. Collective."""
     from megatron.training import checkpointing, get_args
 
+    from megatron_sglang.training import checkpoint
+
+    checkpoint.write_in_process()
     args = get_args()
     args.save, args.no_save_optim, args.no_save_rng = str(folder), True, True
     checkpointing.save_checkpoint(0, model.chunks, None, None, 0, release=True)
+
+
+def leave() -> None:
+    """End the ranks' connection, before a process that torchrun started ends."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _check_fits(comm: TorchComm, wanted: dict[str, Any], folder: Path) -> None:
@@ -151,6 +168,14 @@ def _config(
 ) -> RunConfig:
     """The configuration of a run that never takes a step: only model, adapters and layout matter."""
     world = int(os.environ["WORLD_SIZE"])
+    stages = sizes.get("pipeline-model-parallel-size", 1)
+    for name in ("tensor-model-parallel-size", "expert-model-parallel-size"):
+        needed = sizes.get(name, 1) * stages
+        if world % needed:
+            raise ConfigError(
+                f"--{name}={sizes.get(name, 1)} with {stages} pipeline stages needs {needed} ranks or a multiple, "
+                f"there are {world}; start that many with torchrun --nproc-per-node"
+            )
     megatron = dict(sizes) | {"micro-batch-size": 1}
     if sizes.get("tensor-model-parallel-size", 1) > 1:
         megatron["sequence-parallel"] = True  # Megatron demands it for experts; weights are the same without
@@ -190,9 +215,7 @@ def _megatron(config: RunConfig) -> Iterator[Model]:
 
 @contextlib.contextmanager
 def _alone_unless_launched() -> Iterator[None]:
-    """Without torchrun, be the only rank. With it, its ranks stay joined for the next conversion."""
-    import torch
-
+    """Without torchrun, be the only rank. With it, its ranks stay joined for the next conversion, until `leave`."""
     if "RANK" in os.environ:
         yield
         return
@@ -205,7 +228,6 @@ def _alone_unless_launched() -> Iterator[None]:
     try:
         yield
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave()
         for name in alone:
             os.environ.pop(name, None)

@@ -223,3 +223,56 @@ def run(argv: list[str], kill_at: int | None = None, bad_steps: tuple[int, ...] 
     except MegatronSglangError as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def direct(hf: str, layout: dict[str, Any], engine_ranks: int, limit: int) -> dict[str, Any]:
+    """Send to engine ranks that each want a strange rectangle of every tensor; compare with the generic export."""
+    from megatron_sglang.transfer import Box, Place, Region, cut, make_plan
+    from megatron_sglang.weights import shards
+    from megatron_sglang.weights.direct import DirectSender
+    from megatron_sglang.weights.export import hf_layers, hf_shapes
+    from megatron_sglang.weights.merge import MergeStats
+
+    recipe, model, _, _ = set_up(hf, layout)
+    randomize(model, 0.2)
+    shapes = hf_shapes(hf)
+    mine = shards.of_this_rank(recipe.bridge, model, shapes)
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    slots = []
+    for name, shape in shapes.items():
+        rows, cols = shape if len(shape) == 2 else (shape[0], 1)
+        for rank in range(engine_ranks):
+            cut_at = [rows * part // (engine_ranks + 1) for part in range(engine_ranks + 2)]
+            box = Box(cut_at[rank], cols // 3 * (rank % 2), cut_at[rank + 2] - cut_at[rank], cols - cols // 3)
+            slots.append(Region(rank, name, box, Place(f"engine.{name}", 0, box.cols, 1)))
+    plan = make_plan([shard for part in everyone for shard in part], slots)
+    full = {name: tensor.clone() for layer in hf_layers(recipe.bridge, model, MergeStats()) for name, tensor in layer}
+    sender = DirectSender(recipe.bridge, model, cut(plan, limit), torch.float32)
+    wrong, elements = 0, 0
+    rank = torch.distributed.get_rank()
+    received: dict[str, torch.Tensor] = {}
+    boxes = {slot.name: slot.box for slot in slots if slot.rank == rank}
+    for delivery, bucket in zip(sender.deliveries(), sender.buckets, strict=True):
+        at = 0
+        for source in range(torch.distributed.get_world_size()):
+            for piece in (piece for piece in bucket if (piece.source, piece.target) == (source, rank)):
+                box = boxes[piece.name]
+                target = received.setdefault(piece.name, torch.full((box.rows, box.cols), math.nan))
+                strides = (piece.there.row_stride, piece.there.col_stride)
+                view = target.view(-1).as_strided((piece.rows, piece.cols), strides, piece.there.offset)
+                wrong += int((~view.isnan()).sum())
+                view.copy_(delivery.data[at : at + piece.size].view(piece.rows, piece.cols))
+                at += piece.size
+        assert at == delivery.data.numel()
+        elements += at
+    for name, box in boxes.items():
+        whole = full[name] if full[name].dim() == 2 else full[name][:, None]
+        expected = whole[box.row : box.row + box.rows, box.col : box.col + box.cols]
+        wrong += int((received[name] != expected).sum())
+    return {
+        "wrong": wrong,
+        "elements": elements,
+        "wanted": sum(b.size for b in boxes.values()),
+        "buckets": len(sender.buckets),
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from cases import training
 
 import pretrain_gspo
@@ -29,6 +31,7 @@ def outcome(
     """
     if port is not None:
         os.environ["MASTER_PORT"] = str(port)
+        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]  # rank 0 opens it
     original_options, original_step = run.engine_options, training.train_step
 
     def options(config: Any) -> Any:
@@ -46,6 +49,9 @@ def outcome(
         os.environ["TMPDIR"] = tempfile.tempdir = folder
         started = time.monotonic()
         code, console = _main(argv, Path(folder).parent / f"console.{os.getpid()}")
+        signal.alarm(0)
+        if torch.distributed.is_initialized():  # the end of the process would do it
+            torch.distributed.destroy_process_group()
         found = {"code": code, "console": console, "seconds": time.monotonic() - started}
         return found | {"left": os.listdir(folder), "children": _children()}
 

@@ -17,6 +17,8 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -46,7 +48,10 @@ def _run(job: dict) -> dict:
         os.close(write_end)
         pids.append(pid)
         pipes.append(read_end)
-    return _collect(job, pids, pipes)
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    reply = _collect(job, pids, pipes)
+    del store  # with its thread and its sockets, which the next fork would copy
+    return reply
 
 
 def _be_rank(job: dict, rank: int, port: int, write_end: int) -> None:
@@ -58,11 +63,16 @@ def _be_rank(job: dict, rank: int, port: int, write_end: int) -> None:
         "LOCAL_WORLD_SIZE": size,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # as under torchrun, the store outlives the ranks
         "GLOO_SOCKET_IFNAME": "lo",
     }
+    import torch
+
     try:
         module, _, name = job["case"].rpartition(".")
         reply = {"ok": getattr(importlib.import_module(module or "cases"), name)(**job["args"])}
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # a rank that is gone breaks the last collective of a slower one
     except BaseException:  # noqa: BLE001 - the process boundary
         reply = {"error": traceback.format_exc()}
     with os.fdopen(write_end, "w") as pipe:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -16,11 +16,11 @@ import pytest
 pytestmark = pytest.mark.dist
 
 MODEL = Path("examples/tiny_fim/model")
-BASE = (
+BASE = shlex.split(
     "--config conf/tiny_cpu.yaml --rollout-engine fake rollout.prompts_per_batch=4 rollout.samples_per_prompt=2 "
     "rollout.batches=3 rollout.eval_samples=4 reward.name=function:letter_reward.vowels --micro-batch-size 2 "
     "--global-batch-size 8"
-).split()
+)
 SOON_S = 45
 
 
@@ -54,75 +54,43 @@ def test_no_model_folder(run_ranks, tmp_path):
     assert "DataError: model.hf_path=/nonexistent has no config.json; give a folder in Hugging Face format" in text
 
 
-def test_config_json_that_is_not_json(run_ranks, tmp_path):
-    folder = edited(tmp_path / "model")
-    (folder / "config.json").write_text('{"architectures": [')
-    text = fails(run_ranks, tmp_path / "run", f"model.hf_path={folder}")
-    assert f"DataError: {folder}/config.json is not JSON" in text
-
-
 def test_model_that_bridge_does_not_know(run_ranks, tmp_path):
     folder = edited(tmp_path / "model", architectures=["NoSuchForCausalLM"])
     text = fails(run_ranks, tmp_path / "run", f"model.hf_path={folder}")
     assert f"DataError: Megatron-Bridge cannot read {folder}" in text
 
 
-@pytest.mark.parametrize("size", [4, 300, 100_000])
-def test_truncated_safetensors(run_ranks, tmp_path, size):
-    """An interrupted download must be named before a rank dies in the middle of loading."""
-    folder = edited(tmp_path / "model")
-    os.truncate(folder / "model.safetensors", size)
+def test_config_json_of_another_model(run_ranks, tmp_path):
+    """Sizes that only loading compares (tests/unit/test_hf_folder.py has the others)."""
+    folder = edited(tmp_path / "model", moe_intermediate_size=32)
     text = fails(run_ranks, tmp_path / "run", f"model.hf_path={folder}")
-    assert f"DataError: {folder}/model.safetensors has " in text
-    assert "fetch the file again" in text
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"hidden_size": 256}, "says hidden_size=256, the weights have 128"),
-        ({"num_hidden_layers": 2}, "says num_hidden_layers=2, the weights have 4"),
-        ({"num_local_experts": 4}, "says num_local_experts=4, the weights have 8"),
-        ({"num_experts": 16, "num_local_experts": 16}, "=16, the weights have 8"),
-        ({"moe_intermediate_size": 32}, "do not fit its config.json"),
-        ({"head_dim": 64}, "do not fit its config.json"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_config_json_of_another_model(run_ranks, tmp_path, changes, said):
-    """Fewer experts or layers than the weights have would otherwise train, silently, another model."""
-    folder = edited(tmp_path / "model", **changes)
-    text = fails(run_ranks, tmp_path / "run", f"model.hf_path={folder}")
-    assert "DataError: " in text
-    assert said in text
+    assert f"DataError: the weights in {folder} do not fit its config.json" in text
 
 
 # ---- sizes and flags ----
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("model", "flags", "said"),
     [
-        ("--tensor-model-parallel-size=2 --expert-model-parallel-size=1", "--tensor-model-parallel-size=2 does not"),
-        ("--expert-model-parallel-size=2", "--expert-model-parallel-size=2 does not divide the 5 experts"),
-        ("--expert-tensor-parallel-size=2", "expert-tensor-parallel-size=2: adapters of experts are wrong above 1"),
-        ("--context-parallel-size=2 --expert-model-parallel-size=1", "--context-parallel-size=2: Megatron's attention"),
-        ("--micro-batch-size=3", "--micro-batch-size=3 times 2 data-parallel ranks does not divide"),
-        ("--global-batch-size=3", "global-batch-size=3 does not divide the 8 samples of a rollout batch"),
-        ("--lr=fast", "argument --lr: invalid float value: 'fast'"),
-        ("--pipeline-model-parallel-size=3", "Megatron refuses these arguments: "),
-        ("--expert-modle-parallel-size=2", "did you mean --expert-model-parallel-size"),
-        ("rollout.batchs=2", "did you mean rollout.batches"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 3},
+            "--tensor-model-parallel-size=2 --expert-model-parallel-size=1",
+            "--tensor-model-parallel-size=2 does not divide the 3 attention heads",
+        ),
+        ({"num_local_experts": 5}, "", "--expert-model-parallel-size=2 does not divide the 5 experts"),
+        ({}, "--micro-batch-size=3", "--micro-batch-size=3 times 2 data-parallel ranks does not divide"),
+        ({}, "--lr=fast", "argument --lr: invalid float value: 'fast'"),
+        ({}, "--pipeline-model-parallel-size=3", "Megatron refuses these arguments: "),
+        ({}, "--expert-modle-parallel-size=2", "did you mean --expert-model-parallel-size"),
     ],
+    ids=["tp", "ep", "micro_batch", "no_number", "pp", "unknown"],
 )
-def test_sizes_and_flags_that_cannot_work(run_ranks, tmp_path, more, said):
-    changes = {}
-    if "experts" in said and "divide" in said:
-        changes = {"num_local_experts": 5, "num_experts": 5}
-    if more.startswith("--tensor"):
-        changes = {"num_attention_heads": 3, "num_key_value_heads": 3}
-    model = [f"model.hf_path={edited(tmp_path / 'model', **changes)}", "model.random_weights=true"] if changes else []
-    text = fails(run_ranks, tmp_path / "run", *model, *more.split())
+def test_sizes_and_flags_that_cannot_work(run_ranks, tmp_path, model, flags, said):
+    """Those that only Megatron's parser or the model tells; tests/unit/test_config.py has the others."""
+    folder = edited(tmp_path / "model", **model)
+    more = [f"model.hf_path={folder}", "model.random_weights=true", *flags.split()]
+    text = fails(run_ranks, tmp_path / "run", *more)
     assert "ConfigError: " in text
     assert said in text
 
@@ -133,20 +101,18 @@ def test_sizes_and_flags_that_cannot_work(run_ranks, tmp_path, more, said):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ("", "no prompt was read"),
         ('{"prompt": "a", "data_source": "x"}\n{"prompt": "b"', "train.jsonl:2: not JSON"),
-        ('{"text": "a"}', "train.jsonl:1: row lacks 'prompt', it has text"),
         (json.dumps({"prompt": "a = 1\n" * 200, "data_source": "x"}), "tokens; at most 72 fit"),
-        ('{"prompt": "a", "data_source": "x"}', "prompts_per_batch=4 with 1 prompts"),
     ],
-    ids=["empty", "cut", "column", "long", "few"],
+    ids=["cut", "long"],
 )
 def test_data_that_cannot_be_read(run_ranks, tmp_path, lines, said):
-    """Only rank 0 reads it; the others must not wait for it in Megatron's set-up."""
+    """Only rank 0 reads it; the others must not wait for it in Megatron's set-up (tests/unit/test_prompts_source.py has
+    more of them)."""
     path = tmp_path / "train.jsonl"
     path.write_text(lines)
     text = fails(run_ranks, tmp_path / "run", f"data.train={path}", "data.eval=")
-    assert "rank 0: DataError: " in text or "rank 0: ConfigError: " in text
+    assert "rank 0: DataError: " in text
     assert said in text
 
 
@@ -188,7 +154,8 @@ def test_engine_that_dies_in_a_run(run_ranks, tmp_path, path):
 def test_port_that_something_else_has(run_ranks, tmp_path):
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = taken.getsockname()[1]
-        ranks = run_ranks(1, "cases_failures.outcome", argv=[*BASE, f"log.run_dir={tmp_path / 'run'}"], port=port)
+        argv = [*BASE, f"log.run_dir={tmp_path / 'run'}", "engine.tp_size=1"]
+        ranks = run_ranks(1, "cases_failures.outcome", argv=argv, port=port)
     assert ranks[0]["code"] == 1
     assert f"SetupError: rank 0 cannot meet the others at 127.0.0.1:{port}" in ranks[0]["console"]
     assert "--master-port" in ranks[0]["console"]
@@ -226,5 +193,35 @@ def test_full_disk_at_save_keeps_the_last_checkpoint(run_ranks, tmp_path, small_
     """A save that fails half-way must not cost the one before it."""
     save = [f"--save={small_disk}", "--save-interval=1"]
     text = fails(run_ranks, tmp_path / "run", *save)
-    print(text)
-    assert "No space left on device" in text
+    assert re.match(rf"rank 0: DataError: the checkpoint of iteration \d could not be written to {small_disk} ", text)
+    assert "(0 MB free)" in text
+    complete = int((small_disk / "latest_checkpointed_iteration.txt").read_text())
+    assert f"iteration {complete + 1} could not be written" in text
+    resumed = [f"log.run_dir={tmp_path / 'run'}", f"--load={small_disk}"]
+    assert run_ranks(2, "run", argv=[*BASE, *resumed]) == ["", ""]
+    iterations = [json.loads(line)["iteration"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert iterations == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "rollout_state.json"])
+def test_damaged_checkpoint(run_ranks, tmp_path, checkpoint, name):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (folder / "iter_0000001" / name).write_bytes(b"")
+    text = fails(run_ranks, tmp_path / "run", f"--load={folder}", "--override-opt-param-scheduler")
+    assert "DataError: " in text
+    assert "cannot be read" in text
+
+
+def test_longer_run_from_a_checkpoint(run_ranks, tmp_path, checkpoint):
+    text = fails(run_ranks, tmp_path / "run", f"--load={checkpoint}")
+    assert "ConfigError: " in text
+    assert "--override-opt-param-scheduler" in text
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """After one rollout batch."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    more = [f"log.run_dir={folder / 'run'}", f"--save={folder / 'save'}", "--save-interval=1", "rollout.batches=1"]
+    assert run_ranks(2, "run", argv=[*BASE, *more]) == ["", ""]
+    return folder / "save"

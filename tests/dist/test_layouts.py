@@ -52,3 +52,16 @@ def test_merged_export_equals_the_lora_model(run_ranks, name):
     for result in found:
         assert result["moved"] > 0.5, result
         assert result["difference"] <= 1e-4, result
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "world1"])
+def test_direct_path_delivers_what_the_generic_path_exports(run_ranks, name):
+    """Every element once, from a rank that owns it, merged, bit for bit; from one bucket to many."""
+    ranks, layout = LAYOUTS[name]
+    limits = {"tp2_sp": 1 << 30, "ep2": 20_000}
+    found = run_ranks(ranks, "direct", hf=HF, layout=layout, engine_ranks=2, limit=limits.get(name, 100_000))
+    for result in found:
+        assert result["wrong"] == 0
+        assert result["elements"] == result["wanted"]
+    assert found[0]["wanted"] > 400_000
+    assert found[0]["buckets"] == 1 if name == "tp2_sp" else found[0]["buckets"] > 3

@@ -25,6 +25,7 @@ from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.errors import MegatronSglangError, WeightSyncError
 from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.rollout import Rollout
+from megatron_sglang.sync import GenericPath
 from megatron_sglang.trace import RunLog
 from megatron_sglang.types import Completion, Prompt, SamplingParams, Score
 
@@ -69,8 +70,9 @@ def make(folder: Path, fails_on: int | None = None, faults: list[dict[str, Any]]
         sampling = SamplingParams(max_new_tokens=6, stop_token_ids=(0,))
         rollout = Rollout(engine, EvenTokens(), lambda ids: " ".join(map(str, ids)), sampling, 4, seed=1)
         prompts = [Prompt(f"p{n}", (n + 1, 2, 3), "test") for n in range(6)]
-        leader = Leader(engine, rollout, PromptSource(prompts, 2), prompts[:3], True, RunLog(folder, echo=str))
-    return Cycle(comm, TwoTensors(fails_on), leader, AlgoConfig(), seed=1)
+        leader = Leader(engine, rollout, PromptSource(prompts, 2), prompts[:3], RunLog(folder, echo=str))
+    path = GenericPath(comm, TwoTensors(fails_on), leader.engine if leader is not None else None)
+    return Cycle(comm, path, leader, AlgoConfig(), seed=1)
 
 
 def close(cycle: Cycle) -> None:

@@ -24,10 +24,10 @@ ROOMS = {
 
 LAYERS = [
     "errors types",
-    "config buckets",
+    "config buckets layout",
     "config_check interfaces metrics trackers advantages prompts comm placement",
-    "config_argv losses trace rewards rollout",
-    "config_docs batching report cpu",
+    "config_argv losses trace rewards rollout transfer",
+    "config_docs batching report cpu sync",
     "config_load cycle doctor engine weights",
     "dry_run",
     "training",
@@ -35,7 +35,7 @@ LAYERS = [
 ]
 """Each part (module or folder) imports from lines above its own only. So `weights` and `engine` never meet."""
 
-WITHOUT_TORCH = "errors types config config_check config_argv config_docs config_load cli doctor prompts.source"
+WITHOUT_TORCH = "errors types layout config config_check config_argv config_docs config_load cli doctor prompts.source"
 """What a login node must be able to import."""
 
 

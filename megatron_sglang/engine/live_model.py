@@ -1,0 +1,94 @@
+"""A live model while something else than serving is done to it: fingerprints, poison, and what keeps a loader from
+replacing its parameters. Torch only; used inside the engine's ranks."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_sglang.buckets import digest
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+def is_tied(model: Any) -> bool:
+    """Does the model tie its head to its embedding by configuration but not by memory? SGLang's MoE models ignore
+    tie_word_embeddings (models/qwen3_moe.py:958) and would keep a random head. Both are sharded alike."""
+    names = {name for name, _ in model.named_parameters()}
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    return bool(tied) and {HEAD, EMBEDDING} <= names
+
+
+@torch.no_grad()
+def tie_head(model: Any) -> None:
+    """Copy the embedding into the head of such a model."""
+    if is_tied(model):
+        parameters = dict(model.named_parameters())
+        parameters[HEAD].copy_(parameters[EMBEDDING])
+
+
+def floating(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """Parameters whose dtype has a NaN; quantised ones are left to the digests."""
+    return [
+        (name, parameter.data)
+        for name, parameter in model.named_parameters()
+        if parameter.dtype.is_floating_point and parameter.element_size() > 1
+    ]
+
+
+@torch.no_grad()
+def poison(model: Any) -> None:
+    """Fill every floating parameter with NaN, so that what is not written afterwards is noticed."""
+    for _, parameter in floating(model):
+        parameter.fill_(torch.nan)
+
+
+def fingerprints(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
+    """(storage, offset, shape, strides, dtype, digest) of every parameter and buffer; no digest for meta tensors."""
+    found = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        geometry = tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+        found[name] = (
+            tensor.untyped_storage()._cdata, *geometry, None if tensor.is_meta else digest(tensor),
+        )  # fmt: skip
+    return found
+
+
+@contextlib.contextmanager
+def own_parameters(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards every module has the parameter objects it had before."""
+    before = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, parameters in before:
+            module._parameters.clear()
+            module._parameters.update(parameters)
+
+
+@contextlib.contextmanager
+def threads_inline() -> Iterator[None]:
+    """Jobs that this thread gives to a ThreadPoolExecutor run at once: torch's modes do not follow into threads."""
+    original, owner = concurrent.futures.ThreadPoolExecutor.submit, threading.get_ident()
+
+    def submit(self: Any, function: Any, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        if threading.get_ident() != owner:
+            return original(self, function, *args, **kwargs)
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except BaseException as error:  # noqa: BLE001  a job's error belongs to whoever asks for its result
+            future.set_exception(error)
+        return future
+
+    concurrent.futures.ThreadPoolExecutor.submit = submit
+    try:
+        yield
+    finally:
+        concurrent.futures.ThreadPoolExecutor.submit = original

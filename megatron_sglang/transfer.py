@@ -1,0 +1,192 @@
+"""The direct path's plan: which trainer rank sends which rectangle of which tensor to which engine rank. Pure.
+
+Two descriptions of the same Hugging Face tensors meet here. A shard says where a rectangle of one lies in a trainer
+rank's merged weights; a slot says where a rectangle of one belongs in an engine rank's parameters (learned by tracing
+the engine's own loader, `layout.py`). Their intersections are the `Piece`s that travel. The plan depends on placement
+alone, so it is made once and used for every weight version.
+
+All tensors are seen as matrices [rows, cols]; one with a single dimension has one column. Offsets and strides count
+elements.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from megatron_sglang.buckets import transfer_order
+from megatron_sglang.errors import WeightSyncError
+from megatron_sglang.layout import RankLayout, Write
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Rows [row, row + rows) and columns [col, col + cols) of a tensor."""
+
+    row: int
+    col: int
+    rows: int
+    cols: int
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.cols
+
+    def meet(self, other: Box) -> Box | None:
+        """The common part, None where there is none."""
+        row, col = max(self.row, other.row), max(self.col, other.col)
+        rows = min(self.row + self.rows, other.row + other.rows) - row
+        cols = min(self.col + self.cols, other.col + other.cols) - col
+        return Box(row, col, rows, cols) if rows > 0 and cols > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A rectangle in memory: element (r, c) of it is at offset + r * row_stride + c * col_stride of `tensor`."""
+
+    tensor: str
+    offset: int
+    row_stride: int
+    col_stride: int
+
+    def part(self, whole: Box, box: Box) -> Place:
+        """Where `box`, a part of `whole`, lies, if `whole` lies here."""
+        down, right = box.row - whole.row, box.col - whole.col
+        offset = self.offset + down * self.row_stride + right * self.col_stride
+        return Place(self.tensor, offset, self.row_stride, self.col_stride)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """`box` of HF tensor `name` at `place` of rank `rank`: a shard if it is a trainer's, a slot if an engine's."""
+
+    rank: int
+    name: str
+    box: Box
+    place: Place
+
+
+def row_of(region: Region) -> list[Any]:
+    """JSON values of a region, to be sent to another rank."""
+    return [region.rank, region.name, astuple(region.box), astuple(region.place)]
+
+
+def region_from(row: Sequence[Any]) -> Region:
+    """Inverse of `row_of`."""
+    return Region(row[0], row[1], Box(*row[2]), Place(*row[3]))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What travels: a rectangle of `rows` x `cols` elements of `name`."""
+
+    name: str
+    source: int
+    target: int
+    rows: int
+    cols: int
+    here: Place
+    """In the source's merged weights."""
+    there: Place
+    """In the target's parameters."""
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.cols
+
+
+def slots_of(layout: RankLayout, shapes: Mapping[str, tuple[int, ...]]) -> list[Region]:
+    """What one engine rank needs. shapes: of the HF tensors.
+
+    Raises `WeightSyncError` for a write that is not a rectangle of its tensor.
+    """
+    return [_slot(layout.rank, write, shapes[write.source]) for write in layout.writes if write.source is not None]
+
+
+def _slot(rank: int, write: Write, shape: tuple[int, ...]) -> Region:
+    assert write.source is not None
+    cols = shape[1] if len(shape) == 2 else 1
+    extents, strides = {"row": 1, "col": 1}, {"row": 0, "col": 0}
+    for count, from_stride, to_stride in zip(write.size, write.source_strides, write.strides, strict=True):
+        axis = "row" if from_stride == cols else "col" if from_stride == 1 else None
+        if count == 1:
+            continue
+        if axis is None or extents[axis] > 1 or len(shape) > 2:
+            raise WeightSyncError(
+                f"direct path: what engine rank {rank} takes of {write.source} {shape} into {write.param} is no "
+                "rectangle of rows and columns; use the generic path"
+            )
+        extents[axis], strides[axis] = count, to_stride
+    row, col = divmod(write.source_offset, cols)
+    place = Place(write.param, write.offset, strides["row"], strides["col"])
+    return Region(rank, write.source, Box(row, col, extents["row"], extents["col"]), place)
+
+
+def make_plan(shards: Iterable[Region], slots: Sequence[Region]) -> list[Piece]:
+    """Every element of every slot from exactly one source, in `transfer_order`, then by target.
+
+    Of several replicas the one on the target's own device (the same rank) is taken, else the one that sends least so
+    far. Raises `WeightSyncError` for a slot whose elements no trainer rank, or more than one kind of shard, holds.
+    """
+    holders: defaultdict[str, defaultdict[Box, dict[int, Place]]] = defaultdict(lambda: defaultdict(dict))
+    for shard in shards:
+        holders[shard.name][shard.box][shard.rank] = shard.place
+    sent: defaultdict[int, int] = defaultdict(int)
+    pieces: list[Piece] = []
+    for slot in sorted(slots, key=lambda slot: (transfer_order(slot.name), slot.rank)):
+        covered = 0
+        for box, replicas in holders[slot.name].items():
+            common = box.meet(slot.box)
+            if common is None:
+                continue
+            source = slot.rank if slot.rank in replicas else min(replicas, key=lambda rank: (sent[rank], rank))
+            here, there = replicas[source].part(box, common), slot.place.part(slot.box, common)
+            pieces.append(Piece(slot.name, source, slot.rank, common.rows, common.cols, here, there))
+            sent[source] += common.size if source != slot.rank else 0
+            covered += common.size
+        if covered != slot.box.size:
+            raise WeightSyncError(
+                f"direct path: {covered} of the {slot.box.size} elements of {slot.name} that engine rank {slot.rank} "
+                f"needs in {slot.place.tensor} are held by trainer ranks; expected each once; use the generic path"
+            )
+    return pieces
+
+
+def cut(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
+    """Buckets: runs of pieces of which no target receives more than `limit` elements (one tensor may exceed it)."""
+    buckets: list[list[Piece]] = []
+    filled: defaultdict[int, int] = defaultdict(int)
+    by_name: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_name.setdefault(piece.name, []).append(piece)
+    for group in by_name.values():
+        needed: defaultdict[int, int] = defaultdict(int)
+        for piece in group:
+            needed[piece.target] += piece.size
+        if not buckets or any(filled[target] and filled[target] + size > limit for target, size in needed.items()):
+            buckets.append([])
+            filled.clear()
+        buckets[-1] += group
+        for target, size in needed.items():
+            filled[target] += size
+    return buckets
+
+
+def traffic(pieces: Iterable[Piece], itemsize: int) -> dict[tuple[int, int], int]:
+    """Bytes by (source, target) of one weight version."""
+    pairs: defaultdict[tuple[int, int], int] = defaultdict(int)
+    for piece in pieces:
+        pairs[piece.source, piece.target] += piece.size * itemsize
+    return dict(pairs)
+
+
+def receipt(bucket: Iterable[Piece], target: int) -> list[tuple[str, int, int, int, int, int]]:
+    """What engine rank `target` does with its part of a bucket, in the order of arrival (by source, then as planned):
+    (parameter, offset, rows, cols, row stride, column stride) of each rectangle."""
+    mine = sorted((piece for piece in bucket if piece.target == target), key=lambda piece: piece.source)
+    return [
+        (piece.there.tensor, piece.there.offset, piece.rows, piece.cols, piece.there.row_stride, piece.there.col_stride)
+        for piece in mine
+    ]

@@ -1,0 +1,116 @@
+"""The layout that real engine ranks report, and that it does what their loader does."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from engine_tools import Publisher, Weights, engine_options
+from safetensors.torch import load_file
+from tiny_models import make_model
+
+from megatron_sglang.engine import create_engine
+from megatron_sglang.errors import EngineError, EngineStaleError, WeightSyncError
+from megatron_sglang.layout import RankLayout, fold, problems
+from megatron_sglang.types import GenerateRequest, SamplingParams
+
+if TYPE_CHECKING:
+    from megatron_sglang.engine.http_engine import HttpEngine
+
+pytestmark = [pytest.mark.cpu_e2e, pytest.mark.timeout(300)]
+
+ASKED = [GenerateRequest((7, 8, 9), SamplingParams(max_new_tokens=8, seed=1))]
+
+
+def ask(engine: HttpEngine, weights: Weights) -> list[RankLayout]:
+    return engine.layout({name: tuple(tensor.shape) for name, tensor in weights.items()})
+
+
+def elements_written(layout: RankLayout, param: str) -> int:
+    return sum(write.elements for write in layout.writes if write.param == param)
+
+
+def test_layout_leaves_a_serving_engine_alone(engine: HttpEngine, publish: Publisher, weights: Weights) -> None:
+    """A trace that wrote anything would be served until the next update."""
+    digest = publish(weights)
+    before = engine.generate(ASKED)
+    layouts = ask(engine, weights)
+    assert engine.generate(ASKED) == before
+    assert problems(layouts, weights) == []
+    assert [layout.rank for layout in layouts] == [0, 1]
+    for layout in layouts:
+        assert len(fold(layout.writes)) == 15
+        assert all(elements_written(layout, name) == math.prod(p.shape) for name, p in layout.params.items())
+        heads = {write.source for write in layout.writes if write.param == "lm_head.weight"}
+        assert heads == {"model.embed_tokens.weight"}
+    assert publish(weights) == digest
+
+
+def test_self_test_on_a_real_engine(engine: HttpEngine, publish: Publisher, weights: Weights) -> None:
+    """Replay equals load_weights in every bit, two exchanged tensors are seen, and nothing is served before a sync."""
+    publish(weights)
+    reports = engine.self_test(weights)
+    assert [(report["writes"], report["generic"], report["control"]) for report in reports] == [(135, 0, True)] * 2
+    with pytest.raises(EngineStaleError, match="self-test has overwritten"):
+        engine.generate(ASKED)
+    publish(weights)
+    assert len(engine.generate(ASKED)) == 1
+
+
+def test_missing_and_foreign_names_are_problems(engine: HttpEngine, weights: Weights) -> None:
+    """SGLang's loader skips a name it does not know, and leaves what it is not given, without a word."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    shapes["model.layers.0.no_such.weight"] = (4, 4)
+    del shapes["model.layers.1.self_attn.k_proj.weight"]
+    found = problems(engine.layout(shapes), shapes)
+    assert found == [
+        "engine rank 0, 1: model.layers.1.self_attn.qkv_proj.weight[64:96, 0:128] comes from no tensor",
+        "engine rank 0, 1: model.layers.0.no_such.weight is used by no rank: the loader does not know it",
+    ]
+
+
+def test_untraceable_shapes_are_an_error_not_a_death(engine: HttpEngine, publish: Publisher, weights: Weights) -> None:
+    """Whatever SGLang's loader raises during a trace must come back as text, with the engine alive."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    shapes["model.norm.weight"] = (3,)
+    with pytest.raises(WeightSyncError, match="layout, engine rank 0"):
+        engine.layout(shapes)
+    publish(weights)
+    assert len(engine.generate(ASKED)) == 1
+
+
+def test_released_weights_are_not_touched(engine: HttpEngine, publish: Publisher, weights: Weights) -> None:
+    """Reading memory that was given back would end the engine's process on a GPU."""
+    engine.release()
+    with pytest.raises(EngineError, match="weights are released"):
+        ask(engine, weights)
+    with pytest.raises(EngineError, match="weights are released"):
+        engine.self_test(weights)
+    publish(weights)
+    assert len(engine.generate(ASKED)) == 1
+
+
+@pytest.mark.parametrize(("model", "ranks"), [("glm4_moe", (2, 2)), ("qwen3_tied", (2, 1))])
+def test_other_architectures(model: str, ranks: tuple[int, int], tmp_path: Path) -> None:
+    """Shared experts and expert parallelism; padded vocabulary, head tied by memory. All others:
+    benchmarks/layout_matrix.py."""
+    folder = make_model(model, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    tp_size, ep_size = ranks
+    with create_engine(
+        engine_options(folder, tp_size=tp_size, ep_size=ep_size, max_total_tokens=1024, max_running_requests=4)
+    ) as engine:
+        layouts = ask(engine, weights)
+        assert problems(layouts, weights) == []
+        assert all(report["control"] for report in engine.self_test(weights))
+    used = [{write.source for write in layout.writes} for layout in layouts]
+    if model == "glm4_moe":
+        experts = {name for name in weights if ".experts." in name}
+        assert used[0] & used[1] & experts == set()
+        assert (used[0] | used[1]) >= experts
+    else:
+        padding = [w for w in layouts[1].writes if w.param == "model.embed_tokens.weight" and w.const is not None]
+        assert [(write.const, write.size) for write in padding] == [(0.0, (12, 128))]
+        assert layouts[0].aliases == {"lm_head.weight": "model.embed_tokens.weight"}

@@ -1,0 +1,98 @@
+"""A rank that is told to end does, with the code that shells expect, whatever its main thread is in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BUSY = {
+    "python": "while True: time.sleep(0.1)",
+    "c": "lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64); lock(mutex); lock(mutex)",
+    "swallowed": """
+while True:
+    try:
+        time.sleep(0.1)
+    except BaseException:
+        pass
+""",
+}
+
+
+def start(code: str, **environment: str) -> subprocess.Popen[str]:
+    prelude = (
+        "import ctypes, os, sys, time\nfrom megatron_sglang.training import ending\n"
+        "ending.GRACE_S = 1.0\nending.watch()\nprint('up', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", prelude + code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n", process.communicate()
+    return process
+
+
+@pytest.mark.parametrize("busy", BUSY)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_process(busy: str, number: signal.Signals) -> None:
+    """A collective is C code that waits for a peer: Python's handlers do not run there."""
+    process = start(BUSY[busy])
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+
+
+def test_what_is_open_is_closed(tmp_path: Path) -> None:
+    """A second Ctrl-C must not interrupt the cleaning up."""
+    closing = f"time.sleep(0.5); open({str(tmp_path / 'closed')!r}, 'w')"
+    process = start(f"try:\n    print('in', flush=True); time.sleep(60)\nfinally:\n    {closing}")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    assert (tmp_path / "closed").exists()
+
+
+def test_a_signal_to_a_fork_is_the_forks_own() -> None:
+    """Forks inherit the descriptor through which the signal is noticed: one that is ended must not end us."""
+    code = (
+        "child = os.fork()\n"
+        "if child == 0:\n    time.sleep(60)\n"
+        "time.sleep(0.5); os.kill(child, 15); _, status = os.waitpid(child, 0)\n"
+        "time.sleep(2); sys.exit(7 if os.WTERMSIG(status) == 15 else 8)"
+    )
+    assert start(code).wait(20) == 7
+
+
+def test_a_rank_ends_with_its_torchrun() -> None:
+    """After SIGKILL of torchrun nobody else tells its ranks."""
+    code = (
+        "import subprocess, sys, time\n"
+        "sys.path.insert(0, 'tests/unit')\n"
+        "from test_ending import start\n"
+        "rank = start('while True: time.sleep(0.1)', TORCHELASTIC_RUN_ID='x')\n"
+        "print(rank.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait(5)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()

@@ -1,0 +1,106 @@
+"""The direct path's plan: every element of every slot from exactly one place, whatever the cuts on either side."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_sglang.errors import WeightSyncError
+from megatron_sglang.transfer import Box, Place, Region, cut, make_plan, traffic
+
+NAME = "model.layers.0.mlp.experts.0.gate_proj.weight"
+
+
+def tiles(rows: int, cols: int, row_cuts: list[int], col_cuts: list[int]) -> list[Box]:
+    """The matrix cut along rows and columns."""
+    downs, rights = sorted({0, rows, *row_cuts}), sorted({0, cols, *col_cuts})
+    return [
+        Box(top, left, bottom - top, right - left)
+        for top, bottom in itertools.pairwise(downs)
+        for left, right in itertools.pairwise(rights)
+    ]
+
+
+def regions(boxes: list[Box], tensor: str, ranks: int, name: str = NAME) -> list[Region]:
+    """Each box in memory of its own, dealt out to `ranks`."""
+    return [Region(i % ranks, name, box, Place(f"{tensor}{i}", 0, box.cols, 1)) for i, box in enumerate(boxes)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_cuts_are_delivered_exactly(data: st.DataObject) -> None:
+    """Played back on element numbers, every slot must hold its own elements: none missing, none twice, none moved."""
+    rows, cols = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 9))
+
+    def cuts(limit: int) -> list[int]:
+        return data.draw(st.lists(st.integers(0, limit), max_size=3))
+
+    shards = regions(tiles(rows, cols, cuts(rows), cuts(cols)), "here", 3)
+    shards += [Region(3, shard.name, shard.box, shard.place) for shard in shards[::2]]  # replicas
+    slots = regions(tiles(rows, cols, cuts(rows), cuts(cols)), "there", 2)
+    pieces = make_plan(shards, slots)
+
+    memory = {
+        shard.place.tensor: [
+            (shard.box.row + r) * cols + shard.box.col + c for r in range(shard.box.rows) for c in range(shard.box.cols)
+        ]
+        for shard in shards
+    }
+    arrived: dict[str, dict[int, int]] = {slot.place.tensor: {} for slot in slots}
+    for bucket in cut(pieces, limit=10):
+        for piece in bucket:
+            here, there = piece.here, piece.there
+            for r in range(piece.rows):
+                for c in range(piece.cols):
+                    at = there.offset + r * there.row_stride + c * there.col_stride
+                    assert at not in arrived[there.tensor]
+                    element = memory[here.tensor][here.offset + r * here.row_stride + c * here.col_stride]
+                    arrived[there.tensor][at] = element
+    for slot in slots:
+        box = slot.box
+        expected = [(box.row + r) * cols + box.col + c for r in range(box.rows) for c in range(box.cols)]
+        assert [arrived[slot.place.tensor][at] for at in range(box.size)] == expected
+
+
+def test_a_slot_that_nobody_fills_is_an_error() -> None:
+    """Silence would leave old or random weights in the engine."""
+    whole = [Region(0, NAME, Box(0, 0, 4, 4), Place("w", 0, 4, 1))]
+    with pytest.raises(WeightSyncError, match=r"8 of the 16 elements of .*gate_proj.* engine rank 1"):
+        make_plan([Region(0, NAME, Box(0, 0, 2, 4), Place("w", 0, 4, 1))], [Region(1, NAME, *_of(whole[0]))])
+
+
+def _of(region: Region) -> tuple[Box, Place]:
+    return region.box, region.place
+
+
+def test_replicas_on_the_targets_device_stay_there_and_others_share_the_work() -> None:
+    """Bytes that need not travel must not; of equal senders none may become the bottleneck."""
+    box = Box(0, 0, 8, 8)
+    names = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(12)]
+    shards = [Region(rank, name, box, Place("w", 0, 8, 1)) for name in names for rank in (0, 1)]
+    slots = [Region(rank, name, box, Place("p", 0, 8, 1)) for name in names for rank in (0, 1, 2, 3)]
+    pairs = traffic(make_plan(shards, slots), itemsize=2)
+    assert pairs[0, 0] == pairs[1, 1] == 12 * 64 * 2
+    assert (0, 1) not in pairs
+    assert (1, 0) not in pairs
+    sent = [sum(size for (source, target), size in pairs.items() if source == rank != target) for rank in (0, 1)]
+    assert sent[0] == sent[1] == 12 * 64 * 2
+
+
+def test_buckets_bound_what_a_target_receives() -> None:
+    """The extra memory of an update is the size of its buckets."""
+    slots = [
+        Region(rank, f"model.layers.{layer}.w{part}", Box(0, 0, 5, 2), Place("p", 0, 2, 1))
+        for layer in range(6)
+        for part in range(3)
+        for rank in (0, 1)
+    ]
+    shards = [Region(0, slot.name, slot.box, slot.place) for slot in slots]
+    buckets = cut(make_plan(shards, slots), limit=40)
+    assert [len(bucket) for bucket in buckets] == [8, 8, 8, 8, 4]
+    for bucket in buckets:
+        for target in (0, 1):
+            assert sum(piece.size for piece in bucket if piece.target == target) <= 40
