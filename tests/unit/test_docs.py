@@ -48,7 +48,7 @@ def test_flags_exist(doc: Path, repository_files: list[Path]) -> None:
     sources = "\n".join(
         path.read_text()
         for path in repository_files
-        if path.suffix in (".py", ".sh", "") and path.parts[-2] in ("scripts", "benchmarks", ".ci", "weights")
+        if path.suffix in (".py", ".sh", "") and path.parts[-2] in ("scripts", "benchmarks", ".ci", "weights", "rewards", "box")
     )
     named = {flag for code in code_in(doc.read_text()) for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", code)}
     unknown = {flag for flag in named if flag[2:] not in known and flag not in FOREIGN_FLAGS}
