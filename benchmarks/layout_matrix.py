@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +249,10 @@ def main() -> None:
     if chosen.child:
         child(json.loads(chosen.child))
         return
-    results = json.loads(chosen.output.read_text()) if chosen.output.exists() else {}
+    report = json.loads(chosen.output.read_text()) if chosen.output.exists() else {"rows": {}}
+    packages = ("torch", "sglang", "transformers")
+    report |= {"machine": f"{platform.machine()}, CPU", "versions": {name: metadata.version(name) for name in packages}}
+    results = report["rows"]
     for model, tp, ep, how, dtype in CASES:
         key = f"{model} tp{tp} ep{ep} {dtype} {how}"
         if (chosen.only and model not in chosen.only.split(",")) or "error" not in results.get(key, {"error": 1}):
@@ -264,7 +269,7 @@ def main() -> None:
         results[key] = {"model": model, "tp": tp, "ep": ep, "how": how, "dtype": dtype} | run
         print(f"{key}: {time.perf_counter() - began:.0f} s", run.get("error", run.get("problems")), flush=True)
         chosen.output.parent.mkdir(parents=True, exist_ok=True)
-        chosen.output.write_text(json.dumps(results, indent=1) + "\n")
+        chosen.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

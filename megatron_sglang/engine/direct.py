@@ -15,6 +15,7 @@ import torch
 
 from megatron_sglang.buckets import digest
 from megatron_sglang.engine.live_model import tie_head
+from megatron_sglang.engine.self_test import refresh
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +88,12 @@ def deliver(model: Any, plan: Plan, index: int, message: dict[str, Any], data: t
 
 @torch.no_grad()
 def finish(model: Any, plan: Plan) -> None:
-    """Padding and tied weights: what no trainer sends."""
+    """What no trainer sends: padding, tied weights, and state that the model derives (DeepSeek's w_kc and w_vc)."""
     parameters = _parameters(model)
     for rectangle, value in plan.constants:
         rectangle.view(parameters).fill_(value)
     tie_head(model)
+    refresh(model)
 
 
 def _parameters(model: Any) -> dict[str, torch.Tensor]:

@@ -67,11 +67,12 @@ def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     try:
         reply = {"ok": True, **_handle(model, message, data)}
     except Exception as error:  # noqa: BLE001  process boundary: see the module docstring
-        traceback.print_exc()
+        foreseen = type(error) is ValueError
+        print(f"engine loader: {error}" if foreseen else traceback.format_exc(), file=sys.stderr, flush=True)
         session = _open.get(message["rank"])
         if session is not None:
             session.broken = session.broken or str(error)
-        reply = {"ok": False, "error": str(error) if type(error) is ValueError else repr(error)}
+        reply = {"ok": False, "error": str(error) if foreseen else repr(error)}
     write_reply(reply_path, reply)
 
 

@@ -122,6 +122,15 @@ def exact(path: set[torch.dtype], sources: set[torch.dtype], target: torch.dtype
     return all(wide)
 
 
+def same_memory(one: torch.Tensor, other: Any) -> bool:
+    """Are both the same elements of the same live memory?"""
+    if not isinstance(other, torch.Tensor) or isinstance(other, Symbolic):
+        return False
+    storages = one.untyped_storage()._cdata, other.untyped_storage()._cdata
+    geometry = [(t.storage_offset(), t.shape, t.stride(), t.dtype) for t in (one, other)]
+    return storages[0] == storages[1] and geometry[0] == geometry[1]
+
+
 def as_stored(ids: Callable[[], torch.Tensor], size: torch.Size, strides: tuple[int, ...]) -> torch.Tensor:
     """[n] ids in the order of memory of a tensor with that geometry."""
     stored = torch.empty_strided(size, strides, dtype=torch.int64)

@@ -36,6 +36,7 @@ from megatron_sglang.engine.symbolic import (
     aten,
     dtype_name,
     exact,
+    same_memory,
     to_meta,
     written_tensors,
 )
@@ -148,6 +149,8 @@ class Tracer(TorchDispatchMode):
             for _, name in owners:
                 self.spoil(name, f"{packet} on parameter {name}", args)
             return
+        if packet is aten.copy_ and same_memory(target, value):
+            return  # onto itself: DeepSeek's w_vc is a view of its parameter where a rank has a single head
         value = self._meaning(value)
         if isinstance(value, Symbolic):
             self._record(target, param, value)
@@ -358,9 +361,7 @@ class _NoRebinding(TorchFunctionMode):
         param = self.tracer.owner(target)
         if isinstance(value, Symbolic):
             self.tracer.spoil(param or "a tensor", f"the loader replaces the memory of {param or 'a tensor'}", args)
-        elif param and (target.data_ptr(), target.shape, target.stride(), target.dtype) != (
-            value.data_ptr(), value.shape, value.stride(), value.dtype,
-        ):  # fmt: skip
+        elif param and not same_memory(target, value):
             raise ValueError(
                 f"the loader replaces the memory of parameter {param} while it loads, which a trace must not; this "
                 "model (or its moe_runner_backend) can only be filled by the generic path"

@@ -102,6 +102,7 @@ EXACT: dict[str, tuple[Load, tuple[int, ...], Weights, int]] = {
     "in place on the tensor": (blank_first, A, tensors(A), 2),
     "foreach": (lambda p, d: torch._foreach_copy_([p[:8], p[8:]], [d["a"], d["b"]]), (16, 6), tensors(A, A), 2),
     "moved": (lambda p, d: p.copy_(d["a"].cpu().to(p.device)), A, tensors(A), 1),
+    "onto itself": (lambda p, d: (p.copy_(d["a"]), p[2:].copy_(p[2:]))[0], A, tensors(A), 1),
     "own data": (lambda p, d: (setattr(p, "data", p.data), p.copy_(d["a"])), A, tensors(A), 1),
 }
 

@@ -1,0 +1,76 @@
+"""The direct path inside an engine rank, on a small torch module: what is written, what is refused, what is derived."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sglang.buckets import digest
+from megatron_sglang.engine import direct
+
+
+class Model(torch.nn.Module):
+    """A fused 4 x 3 parameter with a row of padding, and state that a hook derives from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = torch.nn.Parameter(torch.full((4, 3), torch.nan))
+        self.doubled = torch.zeros(3)
+
+    def post_load_weights(self) -> None:
+        self.doubled = self.fused.detach().sum(0) * 2
+
+
+ROWS = [("fused", 0, 1, 3, 3, 1), ("fused", 3, 2, 3, 3, 1)]
+PADDING = [(("fused", 9, 1, 3, 3, 1), 0.0)]
+
+
+def plan(buckets: Any = (ROWS,), constants: Any = PADDING) -> direct.Plan:
+    return direct.check(Model(), {"buckets": buckets, "constants": constants})
+
+
+def message(flat: torch.Tensor, lengths: list[int]) -> dict[str, Any]:
+    return {"dtype": "float32", "lengths": lengths, "digests": [digest(part) for part in flat.split(lengths)]}
+
+
+def test_rectangles_padding_and_derived_state_are_written() -> None:
+    """A segment of each source, in order; what nobody sends is filled in by the engine."""
+    model, flat = Model(), torch.arange(1.0, 10.0)
+    direct.deliver(model, plan(), 0, message(flat, [3, 6, 0]), flat.view(torch.uint8))
+    direct.finish(model, plan())
+    assert torch.equal(model.fused, torch.tensor([[1.0, 2, 3], [4, 5, 6], [7, 8, 9], [0, 0, 0]]))
+    assert torch.equal(model.doubled, torch.tensor([24.0, 30.0, 36.0]))
+
+
+def test_changed_bytes_touch_no_parameter() -> None:
+    """The digest is compared before anything is written."""
+    model, flat = Model(), torch.arange(1.0, 10.0)
+    sent = message(flat, [9])
+    flat[4] = -5.0
+    with pytest.raises(ValueError, match=r"delivery 0, part of trainer rank 0, arrived with digest"):
+        direct.deliver(model, plan(), 0, sent, flat.view(torch.uint8))
+    assert model.fused.isnan().all()
+
+
+def test_a_parameter_that_does_not_keep_the_bytes_is_noticed() -> None:
+    """Read back: a parameter of a narrower dtype, say, would serve other weights than the trainer has."""
+    model, flat = Model(), torch.arange(1.0, 10.0) / 3
+    model.fused.data = model.fused.data.bfloat16()
+    with pytest.raises(ValueError, match=r"reads back from the parameters as digest"):
+        direct.deliver(model, plan(), 0, message(flat, [9]), flat.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("buckets", "constants", "text"),
+    [
+        ((ROWS[:1],), PADDING, "leaves 6 elements of fused unwritten and writes 0"),
+        ((ROWS, ROWS[:1]), PADDING, "leaves 0 elements of fused unwritten and writes 3"),
+        ((ROWS,), [], "leaves 3 elements"),
+        (([*ROWS, ("other", 0, 1, 1, 1, 1)],), PADDING, "other, which is no parameter"),
+    ],
+)
+def test_a_plan_must_write_each_element_once(buckets: Any, constants: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        plan(buckets, constants)
