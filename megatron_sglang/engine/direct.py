@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from megatron_sglang.buckets import digest
-from megatron_sglang.engine.live_model import tie_head
-from megatron_sglang.engine.self_test import refresh
+from megatron_sglang.engine.live_model import refresh, tie_head
 
 
 @dataclass(frozen=True, slots=True)

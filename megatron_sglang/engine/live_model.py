@@ -33,6 +33,13 @@ def tie_head(model: Any) -> None:
         parameters[HEAD].copy_(parameters[EMBEDDING])
 
 
+def refresh(model: torch.nn.Module) -> None:
+    """State that the model derives from its parameters (DeepSeek's w_kc and w_vc), by its own hook."""
+    hook = getattr(model, "post_load_weights", None)
+    if callable(hook):
+        hook()
+
+
 def floating(model: Any) -> list[tuple[str, torch.Tensor]]:
     """Parameters whose dtype has a NaN; quantised ones are left to the digests."""
     return [

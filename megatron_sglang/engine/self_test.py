@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_sglang.buckets import digest
-from megatron_sglang.engine.live_model import poison, tie_head
+from megatron_sglang.engine.live_model import poison, refresh, tie_head
 from megatron_sglang.engine.trace_loader import trace
 from megatron_sglang.layout import Write
 
@@ -73,13 +73,6 @@ def _source(write: Write, tensors: Tensors) -> torch.Tensor:
     assert write.source is not None
     tensor = tensors[write.source].contiguous()
     return tensor.as_strided(write.size, write.source_strides, tensor.storage_offset() + write.source_offset)
-
-
-def refresh(model: torch.nn.Module) -> None:
-    """State that the model derives from its parameters (DeepSeek's w_kc and w_vc), by its own hook."""
-    hook = getattr(model, "post_load_weights", None)
-    if callable(hook):
-        hook()
 
 
 def _load(model: Any, tensors: Tensors) -> None:

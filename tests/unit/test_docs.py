@@ -40,6 +40,10 @@ def test_links_and_paths_exist(doc: Path) -> None:
     assert missing == []
 
 
+WITH_FLAGS = ("scripts", "benchmarks", ".ci", "weights", "rewards", "box")
+"""Folders whose programs have flags of their own."""
+
+
 @every_doc
 def test_flags_exist(doc: Path, repository_files: list[Path]) -> None:
     """A flag that was renamed; every --flag of the docs is ours, Megatron's, SGLang's, or stands in our own scripts."""
@@ -48,7 +52,7 @@ def test_flags_exist(doc: Path, repository_files: list[Path]) -> None:
     sources = "\n".join(
         path.read_text()
         for path in repository_files
-        if path.suffix in (".py", ".sh", "") and path.parts[-2] in ("scripts", "benchmarks", ".ci", "weights", "rewards", "box")
+        if path.suffix in (".py", ".sh", "") and path.parts[-2] in WITH_FLAGS
     )
     named = {flag for code in code_in(doc.read_text()) for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", code)}
     unknown = {flag for flag in named if flag[2:] not in known and flag not in FOREIGN_FLAGS}

@@ -14,7 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BUSY = {
     "python": "while True: time.sleep(0.1)",
-    "c": "lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64); lock(mutex); lock(mutex)",
+    "c": """
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+lock(mutex)
+lock(mutex)
+""",
     "swallowed": """
 while True:
     try:
