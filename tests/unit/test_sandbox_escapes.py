@@ -92,8 +92,7 @@ def test_files_of_the_machine_do_not_exist(strong, path):
 
 def test_files_of_the_machine_can_be_read_without_walls(bare):
     """The witness that the attack above reads files where there are any."""
-    assert attack(bare, READ, __file__) == 10
-    assert attack(bare, READ, "/etc/passwd") == 10
+    assert attack(bare, READ, "/etc/passwd") == 10  # as another user, who may not see the folder of this file
 
 
 def test_environment_of_the_trainer_is_not_inherited(monkeypatch):
