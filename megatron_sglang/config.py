@@ -185,7 +185,7 @@ class LogConfig:
     """Folder of the run: resolved configuration, metrics, rollouts, traces, engine log, report."""
     quiet: bool = True
     """Show one line per rollout batch; what Megatron prints goes to rank<N>.log in the run folder."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where metrics go besides the run folder's own JSONL file."""
 
 

@@ -108,8 +108,9 @@ class Sandbox:
     @property
     def description(self) -> str:
         """For the log: tier, filter, workers, limits."""
-        filter_ = "filter" if self.filtered else "no filter"
-        return f"{self.tier} ({filter_} of system calls, {self._workers} workers, {self.limits})"
+        filter_ = "system calls filtered" if self.filtered else "system calls not filtered"
+        each = f"{self.limits.cpu_s} s and {self.limits.memory_mb} MB a job"
+        return f"{self.tier} ({filter_}, {self._workers} workers, {each})"
 
     def run(self, jobs: Sequence[Job]) -> list[Verdict]:
         """Judge all jobs, in parallel; verdicts in the order of the jobs. Nothing that a job started is left then."""
