@@ -86,7 +86,7 @@ def test_a_rank_ends_with_its_torchrun() -> None:
     """After SIGKILL of torchrun nobody else tells its ranks."""
     code = (
         "import subprocess, sys, time\n"
-        "sys.path.insert(0, 'tests/unit')\n"
+        "sys.path.insert(0, 'tests/cpu_e2e')\n"
         "from test_ending import start\n"
         "rank = start('while True: time.sleep(0.1)', TORCHELASTIC_RUN_ID='x')\n"
         "print(rank.pid, flush=True); time.sleep(60)"
