@@ -22,7 +22,7 @@ from megatron_sglang import metrics, rollout
 from megatron_sglang.advantages import group_advantages
 from megatron_sglang.config import AlgoConfig
 from megatron_sglang.errors import MegatronSglangError, WeightSyncError
-from megatron_sglang.interfaces import Comm, Engine
+from megatron_sglang.interfaces import Comm, DirectEngine
 from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.sync import Path
 from megatron_sglang.trace import RunLog
@@ -33,7 +33,7 @@ from megatron_sglang.types import Prompt, RolloutGroup, SyncReport, TrainSample
 class Leader:
     """What only rank 0 has."""
 
-    engine: Engine
+    engine: DirectEngine
     rollout: rollout.Rollout
     prompts: PromptSource
     held_out: Sequence[Prompt]

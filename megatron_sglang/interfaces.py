@@ -1,11 +1,12 @@
-"""What `cycle.py` knows of the rooms: four Protocols, no implementation."""
+"""What `cycle.py` and `sync.py` know of the rooms: Protocols, no implementation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_sglang.buckets import Bucket
+from megatron_sglang.layout import RankLayout
 from megatron_sglang.types import Completion, GenerateRequest, Prompt, Score
 
 
@@ -47,6 +48,26 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class DirectEngine(Engine, Protocol):
+    """An engine whose parameters can be written directly, by a plan."""
+
+    def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:
+        """Where each engine rank's parameters come from; shapes: of all HF tensors."""
+        ...
+
+    def install_plan(self, receipts: Sequence[Mapping[str, Any]]) -> None:
+        """By engine rank, what it will write in every delivery to come."""
+        ...
+
+    def ticket(self, version: int, index: int) -> dict[str, Any]:
+        """What every trainer rank puts into the envelope of its part of delivery `index`."""
+        ...
+
+    def deliver(self, ticket: Mapping[str, Any], payloads: Sequence[str]) -> None:
+        """One delivery: by engine rank, the payload that the trainer rank beside it has serialised."""
+        ...
 
 
 class Weights(Protocol):

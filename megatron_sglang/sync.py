@@ -18,7 +18,7 @@ import torch
 
 from megatron_sglang import layout, transfer
 from megatron_sglang.errors import MegatronSglangError, WeightSyncError
-from megatron_sglang.interfaces import Comm, Engine, Weights
+from megatron_sglang.interfaces import Comm, DirectEngine, Engine, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +54,9 @@ class GenericPath:
     def send(self, version: int) -> Sent:
         tensors = count = size = 0
         for bucket in agreed(self.comm, self.weights.buckets(version)):
-            self.comm.from_leader(lambda bucket=bucket: self._engine.load(bucket))
+            self.comm.from_leader(lambda bucket=bucket: _lead(self.engine).load(bucket))
             tensors, count, size = tensors + len(bucket.specs), count + 1, size + bucket.data.numel()
         return Sent(tensors, count, size)
-
-    @property
-    def _engine(self) -> Engine:
-        assert self.engine is not None, "only the leader talks to the engine"
-        return self.engine
 
 
 class Deliveries(Protocol):
@@ -87,7 +82,7 @@ class DirectPath:
         self,
         comm: Comm,
         sender: Deliveries,
-        engine: Any,
+        engine: DirectEngine | None,
         engine_ranks: int,
         serialize: Callable[[Mapping[str, Any], torch.Tensor], str],
     ) -> None:
@@ -103,7 +98,7 @@ class DirectPath:
 
     def send(self, version: int) -> Sent:
         for delivery in agreed(self.comm, self.sender.deliveries()):
-            ticket = self.comm.from_leader(lambda index=delivery.index: self.engine.ticket(version, index))
+            ticket = self.comm.from_leader(lambda index=delivery.index: _lead(self.engine).ticket(version, index))
             payload = None
             if self.comm.rank < self.engine_ranks:
                 dtype = str(delivery.data.dtype).removeprefix("torch.")
@@ -115,13 +110,15 @@ class DirectPath:
                 }
                 payload = self.serialize(ticket | mine, delivery.data.view(torch.uint8))
             payloads = [given for given in self.comm.gather(payload) if given is not None]
-            self.comm.from_leader(lambda ticket=ticket, payloads=payloads: self.engine.deliver(ticket, payloads))
+            self.comm.from_leader(lambda ticket=ticket, payloads=payloads: _lead(self.engine).deliver(ticket, payloads))
+            if delivery.data.is_cuda:
+                torch.cuda.ipc_collect()  # every rank has lent memory, and the engine has given it back
         return self._sent
 
 
 def plan_for(
     comm: Comm,
-    engine: Any,
+    engine: DirectEngine | None,
     engine_ranks: int,
     shapes: Mapping[str, tuple[int, ...]],
     find_shards: Callable[[], list[transfer.Region]],
@@ -136,7 +133,7 @@ def plan_for(
         raise WeightSyncError(
             f"the engine has {engine_ranks} ranks, the trainer {comm.world_size}; each needs one beside it"
         )
-    texts = comm.from_leader(lambda: [found.to_json() for found in engine.layout(shapes)])
+    texts = comm.from_leader(lambda: [found.to_json() for found in _lead(engine).layout(shapes)])
     layouts = [layout.RankLayout.from_json(text) for text in texts]
     if reasons := layout.problems(layouts, shapes):
         raise WeightSyncError("; ".join(reasons[:3]))
@@ -153,7 +150,7 @@ def plan_for(
         {"buckets": [transfer.receipt(bucket, found.rank) for bucket in buckets], "constants": constants_of(found)}
         for found in layouts
     ]
-    comm.from_leader(lambda: engine.install_plan(receipts))
+    comm.from_leader(lambda: _lead(engine).install_plan(receipts))
     return buckets
 
 
@@ -167,6 +164,11 @@ def constants_of(found: layout.RankLayout) -> list[tuple[tuple[Any, ...], float]
             (rows, down), (cols, right) = [*zip(write.size, write.strides, strict=True), (1, 1), (1, 1)][:2]
             constants.append(((write.param, write.offset, rows, cols, down, right), write.const))
     return constants
+
+
+def _lead[E](engine: E | None) -> E:
+    assert engine is not None, "only the leader talks to the engine"
+    return engine
 
 
 def agreed[T](comm: Comm, items: Iterator[T]) -> Iterator[T]:
