@@ -3,7 +3,7 @@
     generic   full tensors under their HF names through the engine's own loader: any model, the oracle
     direct    only the rectangles that each engine rank needs, straight into its parameters, by a plan made once
 
-`establish` makes the plan, or says why there is none. The direct path is used only after it has given the same engine
+`plan_for` makes the plan, or says why there is none. The direct path is used only after it has given the same engine
 digest as the generic one for the same weights.
 """
 

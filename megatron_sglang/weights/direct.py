@@ -97,21 +97,23 @@ class DirectSender:
         return weight.detach().to(self.dtype).contiguous().view(-1)
 
     def _exchange(self, index: int, bucket: Sequence[Piece], weights: dict[str, torch.Tensor]) -> Delivery:
-        sizes = [[0] * self.world_size for _ in range(self.world_size)]
+        outgoing = sorted((piece for piece in bucket if piece.source == self.rank), key=lambda piece: piece.target)
+        send_sizes, receive_sizes = [0] * self.world_size, [0] * self.world_size
+        for piece in outgoing:
+            send_sizes[piece.target] += piece.size
         for piece in bucket:
-            sizes[piece.source][piece.target] += piece.size
-        send_sizes, receive_sizes = sizes[self.rank], [row[self.rank] for row in sizes]
+            if piece.target == self.rank:
+                receive_sizes[piece.source] += piece.size
         device = next(iter(self._weights.values())).device
         send = torch.empty(sum(send_sizes), dtype=self.dtype, device=device)
         offset = 0
-        for target in range(self.world_size):
-            for piece in bucket:
-                if (piece.source, piece.target) == (self.rank, target):
-                    here = piece.here
-                    strides = (here.row_stride, here.col_stride)
-                    source = weights[here.tensor].as_strided((piece.rows, piece.cols), strides, here.offset)
-                    send[offset : offset + piece.size].view(piece.rows, piece.cols).copy_(source)
-                    offset += piece.size
+        for piece in outgoing:
+            here = piece.here
+            source = weights[here.tensor].as_strided(
+                (piece.rows, piece.cols), (here.row_stride, here.col_stride), here.offset
+            )
+            send[offset : offset + piece.size].view(piece.rows, piece.cols).copy_(source)
+            offset += piece.size
         receive = torch.empty(sum(receive_sizes), dtype=self.dtype, device=device)
         dist.all_to_all_single(receive, send, receive_sizes, send_sizes)
         digests = torch.tensor([digest(part) for part in send.split(send_sizes)], device=device)
