@@ -1,8 +1,7 @@
-"""The record that carries weights from trainer to engine, and the digest both sides compute. Torch only.
+"""The record that carries weights from trainer to engine. Torch only.
 
 A bucket is one flat uint8 tensor plus, for each named tensor in it, where it lies. The trainer packs
-(`pack`), the engine rank unpacks without copying (`Bucket.tensors`). Digests are computed on the device
-that holds the bytes, so both sides can afford them on every sync.
+(`pack`), the engine rank unpacks without copying (`Bucket.tensors`).
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from megatron_sglang.digests import digest
+
 ALIGNMENT = 16
 """Bytes; every tensor starts on a multiple of it so that a view in its own dtype is legal."""
-
-_MIX_1 = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
-_MIX_2 = -0x40A7B892E31B1A47  # splitmix64's first multiplier, signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +80,6 @@ def pack(version: int, index: int, named_tensors: Sequence[tuple[str, torch.Tens
     for (_, source), (_, target) in zip(named_tensors, bucket.tensors(), strict=True):
         target.copy_(source)
     return bucket
-
-
-def digest(tensor: torch.Tensor) -> int:
-    """64-bit digest of a tensor's bytes in logical (row-major) order; any one changed bit changes it.
-
-    Words are multiplied by odd numbers that depend on their position and mixed before they are summed
-    modulo 2^64 (integer arithmetic wraps), so the order of summation does not matter and swapped, moved or
-    duplicated words are noticed. Not a cryptographic hash: it guards against faults, not against attackers.
-    """
-    data = tensor.detach().contiguous().flatten().view(torch.uint8)
-    padding = -data.numel() % 8
-    if padding or data.storage_offset() % 8:  # 8-byte words need an 8-byte boundary
-        data = torch.cat([data, data.new_zeros(padding)])
-    words = data.view(torch.int64) if data.numel() else data.new_zeros(1, dtype=torch.int64)
-    position = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64)
-    mixed = (words ^ (position * _MIX_1)) * _MIX_2
-    mixed = (mixed ^ (mixed >> 31)) * (2 * position + 1)
-    return int((mixed.sum() + tensor.numel()).item())
 
 
 def fusion_key(name: str) -> str:

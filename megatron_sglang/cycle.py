@@ -70,9 +70,7 @@ class Cycle:
                 report = self._establish(self.make_direct, report)
                 self.make_direct = None
         self.version = version
-        numbers = {name: getattr(report, name) for name in ("version", "bytes", "update_norm", "cast_loss")}
-        numbers |= {f"{phase}_s": seconds for phase, seconds in report.seconds.items()}
-        self.add({f"sync/{name}": metrics.Last(number) for name, number in numbers.items()})
+        self.add({f"sync/{name}": metrics.Last(number) for name, number in _numbers(report).items()})
         return report
 
     def _publish(self, path: Path, version: int) -> SyncReport:
@@ -87,8 +85,7 @@ class Cycle:
                 self.leader.engine.fail_update(str(error))
             raise WeightSyncError(f"version {version} was not published: {error}") from error
         seconds = {"load": loaded - started, "verify": time.perf_counter() - loaded}
-        norm, cast_loss = path.fidelity()
-        return SyncReport(version, sent.tensors, sent.buckets, sent.bytes, seconds, norm, cast_loss, digest)
+        return SyncReport(version, sent.tensors, sent.buckets, sent.bytes, seconds, path.fidelity(), digest)
 
     def _establish(self, make_direct: Callable[[], Path], generic: SyncReport) -> SyncReport:
         """Send the same version again by the direct path; keep to it if the engine then holds the same bits."""
@@ -176,6 +173,16 @@ class Cycle:
             _, found = lead.rollout.evaluate(lead.held_out)
         self.add(found)
         return metrics.values(found)
+
+
+def _numbers(report: SyncReport) -> dict[str, float]:
+    """What a sync reports, by name."""
+    found = report.fidelity
+    numbers = {"version": report.version, "bytes": report.bytes}
+    numbers |= {"update_norm": found.update_norm, "cast_loss": found.cast_loss, "changed": found.changed}
+    for layer, (norm, cast_loss) in found.layers.items():
+        numbers |= {f"update_norm/layer_{layer}": norm, f"cast_loss/layer_{layer}": cast_loss}
+    return numbers | {f"{phase}_s": seconds for phase, seconds in report.seconds.items()}
 
 
 def _tuples(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from megatron_sglang.buckets import Bucket
 from megatron_sglang.layout import RankLayout
-from megatron_sglang.types import Completion, GenerateRequest, Prompt, Score
+from megatron_sglang.types import Completion, GenerateRequest, MergeFidelity, Prompt, Score
 
 
 class Reward(Protocol):
@@ -61,12 +61,16 @@ class DirectEngine(Engine, Protocol):
         """By engine rank, what it will write in every delivery to come."""
         ...
 
-    def ticket(self, version: int, index: int) -> dict[str, Any]:
-        """What every trainer rank puts into the envelope of its part of delivery `index`."""
+    def open_stream(self, version: int) -> dict[str, Any]:
+        """What every trainer rank needs to listen for the engine rank beside it; JSON values."""
         ...
 
-    def deliver(self, ticket: Mapping[str, Any], payloads: Sequence[str]) -> None:
-        """One delivery: by engine rank, the payload that the trainer rank beside it has serialised."""
+    def start_stream(self, call: Mapping[str, Any]) -> None:
+        """Let the engine ranks connect to the trainer ranks, which listen, and take what they send."""
+        ...
+
+    def end_stream(self, *, gave_up: bool) -> None:
+        """After the last delivery, or when a trainer rank gave up: raises what an engine rank found wrong."""
         ...
 
 
@@ -75,8 +79,8 @@ class Weights(Protocol):
 
     def buckets(self, version: int) -> Iterator[Bucket]: ...
 
-    def fidelity(self) -> tuple[float, float]:
-        """Of the last version: L2 norm of (merged - base), and the share of it that the engine's dtype lost."""
+    def fidelity(self) -> MergeFidelity:
+        """What merging changed in the last version, over all ranks. Collective."""
         ...
 
 

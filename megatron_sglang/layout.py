@@ -20,6 +20,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
+from megatron_sglang.copies import Run, progressions
+
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d*)(?=\.)")
 _MARK = "#"
 
@@ -245,20 +247,17 @@ def _cut(box: Box, hole: Box) -> Iterator[Box]:
 
 # ---- folding ----
 
-type _Run = tuple[tuple[int, ...], tuple[tuple[int, tuple[int, ...]], ...]]
-"""(start, axes) of a `Fold`."""
-
 
 def fold(writes: Iterable[Write]) -> list[Fold]:
     """Lossless but for the order, which means nothing where writes do not overlap. Inverse of `unfold`."""
-    groups: dict[Write, list[_Run]] = defaultdict(list)
+    groups: dict[Write, list[Run]] = defaultdict(list)
     for write in writes:
         param, param_numbers = _split(write.param)
         source, source_numbers = _split(write.source or "")
         pattern = replace(write, param=param, offset=0, source=write.source and source, source_offset=0)
         numbers = (*param_numbers, *source_numbers, write.offset, write.source_offset)
         groups[pattern].append((numbers, ()))
-    return [Fold(pattern, *run) for pattern, points in groups.items() for run in _progressions(points)]
+    return [Fold(pattern, *run) for pattern, points in groups.items() for run in progressions(points)]
 
 
 def unfold(folds: Iterable[Fold]) -> Iterator[Write]:
@@ -278,35 +277,6 @@ def unfold(folds: Iterable[Fold]) -> Iterator[Write]:
                 source=part.pattern.source and source,
                 source_offset=source_offset,
             )
-
-
-def _progressions(points: list[_Run]) -> list[_Run]:
-    """Merge runs with equal axes and evenly spaced starts into one with one more axis, until nothing merges."""
-    while True:
-        merged: list[_Run] = []
-        points.sort(key=lambda point: (point[1], point[0]))
-        for axes, group in itertools.groupby(points, key=lambda point: point[1]):
-            starts = [start for start, _ in group]
-            at = 0
-            while at < len(starts):
-                end, step = _run(starts, at)
-                merged.append((starts[at], axes if end - at == 1 else ((end - at, step), *axes)))
-                at = end
-        if len(merged) == len(points):
-            return merged
-        points = merged
-
-
-def _run(starts: Sequence[tuple[int, ...]], at: int) -> tuple[int, tuple[int, ...]]:
-    """End and step of the longest evenly spaced run from `at` on."""
-    step: tuple[int, ...] = ()
-    end = at + 1
-    while end < len(starts):
-        delta = tuple(b - a for a, b in zip(starts[end - 1], starts[end], strict=True))
-        if step and delta != step:
-            break
-        step, end = delta, end + 1
-    return end, step
 
 
 def _split(name: str) -> tuple[str, list[int]]:

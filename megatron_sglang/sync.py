@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import astuple, dataclass
+from typing import Any, Protocol, Self
 
 import torch
 
 from megatron_sglang import layout, transfer
+from megatron_sglang.copies import Copy
 from megatron_sglang.errors import MegatronSglangError, WeightSyncError
 from megatron_sglang.interfaces import Comm, DirectEngine, Engine, Weights
+from megatron_sglang.types import MergeFidelity
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Path(Protocol):
         """Between `begin_update` and `commit_update`."""
         ...
 
-    def fidelity(self) -> tuple[float, float]:
+    def fidelity(self) -> MergeFidelity:
         """See `interfaces.Weights`."""
         ...
 
@@ -59,21 +61,53 @@ class GenericPath:
         return Sent(tensors, count, size)
 
 
-class Deliveries(Protocol):
+class Delivery(Protocol):
+    """What one rank hands to the engine rank beside it (`weights/direct.py`)."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def slot(self) -> int: ...
+    @property
+    def memory(self) -> torch.Tensor: ...
+    @property
+    def data(self) -> torch.Tensor: ...
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+    @property
+    def digests(self) -> tuple[int, ...]: ...
+
+
+class Sender(Protocol):
     """The trainer's side of the direct path (`weights/direct.py`)."""
 
     buckets: Sequence[Sequence[transfer.Piece]]
     dtype: torch.dtype
 
-    def deliveries(self) -> Iterator[Any]: ...
+    def deliveries(self, free: Callable[[int], None]) -> Iterator[Delivery]: ...
 
-    def fidelity(self) -> tuple[float, float]: ...
+    def fidelity(self) -> MergeFidelity: ...
+
+
+class Line(Protocol):
+    """To one engine rank (`engine/line.py`)."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def send(self, header: Mapping[str, Any], slot: int, memory: torch.Tensor, data: torch.Tensor) -> None: ...
+
+    def wait(self, index: int) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 class DirectPath:
-    """Each rank hands its engine rank's part over; the leader posts them together.
+    """Each trainer rank hands over what the engine rank beside it needs, on a line of their own.
 
-    serialize: (envelope, flat uint8 tensor) -> payload, of the engine room.
+    The lines are pipelined: while the engine copies one delivery, the trainer makes the next one in its other buffer.
+    open_line: (the engine's call, rank) -> a line, of the engine room.
     """
 
     name = "direct"
@@ -81,13 +115,13 @@ class DirectPath:
     def __init__(
         self,
         comm: Comm,
-        sender: Deliveries,
+        sender: Sender,
         engine: DirectEngine | None,
         engine_ranks: int,
-        serialize: Callable[[Mapping[str, Any], torch.Tensor], str],
+        open_line: Callable[[Mapping[str, Any], int], Line],
     ) -> None:
         self.comm, self.sender, self.engine = comm, sender, engine
-        self.engine_ranks, self.serialize = engine_ranks, serialize
+        self.engine_ranks, self.open_line = engine_ranks, open_line
         self.fidelity = sender.fidelity
         pieces = [piece for bucket in sender.buckets for piece in bucket]
         self._sent = Sent(
@@ -97,23 +131,34 @@ class DirectPath:
         )
 
     def send(self, version: int) -> Sent:
-        for delivery in agreed(self.comm, self.sender.deliveries()):
-            ticket = self.comm.from_leader(lambda index=delivery.index: _lead(self.engine).ticket(version, index))
-            payload = None
-            if self.comm.rank < self.engine_ranks:
-                dtype = str(delivery.data.dtype).removeprefix("torch.")
-                mine = {
-                    "rank": self.comm.rank,
-                    "lengths": delivery.lengths,
-                    "digests": delivery.digests,
-                    "dtype": dtype,
-                }
-                payload = self.serialize(ticket | mine, delivery.data.view(torch.uint8))
-            payloads = [given for given in self.comm.gather(payload) if given is not None]
-            self.comm.from_leader(lambda ticket=ticket, payloads=payloads: _lead(self.engine).deliver(ticket, payloads))
-            if delivery.data.is_cuda:
-                torch.cuda.ipc_collect()  # every rank has lent memory, and the engine has given it back
+        call = self.comm.from_leader(lambda: _lead(self.engine).open_stream(version))
+        gave_up = True
+        try:
+            with contextlib.ExitStack() as stack:
+                line = None
+                if self.comm.rank < self.engine_ranks:
+                    line = stack.enter_context(self.open_line(call, self.comm.rank))
+                self.comm.agree(None)  # every rank listens before any engine rank connects
+                self.comm.from_leader(lambda: _lead(self.engine).start_stream(call))
+                for _ in agreed(self.comm, self._handed_over(line)):
+                    pass
+            gave_up = False
+        finally:
+            # What an engine rank found wrong comes before what its trainer rank saw of it.
+            self.comm.from_leader(lambda: _lead(self.engine).end_stream(gave_up=gave_up))
+        if torch.cuda.is_initialized():
+            torch.cuda.ipc_collect()  # every rank has lent memory, and the engine has given it back
         return self._sent
+
+    def _handed_over(self, line: Line | None) -> Iterator[bool]:
+        dtype = str(self.sender.dtype).removeprefix("torch.")
+        for delivery in self.sender.deliveries(line.wait if line is not None else lambda _index: None):
+            if line is not None:
+                header = {"index": delivery.index, "lengths": delivery.lengths, "digests": delivery.digests}
+                line.send({**header, "dtype": dtype}, delivery.slot, delivery.memory, delivery.data)
+            yield True
+        if line is not None:
+            line.finish()
 
 
 def plan_for(
@@ -146,24 +191,23 @@ def plan_for(
     everyone = [transfer.region_from(row) for rows in comm.gather(mine) for row in rows]
     slots = [slot for found in layouts for slot in transfer.slots_of(found, shapes)]
     buckets = transfer.cut(transfer.make_plan(everyone, slots), limit)
-    receipts = [
-        {"buckets": [transfer.receipt(bucket, found.rank) for bucket in buckets], "constants": constants_of(found)}
-        for found in layouts
-    ]
-    comm.from_leader(lambda: _lead(engine).install_plan(receipts))
+    comm.from_leader(lambda: _lead(engine).install_plan([receipt_of(found, buckets) for found in layouts]))
     return buckets
 
 
-def constants_of(found: layout.RankLayout) -> list[tuple[tuple[Any, ...], float]]:
-    """Padding that the engine writes itself, as (rectangle, value)."""
-    constants = []
-    for write in found.writes:
-        if write.const is not None:
-            if len(write.size) > 2:
-                raise WeightSyncError(f"engine rank {found.rank}: the padding of {write.param} is no rectangle")
-            (rows, down), (cols, right) = [*zip(write.size, write.strides, strict=True), (1, 1), (1, 1)][:2]
-            constants.append(((write.param, write.offset, rows, cols, down, right), write.const))
-    return constants
+def receipt_of(found: layout.RankLayout, buckets: Sequence[Sequence[transfer.Piece]]) -> dict[str, Any]:
+    """What one engine rank is told: the copies of every delivery, and the constants that it writes itself."""
+    copies = [[astuple(copy) for copy in bucket] for bucket in transfer.receipts(buckets, found.rank)]
+    return {"buckets": copies, "constants": [(astuple(copy), value) for copy, value in constants_of(found)]}
+
+
+def constants_of(found: layout.RankLayout) -> list[tuple[Copy, float]]:
+    """Padding that the engine writes itself, with its value."""
+    return [
+        (Copy(write.param, write.offset, 0, write.size, write.strides, (0,) * len(write.size)), write.const)
+        for write in found.writes
+        if write.const is not None
+    ]
 
 
 def _lead[E](engine: E | None) -> E:

@@ -11,12 +11,14 @@ elements.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 from megatron_sglang.buckets import transfer_order
+from megatron_sglang.copies import Copy, Rectangle, fold
 from megatron_sglang.errors import WeightSyncError
 from megatron_sglang.layout import RankLayout, Write
 
@@ -155,23 +157,38 @@ def make_plan(shards: Iterable[Region], slots: Sequence[Region]) -> list[Piece]:
 
 
 def cut(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
-    """Buckets: runs of pieces of which no target receives more than `limit` elements (one tensor may exceed it)."""
+    """Buckets: runs of pieces of which no target receives more than `limit` elements (one tensor may exceed it).
+
+    A decoder layer that fits stays whole, so that its grouped experts are merged once.
+    """
     buckets: list[list[Piece]] = []
-    filled: defaultdict[int, int] = defaultdict(int)
-    by_name: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        by_name.setdefault(piece.name, []).append(piece)
-    for group in by_name.values():
-        needed: defaultdict[int, int] = defaultdict(int)
-        for piece in group:
-            needed[piece.target] += piece.size
+    filled: Counter[int] = Counter()
+    for unit in _units(pieces, limit):
+        needed = _received(unit)
         if not buckets or any(filled[target] and filled[target] + size > limit for target, size in needed.items()):
             buckets.append([])
             filled.clear()
-        buckets[-1] += group
-        for target, size in needed.items():
-            filled[target] += size
+        buckets[-1] += unit
+        filled.update(needed)
     return buckets
+
+
+def _units(pieces: Sequence[Piece], limit: int) -> Iterator[list[Piece]]:
+    """What stays together: a layer, or a tensor of a layer that is too large."""
+    for _, layer in itertools.groupby(pieces, key=lambda piece: transfer_order(piece.name)[0]):
+        unit = list(layer)
+        if max(_received(unit).values()) <= limit:
+            yield unit
+        else:
+            yield from (list(tensor) for _, tensor in itertools.groupby(unit, key=lambda piece: piece.name))
+
+
+def _received(pieces: Iterable[Piece]) -> Counter[int]:
+    """Elements by target."""
+    needed: Counter[int] = Counter()
+    for piece in pieces:
+        needed[piece.target] += piece.size
+    return needed
 
 
 def traffic(pieces: Iterable[Piece], itemsize: int) -> dict[tuple[int, int], int]:
@@ -182,11 +199,26 @@ def traffic(pieces: Iterable[Piece], itemsize: int) -> dict[tuple[int, int], int
     return dict(pairs)
 
 
-def receipt(bucket: Iterable[Piece], target: int) -> list[tuple[str, int, int, int, int, int]]:
-    """What engine rank `target` does with its part of a bucket, in the order of arrival (by source, then as planned):
-    (parameter, offset, rows, cols, row stride, column stride) of each rectangle."""
-    mine = sorted((piece for piece in bucket if piece.target == target), key=lambda piece: piece.source)
-    return [
-        (piece.there.tensor, piece.there.offset, piece.rows, piece.cols, piece.there.row_stride, piece.there.col_stride)
-        for piece in mine
-    ]
+def outgoing(bucket: Iterable[Piece], source: int) -> list[Piece]:
+    """What trainer rank `source` sends of a bucket, in the order of its segments: by target, then by where it goes."""
+    return sorted((piece for piece in bucket if piece.source == source), key=lambda p: (p.target, *_goes_to(p)))
+
+
+def incoming(bucket: Iterable[Piece], target: int) -> list[Piece]:
+    """What engine rank `target` gets of a bucket, in the order of arrival: by source, then by where it goes."""
+    return sorted((piece for piece in bucket if piece.target == target), key=lambda p: (p.source, *_goes_to(p)))
+
+
+def receipts(buckets: Iterable[Iterable[Piece]], target: int) -> list[list[Copy]]:
+    """What engine rank `target` does with each delivery."""
+    return [fold(rectangle(piece, piece.there) for piece in incoming(bucket, target)) for bucket in buckets]
+
+
+def rectangle(piece: Piece, at: Place) -> Rectangle:
+    """The piece as it lies at one of its two places."""
+    return at.tensor, at.offset, piece.rows, piece.cols, at.row_stride, at.col_stride
+
+
+def _goes_to(piece: Piece) -> tuple[str, int]:
+    """Neighbours in a parameter are neighbours in the segment, so that they fold into long copies."""
+    return piece.there.tensor, piece.there.offset

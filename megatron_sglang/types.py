@@ -121,6 +121,20 @@ class TrainSample:
 
 
 @dataclass(frozen=True, slots=True)
+class MergeFidelity:
+    """What merging the adapters changed in one weight version, over the whole model, and what the cast left of it."""
+
+    update_norm: float
+    """L2 norm of (merged - base) over all adapted weights, before the cast to the engine's dtype."""
+    cast_loss: float
+    """L2 norm of what that cast lost, as a share of `update_norm`; 0.0 in fp32."""
+    changed: float
+    """Share of the adapted weights' elements that are not the base's after the cast."""
+    layers: Mapping[int, tuple[float, float]]
+    """Decoder layer -> (update_norm, cast_loss) of it alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class SyncReport:
     """What one published weight version cost and what is known about it. Seconds by phase; bytes on the wire."""
 
@@ -129,9 +143,6 @@ class SyncReport:
     buckets: int
     bytes: int
     seconds: Mapping[str, float]
-    update_norm: float
-    """L2 norm of (merged - base) over all adapted weights."""
-    cast_loss: float
-    """Share of that norm lost by the cast to the engine's dtype; 0.0 in fp32."""
+    fidelity: MergeFidelity
     engine_digest: str
     """Digest of all parameters of all engine ranks after the load."""

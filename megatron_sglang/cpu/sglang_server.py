@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from megatron_sglang.cpu import exact_matmul
 from megatron_sglang.errors import SetupError
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def install(model_path: str, seeded_sampling: bool) -> None:
     _import_less(Path(model_path))
     _fork_children()
     _tolerate_remote_experts()
+    exact_matmul.install()
+    _attend_exactly()
     if seeded_sampling:
         _sample_by_seed()
     gc.enable()
@@ -109,6 +112,22 @@ def _tolerate_remote_experts() -> None:
         return mixed
 
     fused_moe_native.moe_forward_native = moe_forward_native
+
+
+def _attend_exactly() -> None:
+    """torch's attention for float32 on CPUs takes exp to 20 bits (ATen, FlashAttentionKernel.cpp: exp_u20) and sums in
+    float32; for float64 it does neither. See exact_matmul.py for why."""
+    import torch
+    from sglang.srt.layers.attention import torch_native_backend
+
+    original = torch_native_backend.scaled_dot_product_attention
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        if query.dtype != torch.float32:
+            return original(query, key, value, **options)
+        return original(query.double(), key.double(), value.double(), **options).float()
+
+    torch_native_backend.scaled_dot_product_attention = attention
 
 
 def _sample_by_seed() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_sglang.cpu import te_import, torch_facade
+from megatron_sglang.cpu import exact_matmul, te_import, torch_facade
 
 # Megatron and Bridge import these when they are installed, and use none of them on a CPU: 27 s become 17 s.
 _ONLY_FOR_GPUS = ("flashinfer", "fla", "torchao", "tilelang", "tvm", "flash_attn", "cutlass")
@@ -39,6 +39,7 @@ def enter() -> None:
     # torch warns at import, past any redirection, that it finds nvcc but no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch_facade.install()
+    exact_matmul.install()
     te_import.install()
     _patch_core()
     _patch_training()

@@ -219,7 +219,7 @@ class _Parameters:
         self.tensors.update((name, tensor.clone()) for name, tensor in weights)
 
     def digests(self) -> dict[str, int]:
-        from megatron_sglang.buckets import digest
+        from megatron_sglang.digests import digest
 
         return {name: digest(tensor) for name, tensor in self.tensors.items()}
 

@@ -3,6 +3,7 @@
     call           messages (docs/engine.md has the whole table)
     begin_update   pause(abort), flush until 200, resume(weights) if released, loader "begin"
     load           loader "load"
+    start_stream   loader "stream", in the background until end_stream
     commit_update  loader "commit", weight version, resume(kv_cache) if released, continue
     release        pause(abort), flush until 200, release(kv_cache, weights)
     wait_ready     with load_format="auto": loader "adopt", weight version 0
@@ -24,7 +25,8 @@ from typing import Any, Self
 import torch
 
 from megatron_sglang.buckets import Bucket, pack
-from megatron_sglang.engine import wire
+from megatron_sglang.engine import line, wire
+from megatron_sglang.engine.background import Background
 from megatron_sglang.engine.http import Http
 from megatron_sglang.engine.options import LOADER, EngineOptions
 from megatron_sglang.engine.server import Server
@@ -49,6 +51,7 @@ class HttpEngine:
         self._updating: int | None = None
         self._released: set[str] = set()
         self._message_ids = itertools.count()
+        self._stream: Background | None = None
 
     # ---- life ----
 
@@ -135,15 +138,26 @@ class HttpEngine:
         with self._failing_as("transfer plan"):
             self._message("transfer plan", {"command": "plan"}, each=receipts)
 
-    def ticket(self, version: int, index: int) -> dict[str, Any]:
-        """Direct path: what every trainer rank puts into the envelope of its part of delivery `index`."""
-        self._in_update(version, f"delivery {index}")
-        return {"id": next(self._message_ids), "command": "deliver", "version": version, "index": index}
+    def open_stream(self, version: int) -> dict[str, Any]:
+        """Direct path: what every trainer rank needs to listen for the engine rank beside it (`line.Line`)."""
+        self._in_update(version, "stream")
+        folder, timeout_s = str(self.server.mailbox), self.options.update_timeout_s
+        return {"id": next(self._message_ids), "version": version, "folder": folder, "timeout_s": timeout_s}
 
-    def deliver(self, ticket: Mapping[str, Any], payloads: Sequence[str]) -> None:
-        """Hand over one delivery: for each engine rank the payload that the trainer rank beside it has serialised."""
-        with self._failing_as(what := self._in_update(ticket["version"], f"delivery {ticket['index']}")):
-            self._send(what, ticket["id"], list(payloads))
+    def start_stream(self, call: Mapping[str, Any]) -> None:
+        """Direct path, when all ranks listen: let the engine ranks connect. `end_stream` must follow."""
+        what = self._in_update(call["version"], "stream")
+        payloads = wire.serialize_alike({**call, "command": "stream"}, self.options.tp_size)
+        over = self.server.mailbox / line.ended_name(call["id"])
+        self._stream = Background(lambda: self._send(what, call["id"], payloads), over)
+
+    def end_stream(self, *, gave_up: bool) -> None:
+        """Direct path: the engine ranks' verdict. gave_up: the trainer has cut the lines, and need not be told so."""
+        stream, self._stream = self._stream, None
+        known = wire.LineCutError if gave_up else ()
+        with self._failing_as("stream"), contextlib.suppress(known):
+            if stream is not None:
+                stream.result(self.options.update_timeout_s)
 
     def commit_update(self, version: int, buckets: int) -> str:
         """Prove that every rank holds all of `version`, then serve it; digest of all parameters of all ranks."""
@@ -152,7 +166,6 @@ class HttpEngine:
             if "kv_cache" in self._released:
                 self._memory("resume", "kv_cache")
             self._publish(version)
-        wire.collect_ipc()
         return wire.engine_digest(replies)
 
     def fail_update(self, reason: str) -> None:
@@ -243,10 +256,8 @@ class HttpEngine:
     ) -> list[dict[str, Any]]:
         """Send one message to every rank's loader; their answers. `what` names it in errors; `each`: more, by rank."""
         identity = next(self._message_ids)
-        data = torch.empty(0, dtype=torch.uint8) if data is None else data
-        extra = each or [{}] * self.options.tp_size
-        envelopes = [{"id": identity, "rank": rank, **message, **more} for rank, more in enumerate(extra)]
-        return self._send(what, identity, [wire.serialize(envelope, data) for envelope in envelopes])
+        payloads = wire.serialize_alike({"id": identity, **message}, self.options.tp_size, data, each)
+        return self._send(what, identity, payloads)
 
     def _send(self, what: str, identity: int, payloads: list[str]) -> list[dict[str, Any]]:
         body = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_sglang.buckets import digest
+from megatron_sglang.digests import digest
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

@@ -8,7 +8,8 @@ SGLang drops its return value; so every message is answered by a JSON file in th
     load       checks order, bytes, dtypes, duplicates; model.load_weights     -
     commit     checks the bucket count and that no parameter is left unfilled  "digests": {parameter: digest}
     plan       direct path: checks and keeps the plan of all coming deliveries -
-    deliver    direct path: checks a delivery, writes it, reads it back        -
+    stream     direct path: takes all deliveries of a version from its trainer -
+               rank (line.py); checks each, writes it, reads it back
     adopt      the same check of weights that SGLang loaded from disk itself   "digests": {parameter: digest}
     layout     traces model.load_weights (trace_loader.py); changes nothing    "layout": RankLayout as JSON
     self_test  loads one bucket both ways and compares; weights are lost       "report" (self_test.py)
@@ -29,11 +30,12 @@ from typing import Any
 
 import torch
 
-from megatron_sglang.buckets import Bucket, digest
-from megatron_sglang.engine import direct
+from megatron_sglang.buckets import Bucket
+from megatron_sglang.digests import digest, digests
+from megatron_sglang.engine import direct, line
 from megatron_sglang.engine.live_model import floating, poison, tie_head
 from megatron_sglang.engine.options import MAILBOX_VARIABLE
-from megatron_sglang.engine.wire import write_reply
+from megatron_sglang.engine.wire import reply_name, write_reply
 
 
 @dataclass(slots=True)
@@ -60,19 +62,19 @@ def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     try:
         message = json.loads(envelope)
         box = Path(os.environ[MAILBOX_VARIABLE])
-        reply_path = box / f"{int(message['id'])}.{int(message['rank'])}.json"
+        reply_path = box / reply_name(int(message["id"]), int(message["rank"]))
     except (ValueError, KeyError) as error:
         print(f"engine loader: a message without a valid envelope was dropped: {error!r}", file=sys.stderr, flush=True)
         return
     try:
         reply = {"ok": True, **_handle(model, message, data)}
     except Exception as error:  # noqa: BLE001  process boundary: see the module docstring
-        foreseen = type(error) is ValueError
+        foreseen = type(error) in (ValueError, line.CutError)
         print(f"engine loader: {error}" if foreseen else traceback.format_exc(), file=sys.stderr, flush=True)
         session = _open.get(message["rank"])
         if session is not None:
             session.broken = session.broken or str(error)
-        reply = {"ok": False, "error": str(error) if foreseen else repr(error)}
+        reply = {"ok": False, "cut": isinstance(error, line.CutError), "error": str(error) if foreseen else repr(error)}
     write_reply(reply_path, reply)
 
 
@@ -95,8 +97,8 @@ def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str
     if command == "load":
         _load_bucket(model, session, Bucket.from_header(message["bucket"], data))
         return {}
-    if command == "deliver":
-        _deliver(model, session, message, data)
+    if command == "stream":
+        _stream(model, session, message)
         return {}
     if command == "commit":
         digests = _commit(model, session, message)
@@ -156,28 +158,37 @@ def _load_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
     session.buckets += 1
 
 
-def _deliver(model: Any, session: _Session, message: dict[str, Any], data: torch.Tensor) -> None:
+def _stream(model: Any, session: _Session, message: dict[str, Any]) -> None:
     plan = _plans.get(message["rank"])
     if plan is None:
-        raise ValueError("a delivery arrived before any plan")
-    if (message["version"], message["index"]) != (session.version, session.buckets):
-        raise ValueError(
-            f"got delivery {message['index']} of version {message['version']}, expected {session.buckets} of version "
-            f"{session.version}: one was dropped, repeated or reordered"
-        )
+        raise ValueError("a stream was opened before any plan")
     session.direct = True
-    direct.deliver(model, plan, session.buckets, message, data)
-    if data.is_cuda:
-        torch.cuda.synchronize(data.device)
-    session.buckets += 1
+    device = next(model.parameters()).device
+
+    def deliver(header: dict[str, Any], data: torch.Tensor) -> None:
+        if (header["version"], header["index"]) != (session.version, session.buckets):
+            raise ValueError(
+                f"got delivery {header['index']} of version {header['version']}, expected {session.buckets} of version "
+                f"{session.version}: one was dropped, repeated or reordered"
+            )
+        direct.deliver(model, plan, session.buckets, header, data)
+        if data.is_cuda:
+            torch.cuda.synchronize(data.device)
+        session.buckets += 1
+
+    line.receive(message, device, deliver)
 
 
 def _digests(model: Any) -> dict[str, str]:
     """Of every parameter of this rank; refuses a model that holds anything but finite numbers."""
-    unfilled = [name for name, parameter in floating(model) if not bool(torch.isfinite(parameter).all())]
-    if unfilled:
-        raise ValueError(f"{len(unfilled)} parameters are unfilled or hold NaN or infinity: {_names(unfilled)}")
-    return {name: f"{digest(parameter) % 2**64:016x}" for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    if filled := floating(model):
+        finite = torch.stack([torch.isfinite(parameter).all() for _, parameter in filled]).tolist()
+        unfilled = [name for (name, _), good in zip(filled, finite, strict=True) if not good]
+        if unfilled:
+            raise ValueError(f"{len(unfilled)} parameters are unfilled or hold NaN or infinity: {_names(unfilled)}")
+    found = digests(parameters.values())
+    return {name: f"{number % 2**64:016x}" for name, number in zip(parameters, found, strict=True)}
 
 
 def _commit(model: Any, session: _Session, message: dict[str, Any]) -> dict[str, str]:

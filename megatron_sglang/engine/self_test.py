@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_sglang.buckets import digest
+from megatron_sglang.digests import digest
 from megatron_sglang.engine.live_model import poison, refresh, tie_head
 from megatron_sglang.engine.trace_loader import trace
 from megatron_sglang.layout import Write

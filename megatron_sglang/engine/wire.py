@@ -26,6 +26,11 @@ from megatron_sglang.errors import WeightSyncError
 _DEVICE_INDEX = 6
 """Position of the device number in torch's arguments for rebuilding a CUDA tensor (sglang utils/patch_torch.py:75)."""
 
+
+class LineCutError(WeightSyncError):
+    """No engine rank found anything wrong but that the trainer has left."""
+
+
 _LARGE = 1 << 16
 """Bytes of an answer from which on it is compressed."""
 
@@ -35,6 +40,18 @@ def serialize(envelope: Mapping[str, Any], data: torch.Tensor) -> str:
     buffer = io.BytesIO()
     (_IpcPickler if data.is_cuda else _ByValuePickler)(buffer).dump([(json.dumps(envelope), data)])
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def serialize_alike(
+    message: Mapping[str, Any],
+    ranks: int,
+    data: torch.Tensor | None = None,
+    each: Sequence[Mapping[str, Any]] | None = None,
+) -> list[str]:
+    """One payload for each rank with the same message and data (None: no bytes). each: more of the message, by rank."""
+    data = torch.empty(0, dtype=torch.uint8) if data is None else data
+    extra = each or [{}] * ranks
+    return [serialize({"rank": rank, **message, **extra[rank]}, data) for rank in range(ranks)]
 
 
 class _ByValuePickler(pickle.Pickler):
@@ -73,6 +90,11 @@ def collect_ipc() -> None:
         torch.cuda.ipc_collect()
 
 
+def reply_name(identity: int, rank: int) -> str:
+    """File of a rank's answer, in the mailbox."""
+    return f"{identity}.{rank}.json"
+
+
 def write_reply(path: Path, reply: Mapping[str, Any]) -> None:
     """Called in the rank: the whole answer appears at once."""
     content = json.dumps(reply).encode()
@@ -88,16 +110,20 @@ def _read_reply(path: Path) -> dict[str, Any]:
 
 
 def collect(mailbox: Path, message_id: int, ranks: int, what: str) -> list[dict[str, Any]]:
-    """Take every rank's answer out of the mailbox; `WeightSyncError` naming `what` and the first rank that failed."""
+    """Take every rank's answer out of the mailbox; `WeightSyncError` naming `what` and the first rank that failed.
+
+    Ranks whose line was cut come last: they fail because another one did (or because the trainer gave up).
+    """
     replies = []
     for rank in range(ranks):
-        path = mailbox / f"{message_id}.{rank}.json"
+        path = mailbox / reply_name(message_id, rank)
         if not path.exists():
             raise WeightSyncError(f"{what}, engine rank {rank}: no answer from the loader; see the engine's log")
         replies.append(_read_reply(path))
-    for rank, reply in enumerate(replies):
-        if not reply["ok"]:
-            raise WeightSyncError(f"{what}, engine rank {rank}: {reply['error']}")
+    failed = [(reply.get("cut", False), rank, reply["error"]) for rank, reply in enumerate(replies) if not reply["ok"]]
+    if failed:
+        cut, rank, error = min(failed)
+        raise (LineCutError if cut else WeightSyncError)(f"{what}, engine rank {rank}: {error}")
     return replies
 
 

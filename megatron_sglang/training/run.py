@@ -19,7 +19,8 @@ from megatron_sglang.comm import Board, TorchComm
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.cycle import Cycle, Leader
-from megatron_sglang.engine import EngineOptions, create_engine, wire
+from megatron_sglang.engine import EngineOptions, create_engine
+from megatron_sglang.engine.line import Line
 from megatron_sglang.errors import DataError
 from megatron_sglang.prompts import source
 from megatron_sglang.report import write_report
@@ -84,7 +85,7 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
             limit = config.sync.bucket_bytes // dtype.itemsize
             plan = plan_for(comm, engine, ranks, expected or {}, find_shards, limit)
             sender = DirectSender(recipe.bridge, model_chunks, plan, dtype)
-            return DirectPath(comm, sender, engine, ranks, wire.serialize)
+            return DirectPath(comm, sender, engine, ranks, Line)
 
         wanted = config.sync.path == "auto" and expected
         return Cycle(comm, generic, leader, config.algo, config.seed, make_direct if wanted else None)

@@ -1,39 +1,63 @@
 """The direct path's sending side: merge what is owned, pack what travels, one all-to-all for each bucket.
 
 After it, trainer rank k holds exactly the bytes that engine rank k needs, in one flat tensor on the device they share.
-Every element travels once, and no rank ever holds a full tensor that it does not own.
+Every element travels once, and no rank ever holds a full tensor that it does not own. The plan depends on placement
+alone, so what each rank does with each bucket is worked out once (`_Part`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_sglang.buckets import digest
+from megatron_sglang import transfer
+from megatron_sglang.copies import Copy, fold
+from megatron_sglang.digests import digest_of
 from megatron_sglang.transfer import Piece
-from megatron_sglang.weights.merge import MergeStats, adapted_weights, merged, replicas_of
+from megatron_sglang.types import MergeFidelity
+from megatron_sglang.weights.merge import MergeStats, Unit, merged, units_of
+
+SLOTS = 2
+"""Receive buffers: the engine reads one while the next bucket is merged and exchanged into the other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """What one rank hands to the engine rank beside it: `data` [elements] in the engine's dtype, one segment from each
-    trainer rank in rank order, with the segments' lengths in elements and their digests, computed at the source."""
+    trainer rank in rank order, with the segments' lengths in elements and their digests, computed at the source.
+
+    memory: buffer `slot`, with which `data` begins; the same for every delivery in that slot.
+    """
 
     index: int
+    slot: int
+    memory: torch.Tensor
     data: torch.Tensor
     lengths: tuple[int, ...]
     digests: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """This rank's part of one bucket. Sizes are in elements, by rank; `copies` fill the send buffer."""
+
+    units: tuple[int, ...]
+    """Numbers of the units to be merged, in an order that is the same on all ranks of a TP group."""
+    copies: tuple[tuple[int, Copy], ...]
+    """(unit, copy) with offsets in the unit's merged weights."""
+    send_sizes: list[int]
+    receive_sizes: list[int]
+
+
 class DirectSender:
     """Sends weight versions by a plan. Collective: all ranks iterate together.
 
-    buckets: the plan, cut; the same on all ranks. Pieces of a bucket lie in a segment in the plan's order.
+    buckets: the plan, cut; the same on all ranks.
     """
 
     def __init__(
@@ -44,79 +68,89 @@ class DirectSender:
         dtype: torch.dtype,
     ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.dtype = dtype
-        self.buckets = buckets
+        self.dtype, self.buckets = dtype, buckets
         self.stats = MergeStats()
-        self._counted: set[str] = set()
-        self._adapted = adapted_weights(model_chunks)
-        self._sources: defaultdict[str, set[int]] = defaultdict(set)
+        self._units = units_of(bridge, model_chunks)
+        self._device = self._units[0].bases[0].device
+        sources: defaultdict[str, set[int]] = defaultdict(set)
         for piece in (piece for bucket in buckets for piece in bucket):
-            self._sources[piece.here.tensor].add(piece.source)
-        tasks = bridge.get_conversion_tasks(model_chunks)
-        self._weights = {
-            task.global_param_name: task.param_weight
-            for task in tasks
-            if task is not None and task.param_weight is not None
-        }
+            sources[piece.here.tensor].add(piece.source)
+        self._shares = [self._share(unit, sources) for unit in self._units]
+        self._parts = [self._part(bucket) for bucket in buckets]
 
     @torch.no_grad()
-    def deliveries(self) -> Iterator[Delivery]:
-        """One delivery for each bucket, on every rank (empty where no engine rank sits)."""
-        self.stats, self._counted = MergeStats(), set()
-        merged_weights: dict[str, torch.Tensor] = {}
-        for index, bucket in enumerate(self.buckets):
-            wanted = {piece.here.tensor for piece in bucket}
-            merged_weights = {name: kept for name, kept in merged_weights.items() if name in wanted}
-            mine = {piece.here.tensor for piece in bucket if piece.source == self.rank}
-            for name in sorted(wanted - merged_weights.keys()):
-                # The factors of a dense layer are gathered over TP: all who hold it take part, whoever sends.
-                if name in mine or (name in self._weights and self._is_collective(name)):
-                    merged_weights[name] = self._merged(name)
-            yield self._exchange(index, bucket, merged_weights)
+    def deliveries(self, free: Callable[[int], None]) -> Iterator[Delivery]:
+        """One delivery for each bucket, on every rank (empty where no engine rank sits).
 
-    def fidelity(self) -> tuple[float, float]:
+        free: returns when delivery number n has been taken, so that its buffer may be overwritten.
+        """
+        self.stats = MergeStats()
+        send = self._buffer(max(sum(part.send_sizes) for part in self._parts))
+        slots = [self._buffer(max(sum(part.receive_sizes) for part in self._parts)) for _ in range(SLOTS)]
+        counted: set[int] = set()
+        kept: dict[int, torch.Tensor] = {}
+        for index, part in enumerate(self._parts):
+            kept = {number: kept[number] if number in kept else self._merge(number, counted) for number in part.units}
+            if index >= SLOTS:
+                free(index - SLOTS)
+            yield self._exchange(index, kept, send, slots[index % SLOTS])
+
+    def fidelity(self) -> MergeFidelity:
         """See `interfaces.Weights`."""
         return self.stats.fidelity()
 
-    def _is_collective(self, name: str) -> bool:
-        wrapper, _ = self._adapted.get(id(self._weights[name]), (None, None))
-        group = getattr(wrapper.adapter, "tp_group", None) if wrapper is not None else None
-        return group is not None and group.size() > 1
+    def _buffer(self, elements: int) -> torch.Tensor:
+        return torch.empty(elements, dtype=self.dtype, device=self._device)
 
-    def _merged(self, name: str) -> torch.Tensor:
-        """The whole local weight, flat, merged, in the engine's dtype."""
-        base = self._weights[name]
-        adapter = self._adapted.get(id(base))
-        weight = base
-        if adapter is not None:
-            # A weight may be merged for several buckets, and by those replicas that send; its change counts once.
-            stats = None if name in self._counted else self.stats
-            self._counted.add(name)
-            mergers = replicas_of(base) if self._is_collective(name) else len(self._sources[name])
-            weight = merged(base, *adapter, stats, mergers)
-        return weight.detach().to(self.dtype).contiguous().view(-1)
+    def _share(self, unit: Unit, sources: dict[str, set[int]]) -> list[float]:
+        """How much of each weight's change this rank counts: all who merge it for sending count equal parts."""
+        if unit.is_collective:
+            return [1 / unit.replicas] * len(unit.names)
+        return [1 / len(sources[name]) if self.rank in sources[name] else 0.0 for name in unit.names]
 
-    def _exchange(self, index: int, bucket: Sequence[Piece], weights: dict[str, torch.Tensor]) -> Delivery:
-        outgoing = sorted((piece for piece in bucket if piece.source == self.rank), key=lambda piece: piece.target)
-        send_sizes, receive_sizes = [0] * self.world_size, [0] * self.world_size
-        for piece in outgoing:
+    def _part(self, bucket: Sequence[Piece]) -> _Part:
+        where = {name: (number, at) for number, unit in enumerate(self._units) for at, name in enumerate(unit.names)}
+        mine = transfer.outgoing(bucket, self.rank)
+        rectangles, of_unit = [], {}
+        for piece in mine:
+            number, at = where[piece.here.tensor]
+            offset = piece.here.offset + at * self._units[number].bases[0].numel()
+            key = str(number)
+            of_unit[key] = number
+            rectangles.append(transfer.rectangle(piece, replace(piece.here, tensor=key, offset=offset)))
+        send_sizes, receive_sizes = Counter[int](), Counter[int]()
+        for piece in mine:
             send_sizes[piece.target] += piece.size
-        for piece in bucket:
-            if piece.target == self.rank:
-                receive_sizes[piece.source] += piece.size
-        device = next(iter(self._weights.values())).device
-        send = torch.empty(sum(send_sizes), dtype=self.dtype, device=device)
-        offset = 0
-        for piece in outgoing:
-            here = piece.here
-            source = weights[here.tensor].as_strided(
-                (piece.rows, piece.cols), (here.row_stride, here.col_stride), here.offset
-            )
-            send[offset : offset + piece.size].view(piece.rows, piece.cols).copy_(source)
-            offset += piece.size
-        receive = torch.empty(sum(receive_sizes), dtype=self.dtype, device=device)
-        dist.all_to_all_single(receive, send, receive_sizes, send_sizes)
-        digests = torch.tensor([digest(part) for part in send.split(send_sizes)], device=device)
+        for piece in transfer.incoming(bucket, self.rank):
+            receive_sizes[piece.source] += piece.size
+        # The factors of a dense layer are gathered over TP: all who hold it take part, whoever sends.
+        touched = {where[piece.here.tensor][0] for piece in bucket if piece.here.tensor in where}
+        joint = {number for number in touched if self._units[number].is_collective}
+        ranks = range(self.world_size)
+        return _Part(
+            units=tuple(sorted({*of_unit.values(), *joint}, key=lambda number: self._units[number].names)),
+            copies=tuple((of_unit[copy.tensor], copy) for copy in fold(rectangles)),
+            send_sizes=[send_sizes[rank] for rank in ranks],
+            receive_sizes=[receive_sizes[rank] for rank in ranks],
+        )
+
+    def _merge(self, number: int, counted: set[int]) -> torch.Tensor:
+        """A unit's merged weights, flat. A unit may be merged for several buckets; its change counts once."""
+        stats = None if number in counted else self.stats
+        counted.add(number)
+        return merged(self._units[number], self.dtype, stats, self._shares[number]).contiguous().view(-1)
+
+    def _exchange(
+        self, index: int, weights: dict[int, torch.Tensor], send: torch.Tensor, memory: torch.Tensor
+    ) -> Delivery:
+        part = self._parts[index]
+        outgoing, incoming = send[: sum(part.send_sizes)], memory[: sum(part.receive_sizes)]
+        for number, copy in part.copies:
+            copy.of_flat(outgoing).copy_(copy.of(weights[number]))
+        dist.all_to_all_single(incoming, outgoing, part.receive_sizes, part.send_sizes)
+        digests = torch.stack([digest_of(segment) for segment in outgoing.split(part.send_sizes)])
         received_digests = torch.empty_like(digests)
         dist.all_to_all_single(received_digests, digests)
-        return Delivery(index, receive, tuple(receive_sizes), tuple(received_digests.tolist()))
+        # Reading the digests waits for everything before them: the delivery is complete on its device.
+        lengths, found = tuple(part.receive_sizes), tuple(received_digests.tolist())
+        return Delivery(index, index % SLOTS, memory, incoming, lengths, found)

@@ -18,7 +18,8 @@ from safetensors import safe_open
 
 from megatron_sglang import buckets
 from megatron_sglang.errors import WeightSyncError
-from megatron_sglang.weights.merge import MergeStats, adapted_weights, merged, replicas_of
+from megatron_sglang.types import MergeFidelity
+from megatron_sglang.weights.merge import MergeStats, merged, units_of
 
 
 class MergedWeights:
@@ -55,13 +56,13 @@ class MergedWeights:
                 f"{sorted(missing)[0]} first; the bridge has no mapping for them"
             )
 
-    def fidelity(self) -> tuple[float, float]:
+    def fidelity(self) -> MergeFidelity:
         """See `interfaces.Weights`."""
         return self.stats.fidelity()
 
     def _checked(self, version: int, seen: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors in the engine's dtype; their names are added to `seen`."""
-        for layer in hf_layers(self.bridge, self.model_chunks, self.stats):
+        for layer in hf_layers(self.bridge, self.model_chunks, self.stats, self.dtype):
             for name, tensor in layer:
                 if name in seen:
                     raise WeightSyncError(f"version {version}: {name} was exported twice; expected every name once")
@@ -85,19 +86,27 @@ def hf_shapes(hf_path: str) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def hf_layers(
-    bridge: Any, model_chunks: list[torch.nn.Module], stats: MergeStats, merge: bool = True
+    bridge: Any,
+    model_chunks: list[torch.nn.Module],
+    stats: MergeStats | None = None,
+    dtype: torch.dtype | None = None,
+    merge: bool = True,
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Yield the full tensors outside the layers, then those of one decoder layer at a time, in `transfer_order`.
 
-    merge: False gives the base weights.
+    stats: counts what merging changed. dtype: None leaves the model's. merge: False gives the base weights.
     """
-    adapted = adapted_weights(model_chunks) if merge else {}
+    by_weight = {id(weight): unit for unit in units_of(bridge, model_chunks) for weight in unit.bases}
     for tasks in _by_layer(bridge.get_conversion_tasks(model_chunks)):
-        prepared = []
+        prepared, whole = [], {}
         for task in tasks:
-            found = adapted.get(id(task.param_weight)) if task.param_weight is not None else None
-            if found is not None:
-                task = dataclasses.replace(task, param_weight=_merged(task.param_weight, found, stats))
+            unit = by_weight.get(id(task.param_weight)) if merge and task.param_weight is not None else None
+            if unit is not None and unit.wrapper is not None:
+                if unit.names not in whole:
+                    shares = [1 / unit.replicas] * len(unit.bases)
+                    whole[unit.names] = merged(unit, dtype or unit.bases[0].dtype, stats, shares)
+                weight = whole[unit.names][unit.names.index(task.global_param_name)]
+                task = dataclasses.replace(task, param_weight=weight)
             prepared.append(task)
         exported = bridge.export_hf_weights(
             model_chunks, conversion_tasks=prepared, merge_adapter_weights=False, show_progress=False
@@ -105,10 +114,6 @@ def hf_layers(
         # With merging off Bridge marks adapted layers as peft does.
         named = [(name.replace(".base_layer.", "."), tensor) for name, tensor in exported]
         yield sorted(named, key=lambda item: buckets.transfer_order(item[0]))
-
-
-def _merged(base: torch.Tensor, adapter: tuple[Any, int | None], stats: MergeStats) -> torch.Tensor:
-    return merged(base, *adapter, stats, replicas_of(base))
 
 
 def _by_layer(tasks: list[Any]) -> Iterator[list[Any]]:

@@ -7,7 +7,10 @@ model_bridge.py:306). Here each rank merges what it holds, so the layout cannot 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,29 +19,95 @@ from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
+from megatron_sglang.types import MergeFidelity
 
-@dataclass(slots=True)
+CHUNK_BYTES = 32 << 20
+"""Each of a merge's half dozen fp32 temporaries holds at most this much, or one expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is merged in one go: a plain weight (one name), or the grouped experts of a layer, which share a wrapper."""
+
+    names: tuple[str, ...]
+    """Bridge's global parameter names."""
+    bases: tuple[torch.Tensor, ...]
+    """[out, in] each, of the same shape."""
+    wrapper: AdapterWrapper | None
+
+    @property
+    def layer(self) -> int:
+        """Decoder layer, counted over the whole model; -1 outside the layers."""
+        found = re.search(r"layers\.(\d+)\.", self.names[0])
+        return int(found.group(1)) if found else -1
+
+    @property
+    def is_collective(self) -> bool:
+        """Do the ranks of a TP group have to merge it together?"""
+        return self.wrapper is not None and _group(self.wrapper.adapter) is not None
+
+    @property
+    def replicas(self) -> int:
+        """How many ranks hold the same shard."""
+        if getattr(self.bases[0], "allreduce", True):  # Megatron's mark: False for parameters split over EP
+            return mpu.get_data_parallel_world_size(with_context_parallel=True)
+        return mpu.get_expert_data_parallel_world_size()
+
+
 class MergeStats:
-    """What merging changed, summed over the shards of this rank. Squares, each divided by the number of ranks that hold
-    the same shard, so that the sum over all ranks is the sum over the model."""
+    """What merging changed, summed over the shards of this rank, by decoder layer. Stays on the device until asked."""
 
-    update: float = 0.0
-    """sum of (merged - base)^2, in fp32 before the cast."""
-    lost: float = 0.0
-    """sum of (cast(merged) - merged)^2: what the engine's dtype cannot hold."""
+    def __init__(self) -> None:
+        self._sums: dict[int, torch.Tensor] = {}
 
-    def add(self, update: torch.Tensor, lost: torch.Tensor | None, replicas: int) -> None:
-        """replicas: how many ranks add this shard."""
-        self.update += float(update.square().sum()) / replicas
-        if lost is not None:
-            self.lost += float(lost.square().sum()) / replicas
+    def add(
+        self, layer: int, base: torch.Tensor, delta: torch.Tensor, cast: torch.Tensor, shares: torch.Tensor
+    ) -> None:
+        """base, delta, whole = base + delta: [n, out, in] fp32; cast: `whole` in the engine's dtype. shares [n]: 1 /
+        number of ranks that count the same shard, so that the sum over all ranks is the sum over the model."""
+        kept = cast.float()
+        lost = (base + delta).sub_(kept)
+        changed = kept != base.to(cast.dtype).float()
+        sums = [delta.square().sum((1, 2)), lost.square().sum((1, 2)), changed.sum((1, 2))]
+        elements = torch.full_like(shares, float(math.prod(delta.shape[1:])))
+        found = torch.stack([*(part.double() for part in sums), elements]) @ shares
+        self._sums[layer] = self._sums[layer] + found if layer in self._sums else found
 
-    def fidelity(self) -> tuple[float, float]:
-        """(L2 norm of the update, share of it lost by the cast), over all ranks. Collective."""
-        total = torch.tensor([self.update, self.lost], dtype=torch.float64, device=torch.cuda.current_device())
-        torch.distributed.all_reduce(total)
-        update, lost = total.tolist()
-        return math.sqrt(update), math.sqrt(lost / update) if update else 0.0
+    def fidelity(self) -> MergeFidelity:
+        """Over all ranks. Collective."""
+        device = torch.cuda.current_device()
+        last = torch.tensor(max(self._sums, default=-1), device=device)
+        torch.distributed.all_reduce(last, torch.distributed.ReduceOp.MAX)
+        table = torch.zeros(int(last) + 2, 4, dtype=torch.float64, device=device)
+        for layer, sums in self._sums.items():
+            table[layer] += sums  # -1, outside the layers, is the last row
+        torch.distributed.all_reduce(table)
+        update, lost, changed, elements = table.sum(0).tolist()
+        layers = {layer: _norms(*row[:2]) for layer, row in enumerate(table[:-1].tolist()) if row[3]}
+        return MergeFidelity(*_norms(update, lost), changed / elements if elements else 0.0, layers)
+
+
+def _norms(update: float, lost: float) -> tuple[float, float]:
+    return math.sqrt(update), math.sqrt(lost / update) if update else 0.0
+
+
+def units_of(bridge: Any, model_chunks: list[torch.nn.Module]) -> list[Unit]:
+    """Everything that this rank holds and the Hugging Face model has, in the bridge's order. Collective."""
+    adapted = adapted_weights(model_chunks)
+    found: dict[int, list[tuple[int, str, torch.Tensor]]] = {}
+    wrappers = {}
+    for task in bridge.get_conversion_tasks(model_chunks):
+        if task is None or task.param_weight is None:
+            continue
+        wrapper, expert = adapted.get(id(task.param_weight), (None, None))
+        key = id(task.param_weight) if wrapper is None else id(wrapper)
+        wrappers[key] = wrapper
+        found.setdefault(key, []).append((expert or 0, task.global_param_name, task.param_weight))
+    units = []
+    for key, members in found.items():
+        _, names, weights = zip(*sorted(members, key=lambda member: member[0]), strict=True)
+        units.append(Unit(names, weights, wrappers[key]))
+    return units
 
 
 def adapted_weights(model_chunks: list[torch.nn.Module]) -> dict[int, tuple[AdapterWrapper, int | None]]:
@@ -56,48 +125,64 @@ def adapted_weights(model_chunks: list[torch.nn.Module]) -> dict[int, tuple[Adap
     return found
 
 
-def replicas_of(base: torch.Tensor) -> int:
-    """How many ranks hold the same shard of a weight."""
-    if getattr(base, "allreduce", True):  # Megatron's mark: False for parameters split over EP
-        return mpu.get_data_parallel_world_size(with_context_parallel=True)
-    return mpu.get_expert_data_parallel_world_size()
+def merged(unit: Unit, dtype: torch.dtype, stats: MergeStats | None, shares: Sequence[float]) -> torch.Tensor:
+    """The effective weights of a unit, [n, out, in] in `dtype`; fresh memory if it has an adapter.
 
-
-def merged(
-    base: torch.Tensor, wrapper: AdapterWrapper, expert: int | None, stats: MergeStats | None, replicas: int
-) -> torch.Tensor:
-    """The effective weight of one shard, [out, in] as `base`, in `base`'s dtype, in fresh memory.
-
-    stats: where the change is counted (None: it was already); replicas: by how many ranks.
-
+    stats: where the change is counted (None: it was already), each weight with its share (see `MergeStats.add`).
     Collective over the adapter's TP group: both factors are sharded, and each rank needs one of them whole.
     """
-    scale = wrapper.adapter.alpha / wrapper.adapter.dim
-    down, up = _factors(wrapper.adapter, expert)
-    delta = (up @ down).mul_(scale)
-    whole = base.detach().float() + delta
-    cast = whole.to(base.dtype)
-    if stats is not None:
-        stats.add(delta, None if cast.dtype == torch.float32 else cast.float() - whole, replicas)
-    return cast
+    if unit.wrapper is None:
+        return unit.bases[0].detach().to(dtype)[None]
+    adapter = unit.wrapper.adapter
+    down, up = _factors(adapter)
+    first, device = unit.bases[0], unit.bases[0].device
+    result = torch.empty((len(unit.bases), *first.shape), dtype=dtype, device=device)
+    weights = torch.tensor(shares, dtype=torch.float64, device=device)
+    step = max(1, CHUNK_BYTES // (first.numel() * 4))
+    for start in range(0, len(unit.bases), step):
+        some = slice(start, start + step)
+        base = torch.stack([weight.detach() for weight in unit.bases[some]]).float()
+        with _full_precision():
+            delta = torch.bmm(up[some].float(), down[some].float()).mul_(adapter.alpha / adapter.dim)
+        result[some] = base + delta
+        if stats is not None:
+            stats.add(unit.layer, base, delta, result[some], weights[some])
+    return result
 
 
-def _factors(adapter: Any, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, in of the shard] and B [out of the shard, r] in fp32.
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32: factors in fp32 would lose 13 of their 23 bits (in bf16 it would not matter)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _factors(adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [n, r, in of the shard] and B [n, out of the shard, r], n = 1 but for grouped experts.
 
     Megatron shards A by r and B by out for a column-parallel layer, A by in and B by out for a row-parallel one.
     """
-    down, up = adapter.linear_in.weight.detach().float(), adapter.linear_out.weight.detach().float()
-    if expert is not None:
-        return down[expert], up[expert]
-    group = getattr(adapter, "tp_group", None)
-    if group is None or torch.distributed.get_world_size(group) == 1:
+    down, up = adapter.linear_in.weight.detach(), adapter.linear_out.weight.detach()
+    if down.dim() == 3:
         return down, up
-    if adapter.input_is_parallel:
-        return down, _gather_rows(up, group)
-    if not adapter.base_linear_is_parallel:  # the router: every rank has the whole weight
-        return _gather_rows(down, group), _gather_rows(up, group)
-    return _gather_rows(down, group), up
+    group = _group(adapter)
+    if group is not None and adapter.input_is_parallel:
+        up = _gather_rows(up, group)
+    elif group is not None:
+        down = _gather_rows(down, group)
+        if not adapter.base_linear_is_parallel:  # the router: every rank has the whole weight
+            up = _gather_rows(up, group)
+    return down[None], up[None]
+
+
+def _group(adapter: Any) -> torch.distributed.ProcessGroup | None:
+    """Ranks that hold the other shards of its factors; None: there are none. Experts are never split."""
+    group = getattr(adapter, "tp_group", None)
+    return None if group is None or torch.distributed.get_world_size(group) == 1 else group
 
 
 def _gather_rows(shard: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:

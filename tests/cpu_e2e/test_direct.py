@@ -6,6 +6,7 @@ shards get into a delivery is tests/dist/test_layouts.py's.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,11 @@ import pytest
 import torch
 from engine_tools import Publisher, Weights
 
-from megatron_sglang.buckets import digest
-from megatron_sglang.engine import wire
+from megatron_sglang.digests import digest
+from megatron_sglang.engine.line import Line
 from megatron_sglang.errors import EngineStaleError, WeightSyncError
-from megatron_sglang.sync import constants_of
-from megatron_sglang.transfer import Box, Piece, Place, Region, cut, make_plan, receipt, slots_of
+from megatron_sglang.sync import receipt_of
+from megatron_sglang.transfer import Box, Piece, Place, Region, cut, incoming, make_plan, slots_of
 from megatron_sglang.types import GenerateRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -42,41 +43,46 @@ def plan(engine: HttpEngine, publish: Publisher, weights: Weights) -> list[list[
     slots = [slot for layout in layouts for slot in slots_of(layout, shapes)]
     buckets = cut(make_plan(whole, slots), limit=200_000)
     assert len(buckets) > 2
-    engine.install_plan(
-        [
-            {"buckets": [receipt(bucket, found.rank) for bucket in buckets], "constants": constants_of(found)}
-            for found in layouts
-        ]
-    )
+    engine.install_plan([receipt_of(found, buckets) for found in layouts])
     return buckets
 
 
-def hand_over(
-    engine: HttpEngine, bucket: list[Piece], weights: Weights, version: int, index: int, spoil: Spoil | None = None
-) -> None:
-    """Delivery `index`; `spoil` may change what engine rank 1 is handed."""
-    ticket = engine.ticket(version, index)
-    payloads = []
-    for rank in range(2):
-        parts = []
-        for piece in (piece for piece in bucket if piece.target == rank):
-            shape, strides = (piece.rows, piece.cols), (piece.here.row_stride, piece.here.col_stride)
-            parts.append(weights[piece.name].reshape(-1).as_strided(shape, strides, piece.here.offset).reshape(-1))
-        flat = torch.cat(parts)
-        envelope = {**ticket, "rank": rank, "lengths": [flat.numel()], "digests": [digest(flat)], "dtype": "float32"}
-        if spoil is not None and rank == 1:
-            spoil(index, flat, envelope)
-        payloads.append(wire.serialize(envelope, flat.view(torch.uint8)))
-    engine.deliver(ticket, payloads)
+def part_of(bucket: list[Piece], weights: Weights, rank: int) -> torch.Tensor:
+    """What engine rank `rank` gets of a bucket."""
+    parts = []
+    for piece in incoming(bucket, rank):
+        shape, strides = (piece.rows, piece.cols), (piece.here.row_stride, piece.here.col_stride)
+        parts.append(weights[piece.name].reshape(-1).as_strided(shape, strides, piece.here.offset).reshape(-1))
+    return torch.cat(parts)
 
 
 def send(
-    engine: HttpEngine, plan: list[list[Piece]], weights: Weights, version: int, spoil: Spoil | None = None
+    engine: HttpEngine,
+    plan: list[list[Piece]],
+    weights: Weights,
+    version: int,
+    spoil: Spoil | None = None,
+    order: list[int] | None = None,
 ) -> str:
-    """One version by the plan."""
+    """One version by the plan. `spoil` may change what engine rank 1 is handed; `order`: of the buckets."""
     engine.begin_update(version)
-    for index, bucket in enumerate(plan):
-        hand_over(engine, bucket, weights, version, index, spoil)
+    call = engine.open_stream(version)
+    gave_up = True
+    try:
+        with Line(call, 0) as first, Line(call, 1) as second:
+            engine.start_stream(call)
+            for index in range(len(plan)) if order is None else order:
+                for rank, line in enumerate((first, second)):
+                    flat = part_of(plan[index], weights, rank)
+                    header = {"index": index, "lengths": [flat.numel()], "digests": [digest(flat)], "dtype": "float32"}
+                    if spoil is not None and rank == 1:
+                        spoil(index, flat, header)
+                    line.send(header, index % 2, flat, flat)
+            for line in (first, second):
+                line.finish()
+        gave_up = False
+    finally:
+        engine.end_stream(gave_up=gave_up)
     return engine.commit_update(version, len(plan))
 
 
@@ -99,29 +105,31 @@ def cut_short(index: int, _flat: torch.Tensor, envelope: dict[str, Any]) -> None
         envelope["lengths"] = [envelope["lengths"][0] - 1]
 
 
-def repeat(index: int, _flat: torch.Tensor, envelope: dict[str, Any]) -> None:
-    if index == 1:
-        envelope["index"] = 0
-
-
-def older_version(index: int, _flat: torch.Tensor, envelope: dict[str, Any]) -> None:
+def older_version(index: int, _flat: torch.Tensor, header: dict[str, Any]) -> None:
     if index == 2:
-        envelope["version"] -= 1
+        header["version"] = 0
+
+
+def other_dtype(index: int, _flat: torch.Tensor, header: dict[str, Any]) -> None:
+    if index == 1:
+        header["dtype"] = "bfloat16"
 
 
 FAULTS = [
-    (flip_a_bit, "arrived with digest"),
-    (cut_short, "expected"),
-    (repeat, "reordered"),
-    (older_version, "expected"),
+    (flip_a_bit, None, "arrived with digest"),
+    (cut_short, None, "expected"),
+    (other_dtype, None, "expected"),
+    (older_version, None, "got delivery 2 of version 0, expected 2"),
+    (None, [0, 2, 1], "got delivery 2 .*dropped, repeated or reordered"),
+    (None, [0, 1, 1], "got delivery 1 .*dropped, repeated or reordered"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "text"), FAULTS)
-def test_a_fault_is_caught_not_served_and_healed(engine, publish, plan, weights, spoil, text) -> None:
+@pytest.mark.parametrize(("spoil", "order", "text"), FAULTS)
+def test_a_fault_is_caught_not_served_and_healed(engine, publish, plan, weights, spoil, order, text) -> None:
     """One engine rank with other weights than its neighbour samples nonsense that looks like text."""
-    with pytest.raises(WeightSyncError, match=rf"delivery [12], engine rank 1: .*{text}"):
-        send(engine, plan, weights, publish.next_version, spoil)
+    with pytest.raises(WeightSyncError, match=rf"stream.* engine rank [01]: .*{text}"):
+        send(engine, plan, weights, publish.next_version, spoil, order)
     with pytest.raises(EngineStaleError):
         engine.generate([REQUEST])
     assert send(engine, plan, weights, publish.next_version) == publish(weights)
@@ -129,11 +137,26 @@ def test_a_fault_is_caught_not_served_and_healed(engine, publish, plan, weights,
 
 def test_a_missing_delivery_is_caught_at_commit(engine, publish, plan, weights) -> None:
     """Parameters are poisoned when an update begins, so that what does not come is not yesterday's weight."""
+    with pytest.raises(WeightSyncError, match=rf"commit of version \d+ with {len(plan)} buckets, .* has 1 buckets"):
+        send(engine, plan, weights, publish.next_version, order=[0])
+    publish(weights)
+
+
+def test_a_trainer_that_gives_up_leaves_no_rank_waiting(engine, publish, plan, weights) -> None:
+    """Its lines are cut, and the engine ranks answer at once instead of at their deadline."""
     version = publish.next_version
     engine.begin_update(version)
-    hand_over(engine, plan[0], weights, version, 0)
-    with pytest.raises(WeightSyncError, match=r"commit.* has 1 buckets"):
-        engine.commit_update(version, len(plan))
+    call = engine.open_stream(version)
+    flat = part_of(plan[0], weights, 0)
+    with Line(call, 0) as first, Line(call, 1):
+        engine.start_stream(call)
+        header = {"index": 0, "lengths": [flat.numel()], "digests": [digest(flat)], "dtype": "float32"}
+        first.send(header, 0, flat, flat)
+        first.wait(0)
+    began = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"engine rank 0: after 1 deliveries: the trainer's line broke"):
+        engine.end_stream(gave_up=False)
+    assert time.monotonic() - began < 10
     publish(weights)
 
 
@@ -141,16 +164,15 @@ def test_a_missing_delivery_is_caught_at_commit(engine, publish, plan, weights) 
 def test_a_plan_that_does_not_cover_every_element_once_is_refused(engine, publish, plan, weights, change) -> None:
     """A plan is made once and trusted for the whole run."""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    receipts = []
-    for found in engine.layout(shapes):
-        rectangles = [list(receipt(bucket, found.rank)) for bucket in plan]
+    receipts = [receipt_of(found, plan) for found in engine.layout(shapes)]
+    for receipt in receipts:
+        first = receipt["buckets"][0]
         if change == "drop":
-            rectangles[0] = rectangles[0][1:]
+            del first[0]
         elif change == "double":
-            rectangles[0].append(rectangles[0][0])
+            first.append(first[0])
         else:
-            rectangles[0][0] = ("no.such.parameter", *rectangles[0][0][1:])
-        receipts.append({"buckets": rectangles, "constants": constants_of(found)})
+            first[0] = ("no.such.parameter", *first[0][1:])
     with pytest.raises(WeightSyncError, match=r"transfer plan, engine rank 0: the plan (leaves|writes)"):
         engine.install_plan(receipts)
     publish(weights)

@@ -14,6 +14,7 @@ import math
 import random
 import re
 import signal
+import types
 import zlib
 from typing import Any
 
@@ -154,13 +155,10 @@ def merged_export(hf: str, layout: dict[str, Any]) -> dict[str, float]:
     import transformers
 
     from megatron_sglang.weights.export import hf_layers
-    from megatron_sglang.weights.merge import MergeStats
 
     recipe, model, _, _ = set_up(hf, layout)
     randomize(model, 0.2)
-    weights = {
-        name: tensor.clone() for layer in hf_layers(recipe.bridge, model, MergeStats()) for name, tensor in layer
-    }
+    weights = {name: tensor.clone() for layer in hf_layers(recipe.bridge, model) for name, tensor in layer}
     tokens = torch.randint(0, 400, (2, 16), generator=torch.Generator().manual_seed(5))
     ours = logits(model, tokens)
     if ours is None:
@@ -227,11 +225,11 @@ def run(argv: list[str], kill_at: int | None = None, bad_steps: tuple[int, ...] 
 
 def direct(hf: str, layout: dict[str, Any], engine_ranks: int, limit: int) -> dict[str, Any]:
     """Send to engine ranks that each want a strange rectangle of every tensor; compare with the generic export."""
-    from megatron_sglang.transfer import Box, Place, Region, cut, make_plan
+    from megatron_sglang.digests import digests
+    from megatron_sglang.transfer import Box, Place, Region, cut, incoming, make_plan
     from megatron_sglang.weights import shards
     from megatron_sglang.weights.direct import DirectSender
     from megatron_sglang.weights.export import hf_layers, hf_shapes
-    from megatron_sglang.weights.merge import MergeStats
 
     recipe, model, _, _ = set_up(hf, layout)
     randomize(model, 0.2)
@@ -247,24 +245,27 @@ def direct(hf: str, layout: dict[str, Any], engine_ranks: int, limit: int) -> di
             box = Box(cut_at[rank], cols // 3 * (rank % 2), cut_at[rank + 2] - cut_at[rank], cols - cols // 3)
             slots.append(Region(rank, name, box, Place(f"engine.{name}", 0, box.cols, 1)))
     plan = make_plan([shard for part in everyone for shard in part], slots)
-    full = {name: tensor.clone() for layer in hf_layers(recipe.bridge, model, MergeStats()) for name, tensor in layer}
+    full = {name: tensor.clone() for layer in hf_layers(recipe.bridge, model) for name, tensor in layer}
     sender = DirectSender(recipe.bridge, model, cut(plan, limit), torch.float32)
     wrong, elements = 0, 0
     rank = torch.distributed.get_rank()
     received: dict[str, torch.Tensor] = {}
     boxes = {slot.name: slot.box for slot in slots if slot.rank == rank}
-    for delivery, bucket in zip(sender.deliveries(), sender.buckets, strict=True):
+    freed: list[int] = []
+    for delivery, bucket in zip(sender.deliveries(freed.append), sender.buckets, strict=True):
+        # The buffer two deliveries back is the one that was overwritten, and it was asked for first.
+        assert freed == list(range(delivery.index - 1)), (freed, delivery.index)
         at = 0
-        for source in range(torch.distributed.get_world_size()):
-            for piece in (piece for piece in bucket if (piece.source, piece.target) == (source, rank)):
-                box = boxes[piece.name]
-                target = received.setdefault(piece.name, torch.full((box.rows, box.cols), math.nan))
-                strides = (piece.there.row_stride, piece.there.col_stride)
-                view = target.view(-1).as_strided((piece.rows, piece.cols), strides, piece.there.offset)
-                wrong += int((~view.isnan()).sum())
-                view.copy_(delivery.data[at : at + piece.size].view(piece.rows, piece.cols))
-                at += piece.size
+        for piece in incoming(bucket, rank):
+            box = boxes[piece.name]
+            target = received.setdefault(piece.name, torch.full((box.rows, box.cols), math.nan))
+            strides = (piece.there.row_stride, piece.there.col_stride)
+            view = target.view(-1).as_strided((piece.rows, piece.cols), strides, piece.there.offset)
+            wrong += int((~view.isnan()).sum())
+            view.copy_(delivery.data[at : at + piece.size].view(piece.rows, piece.cols))
+            at += piece.size
         assert at == delivery.data.numel()
+        assert tuple(digests(delivery.data.split(delivery.lengths))) == delivery.digests
         elements += at
     for name, box in boxes.items():
         whole = full[name] if full[name].dim() == 2 else full[name][:, None]
@@ -275,4 +276,47 @@ def direct(hf: str, layout: dict[str, Any], engine_ranks: int, limit: int) -> di
         "elements": elements,
         "wanted": sum(b.size for b in boxes.values()),
         "buckets": len(sender.buckets),
+    }
+
+
+def shards_of_this_rank(hf: str, layout: dict[str, Any]) -> list[list[Any]]:
+    """What a real Megatron model holds, as rows of regions."""
+    from megatron_sglang.transfer import row_of
+    from megatron_sglang.weights import shards
+    from megatron_sglang.weights.export import hf_shapes
+
+    recipe, model, _, _ = set_up(hf, layout)
+    return [row_of(shard) for shard in shards.of_this_rank(recipe.bridge, model, hf_shapes(hf))]
+
+
+def grouped_merge(experts: int, chunk: int) -> dict[str, Any]:
+    """Grouped experts, which on a CPU no Megatron layer has: a unit made by hand, merged in chunks."""
+    from megatron_sglang.weights import merge
+
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(3)
+    rank, rows, cols = 4, 6, 10
+    down, up = torch.randn(experts, rank, cols), torch.randn(experts, rows, rank)
+    linear_in, linear_out = (types.SimpleNamespace(weight=factor.bfloat16()) for factor in (down, up))
+    adapter = types.SimpleNamespace(alpha=8, dim=rank, linear_in=linear_in, linear_out=linear_out)
+    bases = tuple(torch.randn(rows, cols).bfloat16() for _ in range(experts))
+    names = tuple(f"decoder.layers.1.mlp.experts.linear_fc1.weight{expert}" for expert in range(experts))
+    wrapper: Any = types.SimpleNamespace(adapter=adapter)
+    unit = merge.Unit(names, bases, wrapper)
+    merge.CHUNK_BYTES = chunk
+    stats = merge.MergeStats()
+    found = merge.merged(unit, torch.bfloat16, stats, [1.0] * experts)
+    exact = [
+        base.double() + 2.0 * up[expert].bfloat16().double() @ down[expert].bfloat16().double()
+        for expert, base in enumerate(bases)
+    ]
+    fidelity = stats.fidelity()
+    update = torch.stack([whole - base.double() for whole, base in zip(exact, bases, strict=True)])
+    lost = torch.stack([whole - got.double() for whole, got in zip(exact, found, strict=True)])
+    return {
+        "equal": all(torch.equal(got, whole.float().bfloat16()) for got, whole in zip(found, exact, strict=True)),
+        "norm": (fidelity.update_norm, float(update.norm())),
+        "loss": (fidelity.cast_loss, float(lost.norm() / update.norm())),
+        "changed": fidelity.changed,
+        "layers": {str(layer): list(numbers) for layer, numbers in fidelity.layers.items()},
     }

@@ -27,7 +27,7 @@ from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.rollout import Rollout
 from megatron_sglang.sync import GenericPath
 from megatron_sglang.trace import RunLog
-from megatron_sglang.types import Completion, Prompt, SamplingParams, Score
+from megatron_sglang.types import Completion, MergeFidelity, Prompt, SamplingParams, Score
 
 MODEL = "examples/tiny_fim/model"
 
@@ -56,8 +56,8 @@ class TwoTensors:
             raise WeightSyncError(f"version {version}: tensor b.weight went missing")
         yield pack(version, 1, [("b.weight", torch.arange(8.0) + version)])
 
-    def fidelity(self) -> tuple[float, float]:
-        return 1.0, 0.0
+    def fidelity(self) -> MergeFidelity:
+        return MergeFidelity(1.0, 0.0, 0.5, {})
 
 
 def make(folder: Path, fails_on: int | None = None, faults: list[dict[str, Any]] | None = None) -> Cycle:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
+
+from megatron_sglang.placement import Placement
+from megatron_sglang.plan import shapes
+from megatron_sglang.plan.trainer import Trainer
+from megatron_sglang.transfer import row_of
+
+sys.path.append(str(Path(__file__).parents[1] / "cpu_e2e"))  # for its tiny models
 
 HF = "examples/tiny_fim/model"
 LAYOUTS = {
@@ -23,6 +34,8 @@ LAYOUTS = {
         },
     ),
 }
+
+FLAGS = {"tp": "tensor-model", "pp": "pipeline-model", "ep": "expert-model"}
 
 pytestmark = pytest.mark.dist
 
@@ -65,3 +78,51 @@ def test_direct_path_delivers_what_the_generic_path_exports(run_ranks, name):
         assert result["elements"] == result["wanted"]
     assert found[0]["wanted"] > 400_000
     assert found[0]["buckets"] == 1 if name == "tp2_sp" else found[0]["buckets"] > 3
+
+
+def assert_planned(run_ranks, hf, ranks, layout):
+    """The plan's rectangles of the trainer are those of a real model, and lie where it has them."""
+    sizes = {short: layout.get(f"{flag}-parallel-size", 1) for short, flag in FLAGS.items()}
+    found, heads = shapes.hub_shapes(Path(hf)), shapes.heads(Path(hf))
+    planned = Trainer(found, heads, Placement(world_size=ranks, **sizes)).shards()
+    real = [row for rows in run_ranks(ranks, "shards_of_this_rank", hf=hf, layout=layout) for row in rows]
+    fields = [
+        Counter(json.dumps([rank, name, box, place[1:]]) for rank, name, box, place in rows)
+        for rows in (real, map(row_of, planned))
+    ]
+    assert fields[0] == fields[1]
+    # Parameters have other names here, but what shares one there shares one here.
+    together = {(row[0], row[3][0], row[1]) for row in real}, {(s.rank, s.place.tensor, s.name) for s in planned}
+    groups = [
+        {(rank, *sorted(n for r, p, n in pairs if (r, p) == (rank, param))) for rank, param, _ in pairs}
+        for pairs in together
+    ]
+    assert groups[0] == groups[1]
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_the_plan_command_knows_what_megatron_holds(run_ranks, name):
+    """`megatron-sglang plan` works from names and placement alone; it must name the very rectangles of a real model."""
+    assert_planned(run_ranks, HF, *LAYOUTS[name])
+
+
+@pytest.mark.parametrize(("model", "layout"), [("llama", "tp2_pp2"), ("qwen3", "tp2_pp2"), ("mixtral", "tp2_ep2_pp2")])
+def test_the_plan_command_knows_other_models(run_ranks, model, layout, tmp_path):
+    """A head that is not tied, dense layers, other names of the experts."""
+    from tiny_models import make_model
+
+    sizes = {name: size for name, size in LAYOUTS["tp2_ep2_pp2"][1].items() if name[:6] != "expert" or "ep2" in layout}
+    assert_planned(run_ranks, str(make_model(model, tmp_path)), 4, sizes)
+
+
+@pytest.mark.parametrize("chunk", [1, 500, 1 << 20])
+def test_grouped_experts_are_merged_in_one_go(run_ranks, chunk):
+    """As GPUs do it: all experts of a layer together, in temporaries of bounded size; and what the cast to bf16 lost."""
+    found = run_ranks(1, "grouped_merge", experts=5, chunk=chunk)[0]
+    assert found["equal"]
+    for name in ("norm", "loss"):
+        assert math.isclose(*found[name], rel_tol=1e-5), found
+    assert found["loss"][0] > 1e-4, "in bf16 something must be lost"
+    assert 0.9 < found["changed"] <= 1.0
+    assert list(found["layers"]) == ["1"]
+    assert found["layers"]["1"][0] == found["norm"][0]

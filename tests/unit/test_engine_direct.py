@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sglang.buckets import digest
+from megatron_sglang.digests import digest
 from megatron_sglang.engine import direct
 
 
@@ -23,8 +23,9 @@ class Model(torch.nn.Module):
         self.doubled = self.fused.detach().sum(0) * 2
 
 
-ROWS = [("fused", 0, 1, 3, 3, 1), ("fused", 3, 2, 3, 3, 1)]
-PADDING = [(("fused", 9, 1, 3, 3, 1), 0.0)]
+ROWS = [("fused", 0, 0, (3,), (1,), (1,)), ("fused", 3, 3, (2, 3), (3, 1), (3, 1))]
+"""(parameter, offset, place in the delivery, sizes, strides, strides in the delivery)."""
+PADDING = [(("fused", 9, 0, (3,), (1,), (0,)), 0.0)]
 
 
 def plan(buckets: Any = (ROWS,), constants: Any = PADDING) -> direct.Plan:
@@ -68,7 +69,7 @@ def test_a_parameter_that_does_not_keep_the_bytes_is_noticed() -> None:
         ((ROWS[:1],), PADDING, "leaves 6 elements of fused unwritten and writes 0"),
         ((ROWS, ROWS[:1]), PADDING, "leaves 0 elements of fused unwritten and writes 3"),
         ((ROWS,), [], "leaves 3 elements"),
-        (([*ROWS, ("other", 0, 1, 1, 1, 1)],), PADDING, "other, which is no parameter"),
+        (([*ROWS, ("other", 0, 0, (1,), (1,), (1,))],), PADDING, "other, which is no parameter"),
     ],
 )
 def test_a_plan_must_write_each_element_once(buckets: Any, constants: Any, text: str) -> None:

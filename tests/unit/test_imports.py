@@ -23,13 +23,14 @@ ROOMS = {
 """Heavy package -> the parts of ours that may import it, at the top of a file or in a function."""
 
 LAYERS = [
-    "errors types",
+    "errors types copies digest_kernel",
+    "digests",
     "config buckets layout",
     "config_check interfaces metrics trackers advantages prompts comm placement",
     "config_argv losses trace rewards rollout transfer",
     "config_docs batching report cpu sync",
     "config_load cycle doctor engine weights",
-    "dry_run",
+    "dry_run plan",
     "training",
     "weights/standalone",
     "cli",

@@ -1,0 +1,64 @@
+"""The digest that trainer and engine compute of the same bytes, each on the device that holds them. Torch only.
+
+64 bits, in one pass over the memory. Words are multiplied by odd numbers that depend on their position and mixed before
+they are summed modulo 2^64 (integer arithmetic wraps), so the order of summation does not matter, and swapped, moved or
+duplicated words are noticed. Not a cryptographic hash: it guards against faults, not against attackers.
+
+    mixed = (word ^ position * MIX_1) * MIX_2        positions count from 1
+    digest = sum of (mixed ^ mixed >> 31) * (2 * position + 1), plus the number of elements
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+import torch
+
+MIX_1 = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
+MIX_2 = -0x40A7B892E31B1A47  # splitmix64's first multiplier, signed
+
+CHUNK_WORDS = 1 << 20
+"""Without a kernel of our own, temporaries hold at most so many 8-byte words; four are alive at a time."""
+
+
+def digest(tensor: torch.Tensor) -> int:
+    """Of a tensor's bytes in logical (row-major) order; any one changed bit changes it. Waits for the device."""
+    return int(digest_of(tensor).item())
+
+
+def digests(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """The same for many tensors of one device, waiting once."""
+    found = [digest_of(tensor) for tensor in tensors]
+    return torch.stack(found).tolist() if found else []
+
+
+def digest_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The same as a 0-dim int64 tensor on the tensor's device."""
+    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    padding = -data.numel() % 8
+    if padding or data.storage_offset() % 8:  # 8-byte words need an 8-byte boundary
+        data = torch.cat([data, data.new_zeros(padding)])
+    words = data.view(torch.int64) if data.numel() else data.new_zeros(1, dtype=torch.int64)
+    if words.is_cuda and (kernel := _kernel()) is not None:
+        return kernel(words, MIX_1, MIX_2) + tensor.numel()
+    total = words.new_full((), tensor.numel())
+    for start in range(0, words.numel(), CHUNK_WORDS):
+        total += _mixed_sum(words[start : start + CHUNK_WORDS], start)
+    return total
+
+
+def _mixed_sum(words: torch.Tensor, start: int) -> torch.Tensor:
+    position = torch.arange(start + 1, start + words.numel() + 1, device=words.device, dtype=torch.int64)
+    mixed = (words ^ (position * MIX_1)).mul_(MIX_2)
+    return (mixed ^ (mixed >> 31)).mul_(position.mul_(2).add_(1)).sum()
+
+
+@functools.cache
+def _kernel() -> Callable[[torch.Tensor, int, int], torch.Tensor] | None:
+    """The same sum as one Triton kernel, which reads each word once; None where Triton is missing."""
+    try:
+        from megatron_sglang.digest_kernel import mixed_sum
+    except ImportError:
+        return None
+    return mixed_sum

@@ -1,0 +1,296 @@
+"""The direct path's line: a Unix socket between a trainer rank and the engine rank beside it. Torch only.
+
+    frame   ">IQ" (header length, body length), header as JSON, body
+    there   {"index", "version", "lengths", "digests", "dtype", "slot", "bytes"}: a delivery; the body is its bytes, or
+            empty where the header's "handle" gives the slot's memory (CUDA IPC, once for each slot and version)
+            {"end": number of deliveries}
+    back    {"index", "error"}: delivery `index` is in the parameters, and its slot may be written again
+
+The trainer listens in the engine's private mailbox folder, the engine rank connects: one SGLang message starts it, and
+no further one is needed until the version is complete. No pickle: a handle is the JSON of torch's own numbers.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from megatron_sglang.engine.wire import reply_name
+from megatron_sglang.errors import WeightSyncError
+
+_PREFIX = struct.Struct(">IQ")
+_POLL_S = 0.1
+
+
+class LineError(ConnectionError):
+    """The other side is gone, silent or late."""
+
+
+class CutError(ValueError):
+    """The trainer has left before the end: what this engine rank says of it is a consequence, not the reason."""
+
+
+class End:
+    """One end of a connected line.
+
+    timeout_s: for the whole life of it. is_over: asked ten times a second while waiting; True if waiting is in vain.
+    """
+
+    def __init__(self, connection: socket.socket, timeout_s: float, is_over: Callable[[], bool]) -> None:
+        self._socket, self._is_over, self._timeout_s = connection, is_over, timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        connection.settimeout(_POLL_S)
+
+    def send(self, header: Mapping[str, Any], body: memoryview | bytes = b"") -> None:
+        text = json.dumps(header).encode()
+        self._all(_PREFIX.pack(len(text), len(body)) + text, self._socket.send)
+        self._all(body, self._socket.send)
+
+    def receive(self, room: Callable[[int], memoryview] | None = None) -> tuple[dict[str, Any], memoryview]:
+        """The next frame. room: gives memory for a body of so many bytes."""
+        header_bytes, body_bytes = _PREFIX.unpack(self._exactly(bytearray(_PREFIX.size)))
+        header = json.loads(bytes(self._exactly(bytearray(header_bytes))))
+        return header, self._exactly(room(body_bytes) if room is not None and body_bytes else bytearray(body_bytes))
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _exactly(self, room: bytearray | memoryview) -> memoryview:
+        self._all(room, self._socket.recv_into)
+        return memoryview(room)
+
+    def _all(self, data: memoryview | bytes | bytearray, step: Callable[[memoryview], int]) -> None:
+        left = memoryview(data).cast("B")
+        while left:
+            try:
+                done = step(left)
+            except TimeoutError:
+                self._check()
+                continue
+            except OSError as error:
+                raise LineError(f"the other side is gone ({error})") from error
+            if not done:
+                raise LineError("the other side hung up")
+            left = left[done:]
+
+    def _check(self) -> None:
+        if self._is_over():
+            raise LineError("the other side has ended")
+        if time.monotonic() > self._deadline:
+            raise LineError(f"no sign of life from the other side within {self._timeout_s:g} s")
+
+
+# ---- the trainer's end ----
+
+
+class Line:
+    """From this trainer rank to the engine rank of the same number, for one weight version.
+
+    call: what the leader's `open_stream` gave to all ranks. Listens at once; the engine rank connects when the leader
+    has started the stream. Raises `WeightSyncError` that names version, delivery and engine rank.
+    """
+
+    def __init__(self, call: Mapping[str, Any], rank: int) -> None:
+        self._version, self._rank, self._timeout_s = call["version"], rank, call["timeout_s"]
+        signs = ended_name(call["id"]), reply_name(call["id"], rank)
+        self._signs = [Path(call["folder"], name) for name in signs]
+        self._end: End | None = None
+        self._sent = self._answered = 0
+        self._lent: set[int] = set()
+        self._listener = socket.socket(socket.AF_UNIX)
+        with _short_path(call["folder"], socket_name(call["id"], rank)) as path:
+            self._listener.bind(path)
+        self._path = Path(call["folder"], socket_name(call["id"], rank))
+        self._listener.listen(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._end is not None:
+            self._end.close()
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+    def send(self, header: Mapping[str, Any], slot: int, memory: torch.Tensor, data: torch.Tensor) -> None:
+        """Hand over the next delivery: flat `data`, with which the flat buffer `memory` of this slot begins. The bytes
+        are complete on their device, and stay until `wait`; a slot has the same memory for the whole version.
+
+        header: "index", "lengths", "digests", "dtype" (see `direct.deliver`).
+        """
+        flat = data.view(torch.uint8)
+        whole = {"version": self._version, **header, "slot": slot, "bytes": flat.numel()}
+        with self._naming(self._sent):
+            if self._end is None:
+                self._end = self._accept()
+            if not data.is_cuda:
+                self._end.send(whole, memoryview(flat.numpy()))
+            elif slot in self._lent:
+                self._end.send(whole)
+            else:
+                self._end.send({**whole, "handle": handle_of(memory.view(torch.uint8))})
+                self._lent.add(slot)
+        self._sent += 1
+
+    def wait(self, index: int) -> None:
+        """Until delivery `index` is in the engine's parameters. Its memory may be written again then."""
+        while self._answered <= index:
+            with self._naming(self._answered):
+                assert self._end is not None, f"delivery {index} was never sent"
+                self._take(self._end.receive()[0])
+
+    def finish(self) -> None:
+        """Until all deliveries are in the parameters; tells the engine rank that these were all."""
+        if self._sent:
+            self.wait(self._sent - 1)
+            assert self._end is not None
+            with self._naming(self._sent):
+                self._end.send({"end": self._sent})
+
+    def _take(self, answer: Mapping[str, Any]) -> None:
+        if answer["error"]:
+            raise LineError(answer["error"])
+        self._answered += 1
+
+    def _accept(self) -> End:
+        deadline = time.monotonic() + self._timeout_s
+        self._listener.settimeout(_POLL_S)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                connection, _ = self._listener.accept()
+                return End(connection, self._timeout_s, self._is_over)
+            if self._is_over() or time.monotonic() > deadline:
+                raise LineError("it never connected")
+
+    def _is_over(self) -> bool:
+        """Has the engine rank answered, or the whole engine, so that nothing more will come?"""
+        return any(sign.exists() for sign in self._signs)
+
+    @contextlib.contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except LineError as error:
+            # A rank that refuses a delivery says why before it hangs up.
+            reason = self._last_words() or str(error)
+            raise WeightSyncError(
+                f"weight version {self._version}, stream after {index} deliveries, engine rank {self._rank}: {reason}"
+            ) from error
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(LineError, ValueError):
+            while self._end is not None:
+                answer = self._end.receive()[0]
+                if answer["error"]:
+                    return answer["error"]
+        return ""
+
+
+# ---- the engine rank's end ----
+
+
+def receive(
+    call: Mapping[str, Any], device: torch.device, handle: Callable[[dict[str, Any], torch.Tensor], None]
+) -> None:
+    """Take deliveries until the trainer says that these were all. handle: writes one, given its header and flat bytes.
+
+    Raises what `handle` raises, after telling the trainer; `CutError` if the trainer is gone before the end.
+    """
+    slots: dict[int, torch.Tensor] = {}
+    connection = socket.socket(socket.AF_UNIX)
+    with connection, _short_path(call["folder"], socket_name(call["id"], call["rank"])) as path:
+        connection.connect(path)
+        end = End(connection, call["timeout_s"], lambda: False)
+        taken, room = 0, _Room()
+        try:
+            while True:
+                header, _ = end.receive(room)
+                if "end" in header:
+                    return
+                if "handle" in header:
+                    slots[header["slot"]] = open_handle(header["handle"], device)
+                memory = slots.get(header["slot"], room.memory)
+                try:
+                    handle(header, memory[: header["bytes"]])
+                except Exception as error:
+                    end.send({"index": header["index"], "error": str(error)})
+                    raise
+                end.send({"index": header["index"], "error": ""})
+                taken += 1
+        except LineError as error:
+            raise CutError(f"after {taken} deliveries: the trainer's line broke: {error}") from error
+
+
+class _Room:
+    """Memory for the bodies of frames, one at a time."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, size: int) -> memoryview:
+        if size > self.memory.numel():
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return memoryview(self.memory.numpy())[:size]
+
+
+# ---- names, and memory of another process ----
+
+
+def socket_name(identity: int, rank: int) -> str:
+    return f"{identity}.{rank}.line"
+
+
+def ended_name(identity: int) -> str:
+    """File that appears when the engine has answered the stream's message, well or not."""
+    return f"{identity}.ended"
+
+
+@contextlib.contextmanager
+def _short_path(folder: str, name: str) -> Iterator[str]:
+    """A path of a socket in `folder`, however long that is: a socket's address holds 107 bytes."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{name}"
+    finally:
+        os.close(descriptor)
+
+
+_BYTES = ("storage_handle", "ref_counter_handle", "event_handle")
+_FIELDS = (
+    "storage_handle", "storage_size_bytes", "storage_offset_bytes", "requires_grad", "ref_counter_handle",
+    "ref_counter_offset", "event_handle", "event_sync_required",
+)  # fmt: skip
+"""What torch's `rebuild_cuda_tensor` wants after class, geometry and device (torch/multiprocessing/reductions.py)."""
+
+
+def handle_of(flat: torch.Tensor) -> dict[str, Any]:
+    """CUDA IPC handle of a flat uint8 tensor, to be opened once, as JSON values. The device is named by its UUID."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    _, (_, (size,), _, offset, _, _, device, *rest) = reduce_tensor(flat)
+    found = dict(zip(_FIELDS, rest, strict=True))
+    found |= {name: base64.b64encode(found[name]).decode() for name in _BYTES}
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return {"size": size, "offset": offset, "device": uuid, **found}
+
+
+def open_handle(handle: Mapping[str, Any], device: torch.device) -> torch.Tensor:
+    """The tensor of another process, as a view of its memory. ValueError if it is not on `device`."""
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    if (mine := str(torch.cuda.get_device_properties(device).uuid)) != handle["device"]:
+        raise ValueError(f"the trainer's memory is on GPU {handle['device']}, this engine rank on {mine}")
+    rest = {name: base64.b64decode(handle[name]) if name in _BYTES else handle[name] for name in _FIELDS}
+    size = torch.Size([handle["size"]])
+    storage, dtype, index = torch.storage.TypedStorage, torch.uint8, torch.device(device).index
+    return rebuild_cuda_tensor(torch.Tensor, size, (1,), handle["offset"], storage, dtype, index, **rest)

@@ -1,0 +1,136 @@
+"""The line between a trainer rank and its engine rank, both ends in one process: bytes, verdicts, silence."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sglang.engine import line, wire
+from megatron_sglang.errors import WeightSyncError
+
+CPU = torch.device("cpu")
+
+
+def call(folder: Path, timeout_s: float = 20.0) -> dict[str, Any]:
+    return {"id": 7, "version": 3, "folder": str(folder), "timeout_s": timeout_s}
+
+
+class EngineRank(threading.Thread):
+    """Takes deliveries of `folder`'s line and keeps them; `refuse` may raise."""
+
+    def __init__(self, folder: Path, refuse: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.refuse = folder, refuse
+        self.taken: list[tuple[dict[str, Any], torch.Tensor]] = []
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            line.receive({**call(self.folder), "rank": 0}, CPU, self.take)
+        except Exception as error:  # noqa: BLE001
+            self.error = error
+
+    def take(self, header: dict[str, Any], data: torch.Tensor) -> None:
+        self.refuse(header)
+        self.taken.append((header, data.view(getattr(torch, header["dtype"])).clone()))
+
+
+def deliver(end: line.Line, index: int, data: torch.Tensor) -> None:
+    end.send({"index": index, "dtype": str(data.dtype).removeprefix("torch.")}, index % 2, data, data)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Longer than a socket's address may be."""
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    return long
+
+
+def test_deliveries_arrive_whole_and_in_order(folder: Path) -> None:
+    """Larger than any socket buffer, empty, and of another dtype; the trainer may be two ahead."""
+    sent = [torch.randn(600_000), torch.empty(0), torch.arange(5).bfloat16(), torch.randn(3)]
+    with line.Line(call(folder), 0) as end:
+        engine = EngineRank(folder)
+        for index, data in enumerate(sent):
+            if index >= 2:
+                end.wait(index - 2)
+            deliver(end, index, data)
+        end.finish()
+        engine.join(10)
+    assert engine.error is None
+    assert [header["index"] for header, _ in engine.taken] == [0, 1, 2, 3]
+    assert all(torch.equal(got, data) for (_, got), data in zip(engine.taken, sent, strict=True))
+    assert {header["version"] for header, _ in engine.taken} == {3}
+    assert not list(folder.iterdir()), "the socket must not stay behind"
+
+
+def test_a_refusal_reaches_the_trainer_with_its_reason(folder: Path) -> None:
+    def refuse(header: dict[str, Any]) -> None:
+        if header["index"] == 1:
+            raise ValueError("arrived with digest 0x1, sent 0x2")
+
+    with line.Line(call(folder), 0) as end:
+        EngineRank(folder, refuse)
+        for index in range(2):
+            deliver(end, index, torch.ones(4))
+        with pytest.raises(WeightSyncError, match=r"version 3, .*after 1 deliveries, engine rank 0: arrived with"):
+            end.finish()
+
+
+def test_a_refusal_is_not_lost_when_the_trainer_is_still_sending(folder: Path) -> None:
+    """The engine rank hangs up amid a body: the broken pipe is the consequence, not the reason."""
+
+    def refuse(_header: dict[str, Any]) -> None:
+        raise ValueError("no room")
+
+    with line.Line(call(folder), 0) as end:
+        EngineRank(folder, refuse)
+        deliver(end, 0, torch.ones(4))
+        time.sleep(0.3)
+        with pytest.raises(WeightSyncError, match="no room"):
+            deliver(end, 1, torch.ones(2_000_000))
+
+
+def test_a_trainer_that_hangs_up_is_noticed(folder: Path) -> None:
+    with line.Line(call(folder), 0) as end:
+        engine = EngineRank(folder)
+        deliver(end, 0, torch.ones(4))
+        end.wait(0)
+    engine.join(10)
+    assert str(engine.error).startswith("after 1 deliveries: the trainer's line broke")
+
+
+@pytest.mark.parametrize("sign", [line.ended_name(7), wire.reply_name(7, 0)])
+def test_an_engine_that_has_answered_is_not_waited_for(folder: Path, sign: str) -> None:
+    """The engine died, or its rank refused the message: files tell trainer ranks, which know nothing of HTTP."""
+    with line.Line(call(folder), 0) as end:
+        Path(folder, sign).touch()
+        began = time.monotonic()
+        with pytest.raises(WeightSyncError, match="never connected"):
+            deliver(end, 0, torch.ones(4))
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("connects", [True, False])
+def test_a_silent_engine_meets_the_deadline(folder: Path, connects: bool) -> None:
+    """Every wait has one."""
+    gate = threading.Event()
+
+    def hold(_header: dict[str, Any]) -> None:
+        gate.wait(10)
+
+    with line.Line(call(folder, timeout_s=0.6), 0) as end:
+        if connects:
+            EngineRank(folder, hold)
+            deliver(end, 0, torch.ones(4))
+        with pytest.raises(WeightSyncError, match=r"no sign of life .* within 0\.6 s" if connects else "never conn"):
+            end.finish() if connects else deliver(end, 0, torch.ones(4))
+    gate.set()
