@@ -11,7 +11,6 @@ logs) happens on the leader, rank 0; its results and its errors reach all ranks.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,10 +20,10 @@ import torch
 from megatron_sglang import metrics, rollout
 from megatron_sglang.advantages import group_advantages
 from megatron_sglang.config import AlgoConfig
-from megatron_sglang.errors import MegatronSglangError, WeightSyncError
+from megatron_sglang.errors import WeightSyncError
 from megatron_sglang.interfaces import Comm, DirectEngine
 from megatron_sglang.prompts.source import PromptSource
-from megatron_sglang.sync import Path
+from megatron_sglang.sync import Path, publish
 from megatron_sglang.trace import RunLog
 from megatron_sglang.types import Prompt, RolloutGroup, SyncReport, TrainSample
 
@@ -65,7 +64,7 @@ class Cycle:
         """Give the engine the weights as they are now. On failure the engine stays stale and every rank raises."""
         version = self.version + 1
         with self.span("sync"):
-            report = self._publish(self.path, version)
+            report = publish(self.comm, self._engine, self.path, version)
             if self.make_direct is not None:
                 report = self._establish(self.make_direct, report)
                 self.make_direct = None
@@ -73,25 +72,11 @@ class Cycle:
         self.add({f"sync/{name}": metrics.Last(number) for name, number in _numbers(report).items()})
         return report
 
-    def _publish(self, path: Path, version: int) -> SyncReport:
-        started = time.perf_counter()
-        self.comm.from_leader(lambda: self._lead.engine.begin_update(version))
-        try:
-            sent = path.send(version)
-            loaded = time.perf_counter()
-            digest = self.comm.from_leader(lambda: self._lead.engine.commit_update(version, sent.buckets))
-        except MegatronSglangError as error:
-            if self.leader is not None:
-                self.leader.engine.fail_update(str(error))
-            raise WeightSyncError(f"version {version} was not published: {error}") from error
-        seconds = {"load": loaded - started, "verify": time.perf_counter() - loaded}
-        return SyncReport(version, sent.tensors, sent.buckets, sent.bytes, seconds, path.fidelity(), digest)
-
     def _establish(self, make_direct: Callable[[], Path], generic: SyncReport) -> SyncReport:
         """Send the same version again by the direct path; keep to it if the engine then holds the same bits."""
         try:
             direct = make_direct()
-            report = self._publish(direct, generic.version)
+            report = publish(self.comm, self._engine, direct, generic.version)
             if report.engine_digest != generic.engine_digest:
                 raise WeightSyncError(
                     f"its engine digest {report.engine_digest} is not that of the generic path, {generic.engine_digest}"
@@ -99,7 +84,7 @@ class Cycle:
         except WeightSyncError as error:
             if self.leader is not None:
                 self.leader.log.say(f"weight sync: the generic path, because the direct one does not apply: {error}")
-            return self._publish(self.path, generic.version)
+            return publish(self.comm, self._engine, self.path, generic.version)
         self.path = direct
         if self.leader is not None:
             self.leader.log.say(
@@ -140,6 +125,10 @@ class Cycle:
         """Continue where `state` was taken; DataError on all ranks if the data set is another."""
         self.version = state["version"]
         self.comm.from_leader(lambda: self._lead.prompts.restore(state["prompts"]))
+
+    @property
+    def _engine(self) -> DirectEngine | None:
+        return self.leader.engine if self.leader is not None else None
 
     # ---- on the leader only ----
 

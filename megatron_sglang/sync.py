@@ -1,4 +1,4 @@
-"""Two paths by which a weight version reaches the engine, behind one call: `send`. Collective on all ranks.
+"""Two paths by which a weight version reaches the engine, behind one call: `publish`. Collective on all ranks.
 
     generic   full tensors under their HF names through the engine's own loader: any model, the oracle
     direct    only the rectangles that each engine rank needs, straight into its parameters, by a plan made once
@@ -10,6 +10,7 @@ digest as the generic one for the same weights.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol, Self
@@ -20,7 +21,7 @@ from megatron_sglang import layout, transfer
 from megatron_sglang.copies import Copy
 from megatron_sglang.errors import MegatronSglangError, WeightSyncError
 from megatron_sglang.interfaces import Comm, DirectEngine, Engine, Weights
-from megatron_sglang.types import MergeFidelity
+from megatron_sglang.types import MergeFidelity, SyncReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,23 @@ class DirectPath:
             yield True
         if line is not None:
             line.finish()
+
+
+def publish(comm: Comm, engine: Engine | None, path: Path, version: int) -> SyncReport:
+    """Give the engine weight version `version`, whole, or raise `WeightSyncError` on all ranks and leave it stale."""
+    began = time.perf_counter()
+    comm.from_leader(lambda: _lead(engine).begin_update(version))
+    opened = time.perf_counter()
+    try:
+        sent = path.send(version)
+        loaded = time.perf_counter()
+        digest = comm.from_leader(lambda: _lead(engine).commit_update(version, sent.buckets))
+    except MegatronSglangError as error:
+        if engine is not None:
+            engine.fail_update(str(error))
+        raise WeightSyncError(f"version {version} was not published: {error}") from error
+    seconds = {"begin": opened - began, "load": loaded - opened, "verify": time.perf_counter() - loaded}
+    return SyncReport(version, sent.tensors, sent.buckets, sent.bytes, seconds, path.fidelity(), digest)
 
 
 def plan_for(

@@ -20,14 +20,11 @@ from megatron_sglang.config import RunConfig
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.cycle import Cycle, Leader
 from megatron_sglang.engine import EngineOptions, create_engine
-from megatron_sglang.engine.line import Line
 from megatron_sglang.errors import DataError
 from megatron_sglang.prompts import source
 from megatron_sglang.report import write_report
-from megatron_sglang.sync import DirectPath, GenericPath, plan_for
 from megatron_sglang.trace import METRICS, RunLog, read_lines
 from megatron_sglang.training import console, hf_folder
-from megatron_sglang.transfer import Region
 from megatron_sglang.types import Prompt, SamplingParams
 
 
@@ -58,37 +55,30 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
     from megatron_sglang.losses import LossOptions
     from megatron_sglang.training import checkpoint
     from megatron_sglang.training.model import ModelRecipe
+    from megatron_sglang.training.paths import Paths
     from megatron_sglang.training.plugin import Plugin
     from megatron_sglang.training.step import PolicyStep
-    from megatron_sglang.weights import shards
-    from megatron_sglang.weights.direct import DirectSender
-    from megatron_sglang.weights.export import MergedWeights, hf_shapes
+    from megatron_sglang.weights.export import hf_shapes
 
     recipe = ModelRecipe(config)
-    expected = None if config.model.random_weights else hf_shapes(config.model.hf_path)
-    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    shapes = None if config.model.random_weights else hf_shapes(config.model.hf_path)
 
     def make_cycle(model_chunks: list[Any], resume_after: int | None) -> Cycle:
         comm = TorchComm()
         leader = station.lead(resume_after) if station is not None else None
         comm.from_leader(lambda: station and station.engine.wait_ready())
-        engine = leader.engine if leader is not None else None
-        weights = MergedWeights(recipe.bridge, model_chunks, config.sync.bucket_bytes, dtype, expected)
-        generic = GenericPath(comm, weights, engine)
-
-        def make_direct() -> DirectPath:
-            ranks = config.engine.tp_size or 1
-
-            def find_shards() -> list[Region]:
-                return shards.of_this_rank(recipe.bridge, model_chunks, expected or {})
-
-            limit = config.sync.bucket_bytes // dtype.itemsize
-            plan = plan_for(comm, engine, ranks, expected or {}, find_shards, limit)
-            sender = DirectSender(recipe.bridge, model_chunks, plan, dtype)
-            return DirectPath(comm, sender, engine, ranks, Line)
-
-        wanted = config.sync.path == "auto" and expected
-        return Cycle(comm, generic, leader, config.algo, config.seed, make_direct if wanted else None)
+        paths = Paths(
+            comm=comm,
+            bridge=recipe.bridge,
+            model_chunks=model_chunks,
+            dtype=getattr(torch, config.model.dtype),
+            bucket_bytes=config.sync.bucket_bytes,
+            shapes=shapes,
+            engine=leader.engine if leader is not None else None,
+            engine_ranks=config.engine.tp_size or 1,
+        )
+        wanted = config.sync.path == "auto" and shapes is not None
+        return Cycle(comm, paths.generic(), leader, config.algo, config.seed, paths.direct if wanted else None)
 
     options = LossOptions.of(config.algo, config.rollout.max_new_tokens)
     plugin = Plugin(config, PolicyStep(config.algo.loss, options, config.rollout.temperature), make_cycle)

@@ -12,24 +12,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import ConfigError, DataError
+from megatron_sglang.weights.progress import is_leader, progress
 
 if TYPE_CHECKING:
     import torch
 
     from megatron_sglang.weights.peft_format import AdapterFolder
-    from megatron_sglang.weights.standalone import Model
+    from megatron_sglang.weights.shard_folder import ShardFolder
+    from megatron_sglang.weights.sites import Site
+    from megatron_sglang.weights.standalone import Model, Stored
 
 Dtype = Literal["float32", "bfloat16"]
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Where config.json says how many routed experts there are."""
+BUCKET_BYTES = 2**28
+"""How much of the merged weights is gathered at a time, on every rank."""
 SIZES = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size")
 
 
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         targets = ",".join(lora.targets)
         text = f"{args.save}: train with lora.rank={lora.rank} lora.alpha={lora.alpha:g} lora.targets={targets}"
     standalone.leave()
-    if _is_leader():
+    if is_leader():
         print(text)
 
 
@@ -94,38 +98,25 @@ def export_merged(
     """Write base plus adapters as a Hugging Face model; the number of its tensors. Collective over torchrun's ranks.
 
     sizes: parallel sizes by Megatron's flag name, e.g. {"expert-model-parallel-size": 2}. The dtype is the run's.
-    Raises DataError: no or a foreign checkpoint, a missing model, an output folder that is not empty.
+    shard_bytes: largest weight file; rank 0 holds one of them besides the model, all ranks hold one bucket.
+    After an interruption the same call goes on where the last one stopped; the layout may be another.
+    Raises DataError: no or a foreign checkpoint, a missing model, an output folder that is not empty, an unfinished
+    conversion of something else.
     """
-    from megatron_sglang.weights import standalone, write
+    from megatron_sglang.weights import shard_folder, standalone, write
 
     hf_model, output = _model_folder(hf_model), Path(output)
-    write.require_new(output)
     stored = standalone.find_checkpoint(Path(load), iteration)
+    source = _source(hf_model, stored)
+    shard_folder.require_continuable(output, source)
     with standalone.adapted_model(hf_model, stored.lora, stored.dtype, sizes or {}, base=True) as model:
-        from megatron_sglang.weights.export import hf_layers, hf_shapes  # Megatron needs the CPU room where it is used
-        from megatron_sglang.weights.merge import MergeStats
+        from megatron_sglang.weights.export import hf_shapes  # Megatron needs the CPU room where it is used
 
         standalone.load_adapters(model, stored.folder)
         expected = hf_shapes(str(hf_model))
-        missing = set(expected)
-        with _new_folder(model, output) as folder, _progress("merging", len(expected)) as advance:
-            writer = write.ShardWriter(folder, shard_bytes)
-            for layer in hf_layers(model.bridge, model.chunks, MergeStats()):
-                for name, tensor in layer:
-                    if expected.get(name) != tuple(tensor.shape):
-                        raise DataError(
-                            f"{name} is {list(tensor.shape)} in Megatron, {expected.get(name)} in {hf_model}"
-                        )
-                missing -= {name for name, _ in layer}
-                model.comm.from_leader(lambda layer=layer: writer.extend(layer))
-                advance(len(layer))
-            if missing:
-                raise DataError(
-                    f"{len(missing)} tensors of {hf_model} have no counterpart in Megatron's model, {min(missing)} "
-                    "first; Megatron-Bridge does not know this architecture whole"
-                )
-            model.comm.from_leader(writer.close)
-            model.comm.from_leader(lambda: write.copy_all_but_weights(hf_model, folder, stored.dtype))
+        with _of_leader(model, lambda: shard_folder.continued(output, source, shard_bytes)) as folder:
+            write_merged(model, expected, stored.dtype, folder, min(shard_bytes, BUCKET_BYTES))
+            model.comm.from_leader(lambda: write.copy_all_but_weights(hf_model, folder.path, stored.dtype))
     return len(expected)
 
 
@@ -137,8 +128,11 @@ def export_adapter(
     iteration: int | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> int:
-    """Write the adapters as a PEFT folder; the number of adapted modules. As `export_merged`; the base is not read."""
-    from megatron_sglang.weights import peft_format, standalone, write
+    """Write the adapters as a PEFT folder; the number of adapted modules. The base is not read.
+
+    As `export_merged`, but begun anew after an interruption: it is one file, and small. Rank 0 holds a layer of it.
+    """
+    from megatron_sglang.weights import standalone, write
 
     hf_model, output = _model_folder(hf_model), Path(output)
     write.require_new(output)
@@ -146,14 +140,7 @@ def export_adapter(
     with standalone.adapted_model(hf_model, stored.lora, stored.dtype, sizes or {}, base=False) as model:
         standalone.load_adapters(model, stored.folder)
         with _new_folder(model, output) as folder:
-            factors = _to_leader(model, stored.dtype)
-
-            def save() -> int:
-                lora = stored.lora
-                peft_format.write_adapter(folder, factors, rank=lora.rank, alpha=lora.alpha, base=str(hf_model))
-                return len(factors)
-
-            return model.comm.from_leader(save)
+            return write_adapter(model, stored, folder, base=str(hf_model))
 
 
 def import_adapter(
@@ -190,66 +177,115 @@ def import_adapter(
     dtype = dtype or ("float32" if config.get("dtype", config.get("torch_dtype")) == "float32" else "bfloat16")
     with standalone.adapted_model(hf_model, options, dtype, sizes or {}, base=False) as model:
         if given is not None:
-            _from_folder(model, given, options)
+            _from_folder(model, given, options, dtype)
         with _new_folder(model, save) as folder:
             standalone.save_release(model, folder)
             model.comm.from_leader(lambda: standalone.write_stored(folder / standalone.RELEASE, options, dtype))
     return options
 
 
-def _to_leader(model: Model, dtype: Dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Module name -> (A, B) of the whole model, in host memory of rank 0; empty on the others. A layer at a time."""
+def write_merged(
+    model: Model, expected: Mapping[str, tuple[int, ...]], dtype: Dtype, folder: ShardFolder | None, bucket_bytes: int
+) -> None:
+    """Write the shards that `folder` lacks. Collective; only the leader has a folder.
+
+    expected: name -> shape of the whole model. bucket_bytes: how much is gathered before the leader takes it.
+    """
     import torch
 
-    from megatron_sglang.weights.sites import find_sites
+    from megatron_sglang.buckets import fill
+    from megatron_sglang.weights.stream import merged_tensors
 
-    comm, local = model.comm, find_sites(model.bridge, model.chunks)
-    whole: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    itemsize = getattr(torch, dtype).itemsize
+    writer: Any = folder
+    done = set(model.comm.from_leader(lambda: sorted(writer.done)))
+    nbytes = {name: math.prod(shape) * itemsize for name, shape in expected.items()}
+    tensors = merged_tensors(model.bridge, model.chunks, model.comm, expected, done)
+    there = sum(nbytes.get(name, 0) for name in done)
+    with progress("merging", sum(nbytes.values()), there) as advance:
+        for bucket in fill(tensors, lambda tensor: tensor.numel() * tensor.element_size(), bucket_bytes):
+            model.comm.from_leader(lambda bucket=bucket: writer.extend(bucket))
+            advance(sum(nbytes[name] for name, _ in bucket))
+            bucket.clear()  # before the next one is gathered
+        model.comm.from_leader(lambda: writer.close())
 
-    def receive(shape: list[int], rank: int) -> torch.Tensor:
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=torch.cuda.current_device())
-        torch.distributed.recv(tensor, rank)
-        return tensor.cpu()
 
-    layers = _all_layers(model, local)
-    with _progress("collecting", len(layers)) as advance:
+def write_adapter(model: Model, stored: Stored, folder: Path, base: str) -> int:
+    """Write the adapters of all ranks to `folder`, a layer at a time; the number of adapted modules. Collective."""
+    import torch
+
+    from megatron_sglang.weights.peft_format import AdapterWriter
+
+    local, lora, dtype = _sites(model), stored.lora, getattr(torch, stored.dtype)
+    own = {
+        layer: {name: pair for site in sites if site.is_first_copy for name, pair in site.shapes().items()}
+        for layer, sites in local.items()
+    }
+    listed = model.comm.gather(own)
+    layers = sorted({layer for found in listed for layer in found}, key=_natural)
+    shapes = {name: pair for layer in layers for found in listed for name, pair in found.get(layer, {}).items()}
+    total = sum(math.prod(shape) for pair in shapes.values() for shape in pair) * dtype.itemsize
+
+    def open_file() -> Any:
+        writer = AdapterWriter(folder, shapes, dtype, rank=lora.rank, alpha=lora.alpha, base=base)
+        return contextlib.closing(writer)
+
+    with _of_leader(model, open_file) as writer, progress("collecting", total) as advance:
         for layer in layers:
-            mine: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-            for site in local.get(layer, ()):
-                factors = site.read()
-                mine |= factors if site.is_first_copy else {}
-            listed = comm.gather({name: [list(factor.shape) for factor in pair] for name, pair in mine.items()})
-            if comm.rank == 0:
-                whole |= {name: (down.cpu(), up.cpu()) for name, (down, up) in mine.items()}
-                for rank, shapes in enumerate(listed[1:], start=1):
-                    for name, (down, up) in shapes.items():
-                        whole[name] = (receive(down, rank), receive(up, rank))
-            else:
-                for factor in (factor for pair in mine.values() for factor in pair):
-                    torch.distributed.send(factor.contiguous(), 0)
-            advance(1)
-    return whole
+            found = [of_rank.get(layer, {}) for of_rank in listed]
+            held = _to_leader(model, local.get(layer, []), found, dtype)
+            model.comm.from_leader(lambda held=held: writer.extend(held))
+            advance(sum(factor.nbytes for pair in held.values() for factor in pair))
+    return len(shapes)
 
 
-def _from_folder(model: Model, adapter: AdapterFolder, options: LoraConfig) -> None:
+def _to_leader(
+    model: Model, sites: list[Site], listed: list[dict[str, list[list[int]]]], dtype: torch.dtype
+) -> dict[str, Sequence[torch.Tensor]]:
+    """Module name -> (A, B) of one layer, on rank 0 those of all ranks. `listed`: by rank, the shapes it holds."""
+    import torch
+
+    comm = model.comm
+    held: dict[str, Sequence[torch.Tensor]] = {}
+    for site in sites:
+        factors = site.read()
+        held |= factors if site.is_first_copy else {}
+    if comm.rank != 0:
+        for name in listed[comm.rank]:
+            for factor in held[name]:
+                torch.distributed.send(factor.contiguous(), 0)
+        return held
+    for rank, shapes in enumerate(listed[1:], start=1):
+        for name, pair in shapes.items():
+            received = [torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()) for shape in pair]
+            for factor in received:
+                torch.distributed.recv(factor, rank)
+            held[name] = received
+    return held
+
+
+def _from_folder(model: Model, adapter: AdapterFolder, options: LoraConfig, dtype: Dtype) -> None:
     """Set the adapters of all ranks. DataError where `adapter` has a module that the model lacks."""
-    from megatron_sglang.weights.sites import find_sites
+    import torch
 
-    local = find_sites(model.bridge, model.chunks)
+    local = [site for sites in _sites(model).values() for site in sites]
+    nbytes = [
+        sum(math.prod(shape) for pair in site.shapes().values() for shape in pair) * getattr(torch, dtype).itemsize
+        for site in local
+    ]
     used: list[str] = []
     failure: DataError | None = None
-    with _progress("reading", len(local)) as advance:
-        for sites in local.values():
-            for site in sites:
-                parts = {part: adapter.factors(name) for part, name in site.modules.items()}
-                found = {part: factors for part, factors in parts.items() if factors is not None}
-                used += [site.modules[part] for part in found]
-                try:
-                    if found:
-                        site.write(found, options.alpha / options.rank)
-                except DataError as error:  # the same on all ranks of the site, so that none waits for another
-                    failure = failure or error
-            advance(1)
+    with progress("reading", sum(nbytes)) as advance:
+        for site, of_site in zip(local, nbytes, strict=True):
+            parts = {part: adapter.factors(name) for part, name in site.modules.items()}
+            found = {part: factors for part, factors in parts.items() if factors is not None}
+            used += [site.modules[part] for part in found]
+            try:
+                if found:
+                    site.write(found, options.alpha / options.rank)
+            except DataError as error:  # the same on all ranks of the site, so that none waits for another
+                failure = failure or error
+            advance(of_site)
     model.comm.agree(failure)
     unused = set(adapter.modules).difference(*model.comm.gather(used))
     if unused:
@@ -259,10 +295,35 @@ def _from_folder(model: Model, adapter: AdapterFolder, options: LoraConfig) -> N
         )
 
 
-def _all_layers(model: Model, local: Mapping[str, Any]) -> list[str]:
-    """Names of the decoder layers of all ranks, in the model's order."""
-    names = {name for found in model.comm.gather(list(local)) for name in found}
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")])
+def _sites(model: Model) -> dict[str, list[Site]]:
+    """`find_sites`, with its error on all ranks."""
+    from megatron_sglang.weights.sites import find_sites
+
+    found, failure = {}, None
+    try:
+        found = find_sites(model.bridge, model.chunks)
+    except DataError as error:
+        failure = error
+    model.comm.agree(failure)
+    return found
+
+
+def _natural(name: str) -> list[int | str]:
+    """Sort key: numbers by their value."""
+    return [int(part) if part.isdigit() else part for part in name.split(".")]
+
+
+def _source(hf_model: Path, stored: Stored) -> dict[str, str]:
+    """What a folder of merged weights is made of, for telling one conversion from another."""
+    from megatron_sglang.weights.shard_folder import files_of
+
+    return {
+        "model": str(hf_model.resolve()),
+        "checkpoint": str(stored.folder.resolve()),
+        "dtype": stored.dtype,
+        "state of the model's files": files_of(hf_model),
+        "state of the checkpoint's files": files_of(stored.folder),
+    }
 
 
 @contextlib.contextmanager
@@ -270,26 +331,18 @@ def _new_folder(model: Model, folder: Path) -> Iterator[Path]:
     """`write.complete_or_absent` by the leader, for all ranks, with its errors on all ranks."""
     from megatron_sglang.weights.write import complete_or_absent, partial_name
 
-    with contextlib.ExitStack() as stack:
-        model.comm.from_leader(lambda: str(stack.enter_context(complete_or_absent(folder))))
+    with _of_leader(model, lambda: complete_or_absent(folder)):
         yield partial_name(folder)
-        model.comm.from_leader(stack.close)
 
 
 @contextlib.contextmanager
-def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on the leader's stderr; yields what advances it."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(file=sys.__stderr__)  # past the redirection of what Megatron prints
-    with Progress(console=console, transient=True, disable=not _is_leader()) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda steps: bar.advance(task, steps)
-
-
-def _is_leader() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def _of_leader(model: Model, make: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[Any]:
+    """A context that only the leader enters, with its errors on all ranks; yields None on the others."""
+    entered = []
+    with contextlib.ExitStack() as stack:
+        model.comm.from_leader(lambda: entered.append(stack.enter_context(make())))
+        yield entered[0] if entered else None
+        model.comm.from_leader(stack.close)
 
 
 def _model_folder(hf_model: str | Path) -> Path:

@@ -90,7 +90,8 @@ class DirectSender:
         counted: set[int] = set()
         kept: dict[int, torch.Tensor] = {}
         for index, part in enumerate(self._parts):
-            kept = {number: kept[number] if number in kept else self._merge(number, counted) for number in part.units}
+            kept = {number: kept[number] for number in part.units if number in kept}  # the others make room first
+            kept |= {number: self._merge(number, counted) for number in part.units if number not in kept}
             if index >= SLOTS:
                 free(index - SLOTS)
             yield self._exchange(index, kept, send, slots[index % SLOTS])

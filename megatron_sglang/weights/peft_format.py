@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_sglang.buckets import fusion_key
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import DataError
-from megatron_sglang.weights.write import save_tensors
+from megatron_sglang.weights.write import TensorFile
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -90,48 +90,69 @@ def _distinct_rows(parts: Sequence[Factors]) -> tuple[int, list[torch.Tensor]]:
     return len(place), columns
 
 
-def write_adapter(
-    folder: Path, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], *, rank: int, alpha: float, base: str
-) -> None:
-    """Write module name -> (A, B), all with the scale alpha / rank. `base`: where the base model is found."""
-    state = {}
-    factors = {**factors, **_idle_down(factors)}
-    for module, (down, up) in factors.items():
-        # A of q, k and v is one tensor here, but safetensors wants memory of its own for each name.
-        state[f"{_PREFIX}{module}.lora_A.weight"] = down.cpu().clone(memory_format=torch.contiguous_format)
-        state[f"{_PREFIX}{module}.lora_B.weight"] = up.cpu().clone(memory_format=torch.contiguous_format)
-    save_tensors(state, folder / WEIGHTS)
-    modules, parameters = _targets(factors)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": 0.0,  # acts in training only, and peft refuses it for stacked experts
-        "target_modules": modules,
-        "target_parameters": parameters or None,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "modules_to_save": None,
-    }
-    (folder / CONFIG).write_text(json.dumps(config | _PLAIN, indent=2) + "\n")
+Shapes = tuple[Sequence[int], Sequence[int]]
+"""Of A [r, in] and B [out, r]."""
 
 
-def _idle_down(
-    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+class AdapterWriter:
+    """An adapter folder that takes its modules one by one, in any order; none is held, though peft wants one file.
+
+    shapes: of every module that will come. All have the scale alpha / rank. base: where the base model is found.
+    """
+
+    def __init__(
+        self, folder: Path, shapes: Mapping[str, Shapes], dtype: torch.dtype, *, rank: int, alpha: float, base: str
+    ) -> None:
+        every = {
+            **shapes,
+            **_idle_down(shapes),
+        }  # idle ones are never added: their place in the file is zeros
+        self._file = TensorFile(
+            folder / WEIGHTS,
+            {name: shape for module, pair in every.items() for name, shape in zip(_keys(module), pair, strict=True)},
+            dtype,
+        )
+        modules, parameters = _targets(every)
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": rank,
+            "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+            "lora_dropout": 0.0,  # acts in training only, and peft refuses it for stacked experts
+            "target_modules": modules,
+            "target_parameters": parameters or None,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "use_rslora": False,
+            "modules_to_save": None,
+        }
+        (folder / CONFIG).write_text(json.dumps(config | _PLAIN, indent=2) + "\n")
+
+    def extend(self, factors: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Write A and B of some modules, on any device."""
+        for module, pair in factors.items():
+            for name, factor in zip(_keys(module), pair, strict=True):
+                self._file.put(name, factor)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _keys(module: str) -> tuple[str, str]:
+    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+
+
+def _idle_down(shapes: Mapping[str, Shapes]) -> dict[str, Shapes]:
     """Adapters of nothing for the down_proj of experts where only gate and up are adapted.
 
     Without them peft 0.21 looks for gate_up_proj under another name than it has itself made of it, and loads nothing.
     """
-    idle = {}
-    for module, (down, up) in factors.items():
+    idle: dict[str, Shapes] = {}
+    for module, ((rank, hidden), (out, _)) in shapes.items():
         expert = re.fullmatch(r"(.*\.experts\.\d+)\.gate_proj", module)
-        if expert and f"{expert[1]}.down_proj" not in factors:
-            rank, hidden = down.shape
-            idle[f"{expert[1]}.down_proj"] = down.new_zeros(rank, len(up)), up.new_zeros(hidden, rank)
+        if expert and f"{expert[1]}.down_proj" not in shapes:
+            idle[f"{expert[1]}.down_proj"] = ([rank, out], [hidden, rank])
     return idle
 
 

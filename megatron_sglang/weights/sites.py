@@ -48,6 +48,15 @@ class Site:
         replica = mpu.get_data_parallel_rank(with_context_parallel=True)
         return replica == 0 and mpu.get_tensor_model_parallel_rank() == 0
 
+    def shapes(self) -> dict[str, tuple[list[int], list[int]]]:
+        """Module name -> shapes of what `read` gives. Not collective."""
+        down, up = self._shards()
+        size = 1 if self.group is None else torch.distributed.get_world_size(self.group)
+        down_shape, count = list(down.shape), len(up) * size
+        down_shape[self._split_dim] *= size
+        rows = self.rows(count)
+        return {name: (down_shape, [len(rows[part]), up.shape[1]]) for part, name in self.modules.items()}
+
     def read(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Module name -> (A [r, in], B [out, r]), whole. Collective over `group`."""
         down, up = self._shards()
@@ -111,12 +120,17 @@ class Site:
 
 
 def find_sites(bridge: Any, model_chunks: list[torch.nn.Module]) -> dict[str, list[Site]]:
-    """This rank's adapters by decoder layer, in an order that is the same on the ranks that share them. Collective."""
+    """This rank's adapters by decoder layer, in an order that is the same on the ranks that share them. Collective.
+
+    Raises DataError, maybe on some ranks only: an adapter that cannot be converted by itself.
+    """
     adapted = adapted_weights(model_chunks)
+    unmapped = set(adapted)
     found: dict[str, list[Site]] = {}
     for task in bridge.get_conversion_tasks(model_chunks):
         if task is None or task.param_weight is None or id(task.param_weight) not in adapted:
             continue
+        unmapped.discard(id(task.param_weight))
         layer = re.match(r".*layers\.\d+\.", task.global_param_name)
         assert layer is not None, f"adapter of {task.global_param_name} is outside the decoder layers"
         names = task.mapping.hf_param
@@ -129,6 +143,13 @@ def find_sites(bridge: Any, model_chunks: list[torch.nn.Module]) -> dict[str, li
             )
         modules = {part: name.removesuffix(".weight") for part, name in names.items()}
         found.setdefault(layer.group(), []).append(Site(layer.group(), modules, *adapted[id(task.param_weight)]))
+    if unmapped:  # Bridge warns in a log only; the adapter would be left out
+        parameters = (item for chunk in model_chunks for item in chunk.named_parameters())
+        first = next(name for name, parameter in parameters if id(parameter) in unmapped)
+        raise DataError(
+            f"{len(unmapped)} adapted layers of Megatron's model are nothing in the Hugging Face model, {first} first: "
+            "Megatron-Bridge does not know them; leave their target out of lora.targets"
+        )
     return found
 
 

@@ -1,15 +1,17 @@
-"""Write a Hugging Face folder: weights in shards, the other files copied, nothing to be seen before all of it is there.
+"""Write a Hugging Face folder: single files, and a place where nothing is to be seen before all of it is there.
 
-Torch and safetensors only.
+Torch and safetensors only. Weights in shards: `shard_folder.py`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,8 +19,9 @@ from safetensors.torch import save_file
 
 from megatron_sglang.errors import DataError
 
-SHARD_BYTES = 5 * 10**9
-INDEX = "model.safetensors.index.json"
+RECORD = ".conversion.json"
+"""In a folder that is being written by `shard_folder.ShardFolder`: what of it is finished."""
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _COPIED = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".py"}
 """Suffixes of what a model folder holds besides weights: configuration, tokenizer, chat template, custom code."""
 
@@ -43,6 +46,11 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder`; it becomes `folder` at the end, or is removed when an error passes."""
     require_new(folder)
     partial = partial_name(folder)
+    if (partial / RECORD).exists():
+        raise DataError(
+            f"{partial} is an unfinished conversion of a model; nothing of it is overwritten, "
+            "finish it by the command that it was started with, remove it, or name another folder"
+        )
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     try:
         partial.mkdir(parents=True)
@@ -60,54 +68,46 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-class ShardWriter:
-    """Named tensors into `model.safetensors`, or into numbered shards with an index where there are several.
+def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {"dtype", "shape", "data_offsets": [begin, end] in bytes} of a safetensors file, from its header."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
-    shard_bytes: a shard is closed before it grows past this; the most that is held in memory (a larger tensor aside).
+
+class TensorFile:
+    """A safetensors file that takes its tensors one by one, in any order, so that none of them is held.
+
+    shapes: of every tensor, by name. A tensor that is not put is zeros.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self._shard: dict[str, torch.Tensor] = {}
-        self._filled = self._total = 0
-        self._names: list[list[str]] = []
+    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in shapes.items():
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # the data starts on a multiple of 8
+        self._entries, self._start = header, 8 + len(text)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._start + end)
 
-    def extend(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take copies of tensors of any device and stride."""
-        for name, tensor in named:
-            self._add(name, tensor)
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor of any device and stride to its place."""
+        entry = self._entries[name]
+        if list(tensor.shape) != entry["shape"] or tensor.dtype != self.dtype:
+            raise DataError(
+                f"{self._file.name}: {name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"announced were {self.dtype} {entry['shape']}; export it again"
+            )
+        self._file.seek(self._start + entry["data_offsets"][0])
+        self._file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     def close(self) -> None:
-        """Write the last shard, give all of them their final names, and write the index."""
-        self._write()
-        count = len(self._names)
-        where: dict[str, str] = {}
-        for number, names in enumerate(self._names, start=1):
-            final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._path(number).rename(self.folder / final)
-            where |= dict.fromkeys(names, final)
-        if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-    def _add(self, name: str, tensor: torch.Tensor) -> None:
-        nbytes = tensor.numel() * tensor.element_size()
-        if self._shard and self._filled + nbytes > self.shard_bytes:
-            self._write()
-        # A clone of its own: safetensors refuses tensors that share memory, and views keep their whole storage alive.
-        self._shard[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        self._filled += nbytes
-        self._total += nbytes
-
-    def _write(self) -> None:
-        if not self._shard:
-            return
-        self._names.append(list(self._shard))
-        save_tensors(self._shard, self._path(len(self._names)))
-        self._shard, self._filled = {}, 0
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}"
+        self._file.close()
 
 
 def copy_all_but_weights(source: Path, target: Path, dtype: str) -> None:

@@ -1,8 +1,15 @@
-"""What the ranks of test_convert.py do: save a model with random adapters, convert, and look at what was loaded."""
+"""What the ranks of test_convert_*.py do: save a model with random adapters, convert, and look at what came of it."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import gc
 import os
+import re
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +20,12 @@ from megatron_sglang import cli, weights
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import MegatronSglangError
 from megatron_sglang.training import checkpoint
-from megatron_sglang.weights import standalone
+from megatron_sglang.weights import convert as converter
+from megatron_sglang.weights import shard_folder, standalone
+from megatron_sglang.weights.export import hf_shapes
+
+M_MMAP_THRESHOLD = -3
+"""Of malloc.h."""
 
 
 def tokens() -> torch.Tensor:
@@ -63,3 +75,51 @@ def command(argv: list[str]) -> int:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         del os.environ[name]
     return cli.main(argv)
+
+
+def dies(doing: str, at: str, **arguments: Any) -> None:
+    """`export_merged`; killed before it can do that to a file called `at`: "open" (in Python), "os.rename"."""
+
+    def kill(event: str, found: tuple[Any, ...]) -> None:
+        if event == doing and str(found[0]).endswith(f"/{at}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill)
+    weights.export_merged(**arguments)
+
+
+def growths(
+    hf: str, load: str, output: str, layout: dict[str, int], shard_bytes: int, bucket_bytes: int
+) -> tuple[int, int]:
+    """By how many bytes this process grows beyond the model while merged weights, and then adapters, are written."""
+    stored = standalone.find_checkpoint(Path(load), None)
+    with standalone.adapted_model(Path(hf), stored.lora, stored.dtype, layout, base=True) as model:
+        standalone.load_adapters(model, stored.folder)
+        expected, merged = hf_shapes(hf), 0
+        for name in ("warm", "merged"):  # the first one loads code
+            new = Path(output, name)
+            with converter._of_leader(model, lambda new=new: shard_folder.continued(new, {}, shard_bytes)) as folder:
+                work = functools.partial(converter.write_merged, model, expected, stored.dtype, folder, bucket_bytes)
+                merged = growth(work)
+            del folder, work
+        with converter._new_folder(model, Path(output, "adapter")) as path:
+            adapter = growth(lambda: converter.write_adapter(model, stored, path, base=hf))
+    return merged, adapter
+
+
+def growth(work: Callable[[], object]) -> int:
+    """The highest resident size of this process during `work`, less that before, in bytes."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)  # a tensor that is freed leaves this process at once
+    libc.malloc_trim(0)  # memory that was freed before, but kept, would hide what `work` takes
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the highest size so far, to the present one
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def status(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    assert found is not None
+    return int(found[1]) * 1024

@@ -243,6 +243,28 @@ def test_what_cannot_be_converted_is_refused_on_all_ranks(run_ranks, saved, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "shallow"]
 
 
+def test_adapters_without_a_name_in_the_hugging_face_model_are_refused(run_ranks, tmp_path):
+    """Bridge's GLM4-MoE knows experts as TE groups them, and not those of a CPU: it says so in a log, and an adapter
+    without experts would be written. On all ranks, or the others would wait."""
+    import transformers
+
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    experts = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1}
+    groups = {"first_k_dense_replace": 1, "topk_group": 1, "n_group": 1}
+    config = transformers.Glm4MoeConfig(**shape, **heads, **experts, **groups)
+    glm, checkpoint = str(tmp_path / "glm"), str(tmp_path / "checkpoint")
+    transformers.Glm4MoeForCausalLM(config).save_pretrained(glm)
+    calls = [
+        ("import_adapter", {"hf_model": glm, "save": checkpoint, "sizes": EP2}),
+        ("export_adapter", {"hf_model": glm, "load": checkpoint, "output": str(tmp_path / "new"), "sizes": EP2}),
+    ]
+    for _, refused in run_ranks(2, "cases_convert.convert", calls=calls):
+        assert "are nothing in the Hugging Face model, " in refused
+        assert "layers.0.mlp.experts.local_experts.0.linear_fc1.to_wrap.weight first: Megatron-Bridge" in refused
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_command_works_without_torchrun(run_ranks, exported, tmp_path):
     """`megatron-sglang convert` on one machine, by itself, both ways."""
     back, output = str(tmp_path / "checkpoint"), str(tmp_path / "out")
