@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cpu_e2e")]
 
 from megatron_sglang.engine.options import EngineOptions, server_args  # noqa: E402
+from megatron_sglang.engine.trace_offline import as_on_gpu  # noqa: E402
 from megatron_sglang.layout import RankLayout, fold, problems  # noqa: E402
 
 TIMEOUT_S = 400.0
@@ -43,9 +44,6 @@ CASES = [
     *(("30B", tp, ep, "meta", "bfloat16") for tp, ep in ((1, 1), (2, 1), (2, 2), (4, 1))),
 ]
 """(model, tp, ep, how, engine dtype)."""
-
-CPU_BRANCHES = ("linear", "parameter", "vocab_parallel_embedding", "moe.fused_moe_triton.layer")
-"""Modules of sglang.srt.layers whose loaders ask `_is_cpu`."""
 
 
 def shapes_30b() -> dict[str, tuple[int, ...]]:
@@ -199,13 +197,6 @@ def meta_model(runner: Any) -> Any:
 
     with loader.set_default_torch_dtype(runner.model_config.dtype), torch.device("meta"):
         return loader._initialize_model(runner.model_config, LoadConfig(load_format="dummy"), None)
-
-
-def as_on_gpu(gpu: bool) -> None:
-    import importlib
-
-    for name in CPU_BRANCHES:
-        importlib.import_module(f"sglang.srt.layers.{name}")._is_cpu = not gpu
 
 
 def hook(model: Any, folder: Path, order: dict[str, Any]) -> None:

@@ -16,6 +16,12 @@ Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Na
 """How its arguments are declared, and how it runs (the exit status; None is 0)."""
 
 
+def _bench() -> Command:
+    from megatron_sglang.bench import sync
+
+    return sync.add_arguments, sync.run
+
+
 def _convert() -> Command:
     from megatron_sglang.weights import convert
 
@@ -26,6 +32,12 @@ def _doctor() -> Command:
     from megatron_sglang import doctor
 
     return lambda _parser: None, lambda _args: doctor.run()
+
+
+def _plan() -> Command:
+    from megatron_sglang.plan import command
+
+    return command.add_arguments, command.run
 
 
 def _report() -> Command:
@@ -41,8 +53,10 @@ def _report() -> Command:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
+    "bench": ("measure weight updates, path against path", _bench),
     "convert": ("write a checkpoint's merged weights or adapters as a Hugging Face folder", _convert),
     "doctor": ("say what of this machine and environment will not work, and what to do", _doctor),
+    "plan": ("say what a weight update will move, its extra memory and its time; needs no GPU and no weights", _plan),
     "report": ("write report.html for a run folder", _report),
 }
 

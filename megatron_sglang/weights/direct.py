@@ -44,12 +44,11 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """This rank's part of one bucket. Sizes are in elements, by rank; `copies` fill the send buffer."""
+    """This rank's part of one bucket. Sizes are in elements, by rank."""
 
-    units: tuple[int, ...]
-    """Numbers of the units to be merged, in an order that is the same on all ranks of a TP group."""
-    copies: tuple[tuple[int, Copy], ...]
-    """(unit, copy) with offsets in the unit's merged weights."""
+    units: dict[int, list[Copy]]
+    """Number of a unit to be merged -> copies from its merged weights into the send buffer; in an order that all ranks
+    of a TP group share."""
     send_sizes: list[int]
     receive_sizes: list[int]
 
@@ -90,11 +89,16 @@ class DirectSender:
         counted: set[int] = set()
         kept: dict[int, torch.Tensor] = {}
         for index, part in enumerate(self._parts):
-            kept = {number: kept[number] for number in part.units if number in kept}  # the others make room first
-            kept |= {number: self._merge(number, counted) for number in part.units if number not in kept}
+            later = self._parts[index + 1].units if index + 1 < len(self._parts) else {}
+            for number, copies in part.units.items():
+                weights = kept.pop(number) if number in kept else self._merge(number, counted)
+                for copy in copies:
+                    copy.of_flat(send).copy_(copy.of(weights))
+                if number in later:
+                    kept[number] = weights
             if index >= SLOTS:
                 free(index - SLOTS)
-            yield self._exchange(index, kept, send, slots[index % SLOTS])
+            yield self._exchange(index, send, slots[index % SLOTS])
 
     def fidelity(self) -> MergeFidelity:
         """See `interfaces.Weights`."""
@@ -112,13 +116,14 @@ class DirectSender:
     def _part(self, bucket: Sequence[Piece]) -> _Part:
         where = {name: (number, at) for number, unit in enumerate(self._units) for at, name in enumerate(unit.names)}
         mine = transfer.outgoing(bucket, self.rank)
-        rectangles, of_unit = [], {}
+        rectangles = []
         for piece in mine:
             number, at = where[piece.here.tensor]
             offset = piece.here.offset + at * self._units[number].bases[0].numel()
-            key = str(number)
-            of_unit[key] = number
-            rectangles.append(transfer.rectangle(piece, replace(piece.here, tensor=key, offset=offset)))
+            rectangles.append(transfer.rectangle(piece, replace(piece.here, tensor=str(number), offset=offset)))
+        copies: defaultdict[int, list[Copy]] = defaultdict(list)
+        for copy in fold(rectangles):
+            copies[int(copy.tensor)].append(copy)
         send_sizes, receive_sizes = Counter[int](), Counter[int]()
         for piece in mine:
             send_sizes[piece.target] += piece.size
@@ -127,10 +132,10 @@ class DirectSender:
         # The factors of a dense layer are gathered over TP: all who hold it take part, whoever sends.
         touched = {where[piece.here.tensor][0] for piece in bucket if piece.here.tensor in where}
         joint = {number for number in touched if self._units[number].is_collective}
+        ordered = sorted(copies.keys() | joint, key=lambda number: self._units[number].names)
         ranks = range(self.world_size)
         return _Part(
-            units=tuple(sorted({*of_unit.values(), *joint}, key=lambda number: self._units[number].names)),
-            copies=tuple((of_unit[copy.tensor], copy) for copy in fold(rectangles)),
+            units={number: copies[number] for number in ordered},
             send_sizes=[send_sizes[rank] for rank in ranks],
             receive_sizes=[receive_sizes[rank] for rank in ranks],
         )
@@ -141,13 +146,9 @@ class DirectSender:
         counted.add(number)
         return merged(self._units[number], self.dtype, stats, self._shares[number]).contiguous().view(-1)
 
-    def _exchange(
-        self, index: int, weights: dict[int, torch.Tensor], send: torch.Tensor, memory: torch.Tensor
-    ) -> Delivery:
+    def _exchange(self, index: int, send: torch.Tensor, memory: torch.Tensor) -> Delivery:
         part = self._parts[index]
         outgoing, incoming = send[: sum(part.send_sizes)], memory[: sum(part.receive_sizes)]
-        for number, copy in part.copies:
-            copy.of_flat(outgoing).copy_(copy.of(weights[number]))
         dist.all_to_all_single(incoming, outgoing, part.receive_sizes, part.send_sizes)
         digests = torch.stack([digest_of(segment) for segment in outgoing.split(part.send_sizes)])
         received_digests = torch.empty_like(digests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,9 @@ from engine_tools import Publisher, Weights, engine_options
 from safetensors.torch import load_file
 from tiny_models import make_model
 
+from megatron_sglang import cli
 from megatron_sglang.engine import create_engine
+from megatron_sglang.engine.trace_offline import trace_ranks
 from megatron_sglang.errors import EngineError, EngineStaleError, WeightSyncError
 from megatron_sglang.layout import RankLayout, fold, problems
 from megatron_sglang.types import GenerateRequest, SamplingParams
@@ -46,6 +49,32 @@ def test_layout_leaves_a_serving_engine_alone(engine: HttpEngine, publish: Publi
         heads = {write.source for write in layout.writes if write.param == "lm_head.weight"}
         assert heads == {"model.embed_tokens.weight"}
     assert publish(weights) == digest
+
+
+def test_an_engine_that_is_not_there_has_the_same_layout(
+    engine: HttpEngine, weights: Weights, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`megatron-sglang plan` asks SGLang's code without an engine; what a real one says is the truth."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    live = ask(engine, weights)
+    offline = trace_ranks(engine_options(tiny_model), shapes)
+    assert [(layout.rank, layout.params, set(layout.writes)) for layout in offline] == [
+        (layout.rank, layout.params, set(layout.writes)) for layout in live
+    ]
+    arguments = ["--nproc", "2", "--expert-model-parallel-size", "2", "--dtype", "float32", "--json"]
+    assert cli.main(["plan", str(tiny_model), *arguments]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    taken = {layout.rank: 4 * sum(write.elements for write in layout.writes if write.source) for layout in live}
+    for rank, size in taken.items():
+        assert sum(pair["bytes"] for pair in plan["pairs"] if pair["engine_rank"] == rank) == size
+    assert plan["bytes"] == sum(taken.values())
+
+
+def test_an_engine_that_cannot_be_is_an_error(weights: Weights, tiny_model: Path) -> None:
+    """With SGLang's own reason, not a traceback of a child process."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    with pytest.raises(EngineError, match=r"engine TP 3, EP 1: .* 512 is not divisible by 3"):
+        trace_ranks(engine_options(tiny_model, tp_size=3), shapes)
 
 
 def test_self_test_on_a_real_engine(engine: HttpEngine, publish: Publisher, weights: Weights) -> None:
@@ -105,6 +134,10 @@ def test_other_architectures(model: str, ranks: tuple[int, int], tmp_path: Path)
         layouts = ask(engine, weights)
         assert problems(layouts, weights) == []
         assert all(report["control"] for report in engine.self_test(weights))
+    if model == "glm4_moe":  # the other one has its heads padded for CPUs in a live engine
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        offline = trace_ranks(engine_options(folder, tp_size=tp_size, ep_size=ep_size), shapes)
+        assert [set(layout.writes) for layout in offline] == [set(layout.writes) for layout in layouts]
     used = [{write.source for write in layout.writes} for layout in layouts]
     if model == "glm4_moe":
         experts = {name for name in weights if ".experts." in name}

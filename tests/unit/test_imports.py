@@ -25,14 +25,15 @@ ROOMS = {
 LAYERS = [
     "errors types copies digest_kernel",
     "digests",
-    "config buckets layout",
-    "config_check interfaces metrics trackers advantages prompts comm placement",
+    "config buckets layout placement",
+    "config_check interfaces metrics trackers advantages prompts comm",
     "config_argv losses trace rewards rollout transfer",
     "config_docs batching report cpu sync",
     "config_load cycle doctor engine weights",
     "dry_run plan",
     "training",
     "weights/standalone",
+    "bench",
     "cli",
 ]
 """Each part (module or folder) imports from lines above its own only. So `weights` and `engine` never meet."""

@@ -1,0 +1,164 @@
+"""The command: arguments in, figures out. The engine's layout comes from SGLang's own code in a child process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_sglang import layout, transfer
+from megatron_sglang.config import SyncConfig
+from megatron_sglang.engine.options import EngineOptions
+from megatron_sglang.engine.trace_offline import trace_ranks
+from megatron_sglang.errors import ConfigError, WeightSyncError
+from megatron_sglang.placement import Placement
+from megatron_sglang.plan import shapes as model_shapes
+from megatron_sglang.plan.cost import H200, figures
+from megatron_sglang.plan.trainer import Trainer
+from megatron_sglang.plan.update import Update, update_of
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+WIDEST_MATRIX = 16
+"""Ranks up to which the bytes of each pair are printed; --json always has them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Megatron's names for the trainer's sizes."""
+    add = parser.add_argument
+    add("hf_folder", type=Path, help="model in Hugging Face format; config.json is enough")
+    add("--nproc", type=_positive, default=1, help="trainer ranks")
+    for name in ("tensor-model", "pipeline-model", "expert-model", "context"):
+        add(f"--{name}-parallel-size", type=_positive, default=1, help="as Megatron's")
+    add("--engine-tp", type=_positive, help="ranks of the engine; default: all trainer ranks")
+    add("--engine-ep", type=_positive, default=1, help="expert parallelism inside the engine")
+    add("--dtype", choices=sorted(ITEMSIZE), default="bfloat16", help="of the engine's parameters")
+    add("--bucket-bytes", type=_positive, default=SyncConfig().bucket_bytes, help="as sync.bucket_bytes")
+    add("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    placement = Placement(
+        world_size=args.nproc,
+        tp=args.tensor_model_parallel_size,
+        cp=args.context_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        ep=args.expert_model_parallel_size,
+    )
+    engine_tp = args.engine_tp or args.nproc
+    if engine_tp > args.nproc:
+        raise ConfigError(
+            f"--engine-tp={engine_tp} is more than --nproc={args.nproc}, and each engine rank needs a trainer rank "
+            "beside it; lower it"
+        )
+    if args.bucket_bytes < ITEMSIZE[args.dtype]:
+        raise ConfigError(f"--bucket-bytes={args.bucket_bytes} holds no element of {args.dtype}; give megabytes")
+    options = EngineOptions(
+        str(args.hf_folder), tp_size=engine_tp, ep_size=args.engine_ep, dtype=args.dtype, device="cpu"
+    )
+    shapes = model_shapes.hub_shapes(args.hf_folder)
+    shards = Trainer(shapes, model_shapes.heads(args.hf_folder), placement).shards()
+    print(f"{len(shapes):,} tensors; asking SGLang for the layout of {engine_tp} engine ranks", file=sys.stderr)
+    slots = engine_slots(options, shapes)
+    began = time.perf_counter()
+    update = update_of(shards, slots, args.nproc, ITEMSIZE[args.dtype], args.bucket_bytes)
+    print(f"planned in {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    print(json.dumps(as_json(placement, update), indent=1) if args.json else "\n".join(as_text(placement, update)))
+
+
+def engine_slots(options: EngineOptions, shapes: model_shapes.Shapes) -> list[transfer.Region]:
+    """What every engine rank takes. Raises `WeightSyncError` where the direct path would not apply."""
+    layouts = trace_ranks(options, shapes)
+    if reasons := layout.problems(layouts, shapes):
+        raise WeightSyncError(f"the generic path would be used, which this plan is not for: {'; '.join(reasons[:3])}")
+    return [slot for found in layouts for slot in transfer.slots_of(found, shapes)]
+
+
+def as_json(placement: Placement, update: Update) -> dict[str, Any]:
+    """Bytes and seconds."""
+    ranks = range(placement.world_size)
+    return {
+        "ranks": [asdict(placement.of(rank)) for rank in ranks],
+        "engine_ranks": update.engine_ranks,
+        "tensors": update.tensors,
+        "pieces": update.pieces,
+        "bytes": update.total,
+        "bytes_on_device": update.stays,
+        "bytes_between_devices": update.total - update.stays,
+        "pairs": [
+            {"trainer_rank": source, "engine_rank": target, "bytes": size}
+            for (source, target), size in sorted(update.pairs.items())
+        ],
+        "buckets": update.buckets,
+        "largest_bucket_bytes": update.largest,
+        "largest_bucket_bytes_of_a_rank": update.largest_of_rank,
+        "peak_extra_bytes": [asdict(memory) | {"total": memory.total} for memory in update.memory],
+        "seconds": asdict(update.seconds) | {"total": update.seconds.total},
+        "host": H200.name,
+        "figures": {name: asdict(figure) for name, figure in figures().items()},
+    }
+
+
+def as_text(placement: Placement, update: Update) -> Iterator[str]:
+    """Lines for people."""
+    yield from ("# ranks of the trainer", placement.table(), "")
+    yield "# bytes from trainer rank (row) to engine rank (column), in MB"
+    yield from _matrix(placement.world_size, update)
+    total = update.total or 1
+    yield f"{update.tensors:,} tensors, {_mb(update.total)} MB in {update.pieces:,} rectangles"
+    yield f"stays on its device: {_mb(update.stays)} MB ({update.stays / total:.0%})"
+    yield f"must cross: {_mb(update.total - update.stays)} MB, at most {_mb(_busiest(update))} MB out of one rank"
+    yield from ("", "# buckets")
+    yield (
+        f"{update.buckets} buckets; the largest has {_mb(update.largest)} MB, "
+        f"at most {_mb(update.largest_of_rank)} MB for one engine rank"
+    )
+    rank = max(range(placement.world_size), key=lambda rank: update.memory[rank].total)
+    memory = update.memory[rank]
+    yield from ("", "# peak extra memory")
+    yield (
+        f"rank {rank}: {_mb(memory.total)} MB = send buffer {_mb(memory.send)} + two receive buffers "
+        f"{_mb(memory.receive)} + merged weights {_mb(memory.merged)} + fp32 temporaries of a merge "
+        f"{_mb(memory.temporaries)}"
+    )
+    yield from ("", f"# predicted seconds of one update on {H200.name}")
+    for name, figure in figures().items():
+        seconds, rate = getattr(update.seconds, name), _rate(name, figure.value)
+        yield f"{name:9}  {seconds:6.3f}  {rate:>9}  {figure.kind}"
+    yield f"{'total':9}  {update.seconds.total:6.3f}"
+    yield "merge to digest are of the slowest rank; what each figure was taken from: --json, docs/plan.md"
+
+
+def _matrix(ranks: int, update: Update) -> Iterator[str]:
+    if ranks > WIDEST_MATRIX:
+        yield f"{ranks} ranks: see --json"
+        return
+    rows: list[Sequence[str]] = [["", *map(str, range(update.engine_ranks))]]
+    for source in range(ranks):
+        sizes = (update.pairs.get((source, target), 0) for target in range(update.engine_ranks))
+        rows.append([str(source), *(_mb(size) for size in sizes)])
+    width = max(len(text) for row in rows for text in row)
+    yield from ("  ".join(text.rjust(width) for text in row) for row in rows)
+
+
+def _busiest(update: Update) -> int:
+    return max(load.sent + load.sent_far for load in update.loads)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f}"
+
+
+def _rate(name: str, value: float) -> str:
+    return f"{value * 1e3:.1f} ms" if name in ("hand_over", "fixed") else f"{value / 1e9:.0f} GB/s"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value

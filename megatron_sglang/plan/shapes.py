@@ -1,0 +1,80 @@
+"""Names and shapes of a model's Hugging Face tensors, from config.json alone."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from megatron_sglang.errors import DataError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def hub_shapes(folder: Path) -> Shapes:
+    """HF name -> shape of every tensor of the model in `folder`, as on the hub.
+
+    Built on meta by transformers, whose own table for saving turns its parameters into the hub's tensors (it keeps the
+    experts of a layer in one, the hub has three for each). A tied head is not among them. Where safetensors files are
+    there, their headers must say the same. Raises `DataError` for a folder that cannot be read or does not agree.
+    """
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder} has no config.json; give a folder in Hugging Face format (weights are not needed)")
+    built = _built(folder)
+    if stored := _stored(folder):
+        odd = sorted(name for name in built.keys() | stored.keys() if built.get(name) != stored.get(name))
+        if odd:
+            raise DataError(
+                f"{folder}: {len(odd)} tensors of its safetensors files are not those of its config.json, first "
+                f"{odd[0]}: {stored.get(odd[0], 'absent')} in the files, {built.get(odd[0], 'absent')} by config.json; "
+                "fetch the folder again, or remove the weights to plan from config.json"
+            )
+    return built
+
+
+def heads(folder: Path) -> tuple[int, int]:
+    """Attention heads and key-value heads of the model, from config.json."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        config = config.get("text_config", config)
+        query = int(config["num_attention_heads"])
+        return query, int(config.get("num_key_value_heads") or query)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{folder}/config.json: num_attention_heads cannot be read ({type(error).__name__}: {error}); "
+            "expected a transformer's config.json"
+        ) from error
+
+
+def _built(folder: Path) -> Shapes:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise DataError(
+            f"transformers cannot build the model of {folder}: {type(error).__name__}: {error}; expected a causal "
+            "language model that it knows (code from a checkpoint is never run)"
+        ) from error
+    first: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first.setdefault(id(tensor), (name, tensor))
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, dict(first.values())).items()}
+
+
+def _stored(folder: Path) -> Shapes:
+    """From the headers of the safetensors files (8 bytes of length, then JSON); empty without files."""
+    found: Shapes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(*struct.unpack("<Q", file.read(8))))
+        except (ValueError, OSError, struct.error, OverflowError, MemoryError) as error:
+            raise DataError(f"{path} has no readable safetensors header ({error}); fetch the file again") from error
+        found |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return found

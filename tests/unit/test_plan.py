@@ -1,0 +1,171 @@
+"""`megatron-sglang plan`: names and shapes from config.json, the trainer's half, bytes, memory, seconds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megatron_sglang.errors import ConfigError, DataError, WeightSyncError
+from megatron_sglang.placement import Placement
+from megatron_sglang.plan import command, shapes
+from megatron_sglang.plan.cost import EXPERT_BYTES, H200, HAND_OVERS, RANKS, Load, predict
+from megatron_sglang.plan.trainer import Trainer
+from megatron_sglang.plan.update import MERGE_TEMPORARIES, Update, loads_of, update_of
+from megatron_sglang.transfer import Box, Place, Region
+
+TINY = Path(__file__).parents[2] / "examples/tiny_fim/model"
+
+Q30: dict[str, object] = {
+    **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "head_dim": 128},
+    **{"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4},
+    **{"moe_intermediate_size": 768, "intermediate_size": 6144, "num_experts": 128, "num_experts_per_tok": 8},
+}
+"""Of Qwen3-30B-A3B's config.json."""
+
+
+def folder_of(config: dict[str, object], folder: Path) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_names_and_shapes_need_no_weights(tmp_path: Path) -> None:
+    """transformers keeps a layer's experts in one parameter; the hub's 18,432 names are what both sides speak."""
+    found = shapes.hub_shapes(folder_of(Q30, tmp_path))
+    assert len(found) == 18867
+    assert found["model.layers.47.mlp.experts.127.down_proj.weight"] == (2048, 768)
+    assert found["lm_head.weight"] == (151936, 2048)
+    assert shapes.heads(tmp_path) == (32, 4)
+
+
+def test_shapes_are_checked_against_the_weights_that_are_there(tmp_path: Path) -> None:
+    """A config.json of another model would give a plan for nothing."""
+    stored = {name: tuple(tensor.shape) for name, tensor in load_file(TINY / "model.safetensors").items()}
+    assert shapes.hub_shapes(TINY) == stored
+    shutil.copy(TINY / "config.json", tmp_path)
+    weights = load_file(TINY / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(
+        DataError, match=r"1 tensors of its safetensors files .* model.norm.weight: absent in the files"
+    ):
+        shapes.hub_shapes(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 9)
+    with pytest.raises(DataError, match="no readable safetensors header"):
+        shapes.hub_shapes(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "no_such_model"}])
+def test_a_folder_that_is_no_model_is_a_data_error(config: dict[str, object], tmp_path: Path) -> None:
+    """Not a traceback of transformers."""
+    with pytest.raises(DataError, match="has no config"):
+        shapes.hub_shapes(tmp_path)
+    with pytest.raises(DataError, match="transformers cannot build"):
+        shapes.hub_shapes(folder_of(config, tmp_path))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2}, {"ep": 8}, {"pp": 2}, {"tp": 2, "ep": 4, "pp": 2, "cp": 1}])
+def test_every_element_is_held_somewhere(sizes: dict[str, int]) -> None:
+    """Equal to a real Megatron model: tests/dist/test_layouts.py. Here: ranks it has no processes for."""
+    placement, found = Placement(world_size=8, **sizes), shapes.hub_shapes(TINY)
+    shards = Trainer(found, shapes.heads(TINY), placement).shards()
+    for name, shape in found.items():
+        boxes = {shard.box for shard in shards if shard.name == name}
+        rows, cols = shape if len(shape) == 2 else (shape[0], 1)
+        assert sum(box.size for box in boxes) == rows * cols
+        assert all(a == b or a.meet(b) is None for a in boxes for b in boxes)
+    for shard in shards:
+        assert (
+            ".experts." not in shard.name
+            or int(shard.name.split(".")[5]) * placement.ep // 8 == shard.rank % placement.ep
+        )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"tp": 4}, "tensor-model-parallel-size=4 does not divide the 2 key-value heads"),
+        ({"pp": 8}, "pipeline-model-parallel-size=8 does not divide the 4 layers"),
+        ({"ep": 16}, "expert-model-parallel-size=16 does not divide the 8 experts"),
+    ],
+)
+def test_sizes_that_megatron_refuses(sizes: dict[str, int], reason: str) -> None:
+    """A plan for a run that cannot start."""
+    with pytest.raises(ConfigError, match=reason):
+        Trainer(shapes.hub_shapes(TINY), shapes.heads(TINY), Placement(world_size=16, **sizes))
+
+
+def test_an_unknown_tensor_is_an_error() -> None:
+    """Left out, its bytes would be missing from every figure."""
+    with pytest.raises(WeightSyncError, match=r"kv_a_proj_with_mqa.* no tensor whose split"):
+        Trainer({"model.layers.0.self_attn.kv_a_proj_with_mqa.weight": (8, 8)}, (4, 4), Placement(world_size=1))
+
+
+UP = "model.layers.0.mlp.experts.{}.up_proj.weight"
+
+
+def small_update(bucket_bytes: int) -> Update:
+    """Two experts of 4 x 2 on two ranks, each cut in two for two engine ranks; a norm of 6 on all."""
+    placement = Placement(world_size=2, ep=2)
+    found = {UP.format(0): (4, 2), UP.format(1): (4, 2), "model.norm.weight": (6,)}
+    found |= {"model.layers.0.mlp.gate.weight": (2, 2)}
+    slots = [
+        Region(rank, UP.format(expert), Box(2 * rank, 0, 2, 2), Place(f"w{expert}", 0, 2, 1))
+        for rank in (0, 1)
+        for expert in (0, 1)
+    ]
+    slots += [Region(rank, "model.norm.weight", Box(0, 0, 6, 1), Place("n", 0, 1, 1)) for rank in (0, 1)]
+    return update_of(Trainer(found, (1, 1), placement).shards(), slots, 2, 2, bucket_bytes)
+
+
+def test_bytes_buckets_and_memory_add_up() -> None:
+    """By hand: each rank keeps half an expert and the norm, sends half an expert, and merges a whole one."""
+    update = small_update(16)
+    assert update.pairs == {(0, 0): 20, (0, 1): 8, (1, 0): 8, (1, 1): 20}
+    assert (update.total, update.stays, update.buckets) == (56, 40, 2)
+    assert (update.largest, update.largest_of_rank) == (32, 16)
+    assert update.loads == [Load(merged=28, sent=8, sent_far=0, received=28, digested=28 + 2 * 28)] * 2
+    memory = update.memory[0]
+    assert (memory.send, memory.receive, memory.merged) == (16, 2 * 16, 16)
+    assert memory.temporaries == MERGE_TEMPORARIES * 8 * 4
+    assert memory.total == 64 + memory.temporaries
+
+
+def test_the_plan_depends_on_nothing_but_its_inputs() -> None:
+    assert asdict(small_update(16)) == asdict(small_update(16))
+
+
+def test_bytes_between_machines_count_on_the_network() -> None:
+    near, far = loads_of({(0, 1): 5, (0, 2): 7, (0, 0): 9}, {0: 21}, ranks=3, gpus=2)[0], 7
+    assert (near.sent, near.sent_far, near.received) == (5, far, 9)
+
+
+def test_seconds_are_those_of_the_slowest_rank() -> None:
+    """And the model gives back what it was calibrated with: the prototype, which had no digests and no messages."""
+    share = EXPERT_BYTES // RANKS
+    load = Load(merged=share, sent=share * 7 // 8, sent_far=0, received=share, digested=0)
+    idle = Load(0, 0, 0, 0, 0)
+    seconds = predict([idle, load, idle], HAND_OVERS)
+    assert seconds.merge + seconds.link == pytest.approx(0.072, rel=1e-3)
+    assert seconds.total - seconds.fixed == pytest.approx(0.201, rel=1e-3)
+    assert predict([load], 12).total < predict([load], 13).total
+    assert H200.merge.value > 100e9
+
+
+def test_arguments_that_cannot_work() -> None:
+    """Refused before SGLang is imported for half a minute."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(ConfigError, match="engine-tp=2 is more than --nproc=1"):
+        command.run(parser.parse_args([str(TINY), "--engine-tp", "2"]))
+    with pytest.raises(ConfigError, match="do not divide"):
+        command.run(parser.parse_args([str(TINY), "--nproc", "3", "--tensor-model-parallel-size", "2"]))
+    with pytest.raises(ConfigError, match="bucket-bytes=1 holds no element"):
+        command.run(parser.parse_args([str(TINY), "--bucket-bytes", "1"]))
+    with pytest.raises(SystemExit):
+        parser.parse_args([str(TINY), "--nproc", "0"])
