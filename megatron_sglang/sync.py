@@ -179,6 +179,22 @@ def publish(comm: Comm, engine: Engine | None, path: Path, version: int) -> Sync
     return SyncReport(version, sent.tensors, sent.buckets, sent.bytes, seconds, path.fidelity(), digest)
 
 
+WITNESS_GAP = {torch.float32: 0.05, torch.bfloat16: 0.5}
+"""Largest believable mean |trainer's logprob - engine's logprob| of tokens just sampled. Measured: 2e-7 (fp32 on a CPU)
+and 1e-4 (fp32 with TF32 products). It tells another function, not last step's weights, which is the digests' task."""
+
+
+def require_agreement(gap: float, dtype: torch.dtype) -> None:
+    """The witness that a version was delivered and means the same to both: tokens that the engine has just sampled are
+    the probe. `WeightSyncError` if their logprobs (gap: mean difference) do not follow the trainer's."""
+    if gap > WITNESS_GAP[dtype]:
+        raise WeightSyncError(
+            f"the engine's logprobs of its own tokens differ from the trainer's by {gap:.3g} on average, expected at "
+            f"most {WITNESS_GAP[dtype]:g} in {dtype}: it does not compute what the trainer does, though every weight "
+            "was delivered; compare both models' config.json, and run one batch with sync.path=generic"
+        )
+
+
 def plan_for(
     comm: Comm,
     engine: DirectEngine | None,

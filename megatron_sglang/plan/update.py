@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from megatron_sglang.transfer import Piece, Region
 
 DIGESTS_SENT, DIGESTS_RECEIVED = 1, 2
 """How often a byte is digested: where it is packed; on arrival, and when it is read back from the parameters."""
+
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+\.")
+"""What tells the experts of a layer apart; grouped, they are one unit."""
 
 RECEIVE_BUFFERS = 2
 """The engine reads one while the next bucket comes into the other (`weights/direct.py`)."""
@@ -173,7 +177,7 @@ def _units(bucket: Iterable[Piece], sizes: Mapping[tuple[int, str], int]) -> dic
     for piece in bucket:
         name = piece.here.tensor
         if (piece.source, name) in sizes:
-            units.setdefault((piece.source, name.rstrip("0123456789")), set()).add(name)
+            units.setdefault((piece.source, _EXPERT.sub("", name)), set()).add(name)
     return units
 
 

@@ -96,6 +96,8 @@ def architecture_flags(provider: Any) -> list[str]:
         "position-embedding-type": provider.position_embedding_type,
         "vocab-size": provider.vocab_size - 1,  # NullTokenizer adds one
         "make-vocab-size-divisible-by": 1,
+        # Also of a dense model: Megatron checks it, and its default refuses the lengths that pipeline stages exchange.
+        "moe-token-dispatcher-type": "alltoall",
     }
     switches = ["--disable-bias-linear"]
     if provider.num_query_groups and provider.num_query_groups != provider.num_attention_heads:
@@ -105,7 +107,6 @@ def architecture_flags(provider: Any) -> list[str]:
         flags["num-experts"] = provider.num_moe_experts
         flags["moe-router-topk"] = provider.moe_router_topk
         flags["moe-ffn-hidden-size"] = provider.moe_ffn_hidden_size
-        flags["moe-token-dispatcher-type"] = "alltoall"
     if provider.gated_linear_unit:
         switches.append("--swiglu")
     if not provider.share_embeddings_and_output_weights:

@@ -80,6 +80,11 @@ class ModelRecipe:
                     f"the weights in {self.config.model.hf_path} do not fit its config.json: "
                     f"{type(error).__name__}: {error}"
                 ) from error
+            except AttributeError as error:  # Bridge asks a mapping that it lacks for its module
+                raise DataError(
+                    f"Megatron-Bridge does not know some parameters of {self.config.model.hf_path} as they are built "
+                    f"here ({error}); choose another model, or a GPU for GLM4-MoE, whose experts it knows only grouped"
+                ) from error
         model = lora.apply(model, self.config.lora, self.config.seed)
         checkpoint.only_adapters(model)
         return model

@@ -27,6 +27,7 @@ from megatron_sglang.batching import MicroBatch
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cycle import Cycle
 from megatron_sglang.errors import SetupError
+from megatron_sglang.sync import require_agreement
 from megatron_sglang.training import checkpoint, logprobs, lora
 from megatron_sglang.training.guard import FiniteGuard
 from megatron_sglang.training.step import PolicyStep
@@ -181,6 +182,8 @@ class Plugin:
         parts = self.step.take_metrics() if mpu.get_tensor_model_parallel_rank() == 0 else []
         rows = cycle.comm.gather([metrics.to_rows(part) for part in parts])
         merged = metrics.merge(metrics.from_rows(row) for rank in rows for row in rank)
+        if (gap := merged.get("train/logprob_gap_mean")) is not None and self.config.rollout.engine != "fake":
+            require_agreement(gap.value(), getattr(torch, self.config.model.dtype))
         cycle.add(merged | ({} if grad_norm is None else {"train/grad_norm": metrics.Mean(grad_norm)}))
 
     def _save_state(self, iteration: int) -> None:

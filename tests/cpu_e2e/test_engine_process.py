@@ -11,14 +11,18 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import torch
 from engine_tools import Publisher, Weights, engine_options
 
-from megatron_sglang.engine import create_engine
-from megatron_sglang.errors import EngineStartError
+from megatron_sglang.digests import digest
+from megatron_sglang.engine import create_engine, line
+from megatron_sglang.errors import EngineStaleError, EngineStartError, WeightSyncError
+from megatron_sglang.sync import receipt_of
+from megatron_sglang.transfer import Box, Place, Region, cut, make_plan, slots_of
 from megatron_sglang.types import GenerateRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -72,6 +76,46 @@ def test_killed_trainer_leaves_nothing(
     assert not alive
     socket.create_server(("127.0.0.1", port)).close()
     assert not Path(mailbox).parent.exists()
+
+
+def test_an_engine_rank_that_dies_amid_a_stream_ends_the_update(tiny_model: Path, weights: Weights) -> None:
+    """Its trainer rank must not wait for it until the deadline, nor the others for that one; the log says who died."""
+    with create_engine(engine_options(tiny_model, log_path="")) as engine:
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        whole = [Region(0, name, Box(0, 0, *matrix(shape)), Place(name, 0, 1, 1)) for name, shape in shapes.items()]
+        layouts = engine.layout(shapes)
+        pieces = make_plan(whole, [slot for layout in layouts for slot in slots_of(layout, shapes)])
+        plan = cut(pieces, 200_000)
+        engine.install_plan([receipt_of(layout, plan) for layout in layouts])
+        engine.begin_update(1)
+        call = engine.open_stream(1)
+        with line.Line(call, 0), line.Line(call, 1) as second:
+            engine.start_stream(call)
+            data = torch.zeros(sum(piece.size for piece in plan[0] if piece.target == 1))
+            header = {"index": 0, "lengths": [len(data)], "digests": [digest(data)], "dtype": "float32"}
+            second.send(header, 0, data, data)
+            second.wait(0)
+            server = psutil.Process(engine.server.pid)
+            [victim] = [p for p in server.children(recursive=True) if "scheduler_TP1" in "".join(p.cmdline())]
+            victim.kill()
+            began = time.monotonic()
+            with pytest.raises(WeightSyncError, match=r"after 1 deliveries, engine rank 1: the other side"):
+                send_and_wait(second, {**header, "index": 1}, data)
+        with pytest.raises(WeightSyncError, match="stream"):
+            engine.end_stream(gave_up=True)
+        assert time.monotonic() - began < 60
+        with pytest.raises(EngineStaleError):
+            engine.generate([GenerateRequest(PROMPT, SamplingParams(max_new_tokens=2, seed=3))])
+
+
+def send_and_wait(end: line.Line, header: dict[str, Any], data: torch.Tensor) -> None:
+    """Whether the death is noticed by the first or the second is a matter of time."""
+    end.send(header, 1, data, data)
+    end.wait(1)
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 1)
 
 
 def test_engine_that_dies_at_start_shows_its_log(tmp_path: Path) -> None:

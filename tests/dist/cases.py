@@ -92,7 +92,9 @@ def samples(count: int, vocabulary: int) -> list[TrainSample]:
     return made
 
 
-def train(hf: str, layout: dict[str, Any], loss: str = "gspo", iterations: int = 3) -> list[list[float]]:
+def train(
+    hf: str, layout: dict[str, Any], loss: str = "gspo", iterations: int = 3, on_policy: bool = False
+) -> list[list[float]]:
     """[loss, grad norm] of each train step on fixed samples, on every rank (loss: NaN except on the last stage)."""
     recipe, model, optimizer, scheduler = set_up(hf, layout)
     randomize(model, 0.05)
@@ -107,7 +109,8 @@ def train(hf: str, layout: dict[str, Any], loss: str = "gspo", iterations: int =
     )
     batches = [batching.collate(part, 8) for part in by_step[0]]
     # The sampler's logprobs stand in for old ones, so that ratios, clips and gradients differ from sample to sample.
-    batches = [batch.with_logprobs(old=batch.rollout_logprobs) for batch in batches]
+    if not on_policy:
+        batches = [batch.with_logprobs(old=batch.rollout_logprobs) for batch in batches]
     config = training.get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = training.finalize_model_grads

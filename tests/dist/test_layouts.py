@@ -56,6 +56,20 @@ def test_loss_and_grad_norm_equal_world1(run_ranks, reference, name):
         assert math.isclose(norm, expected_norm, rel_tol=1e-5), (last_stage, reference)
 
 
+def test_a_dense_model_trains_over_pipeline_stages(run_ranks, tmp_path):
+    """Megatron asks also of models without experts how tokens are dispatched, and its default refuses our lengths."""
+    from tiny_models import make_model
+
+    hf = str(make_model("qwen3", tmp_path))
+    layout = {"pipeline-model-parallel-size": 2}
+    expected = run_ranks(1, "train", hf=hf, layout={}, on_policy=True)[0]
+    found = run_ranks(2, "train", hf=hf, layout=layout, on_policy=True)[-1]
+    assert all(norm > 1e-3 for _, norm in expected), expected
+    for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
+        assert math.isclose(loss, expected_loss, rel_tol=1e-5, abs_tol=1e-6)
+        assert math.isclose(norm, expected_norm, rel_tol=1e-5)
+
+
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_merged_export_equals_the_lora_model(run_ranks, name):
     """Bridge's own merge is off by 8 under EP with SequentialMLP; ours must be exact, and the adapters must matter."""
@@ -116,7 +130,7 @@ def test_the_plan_command_knows_other_models(run_ranks, model, name, tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 500, 1 << 20])
 def test_grouped_experts_are_merged_in_one_go(run_ranks, chunk):
-    """As GPUs do it: all experts of a layer together, in temporaries of bounded size; and what the cast to bf16 lost."""
+    """As GPUs do it: all experts of a layer together, in temporaries of bounded size, and what the cast lost."""
     found = run_ranks(1, "grouped_merge", experts=5, chunk=chunk)[0]
     assert found["equal"]
     for name in ("norm", "loss"):

@@ -1,0 +1,37 @@
+"""`megatron-sglang bench sync` on four trainer ranks: the paths agree, and bytes and calls are those of the plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.cpu_e2e
+
+
+def test_direct_beats_generic_at_equal_result(tmp_path: Path) -> None:
+    """The command itself refuses other bits or other bytes than planned; here it must also be worth having."""
+    binaries, output = Path(sys.executable).parent, tmp_path / "sync.json"
+    command = [str(binaries / "torchrun"), "--standalone", "--nproc-per-node", "4"]
+    command += [str(binaries / "megatron-sglang"), "bench", "sync", "--hf-model", "examples/tiny_fim/model"]
+    command += ["--expert-model-parallel-size", "4", "--engine-tp", "2", "--dtype", "float32", "--lora-rank", "8"]
+    command += ["--bucket-bytes", "1000000", "--syncs", "5", "--output", str(output)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(output.read_text())
+    assert found["ranks"] == 4
+    assert found["planned_bytes"] == found["paths"]["direct"]["bytes"] == 4_500_480
+    assert found["paths"]["direct"]["buckets"] == 3
+    assert found["generic_over_direct"] > 1.2, found["paths"]
+    before, after = found["held_first_and_last"]
+    assert after["trainer_descriptors"] <= before["trainer_descriptors"]
+    assert after["engine_descriptors"] <= before["engine_descriptors"]
