@@ -125,12 +125,14 @@ class AlgoConfig:
     """Divide a group's advantages by its rewards' standard deviation."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What is subtracted from a reward: its group's mean, or the mean of the group's others."""
-    kl_coef: float = 0.0
-    """Weight of the KL divergence from the base model in the loss; 0: not in it."""
+    kl_coef: float | None = 0.0
+    """Weight of the KL divergence from the base model in the loss; 0: only reported; null: not computed, which saves a
+    forward pass per batch."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that divergence from sampled tokens."""
-    track_kl: bool = True
-    """Report the divergence from the base model even where it is not in the loss; costs a forward pass per batch."""
+    old_logprobs: Literal["adapters", "merged"] = "adapters"
+    """Whose logprobs importance ratios start from: those of the model as it trains, or of its weights merged in
+    model.dtype, which is what the engine serves; merged costs a forward pass per batch."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus in the loss; 0: none."""
     tis: Literal["off", "token", "sequence", "masked"] = "off"
@@ -148,7 +150,7 @@ class EngineConfig:
     """The SGLang engine as this package sees it; SGLang's own options are under `sglang`."""
 
     tp_size: int | None = None
-    """Ranks of one engine (its tensor parallelism); null: all trainer ranks of the node."""
+    """Ranks of one engine (its tensor parallelism): N trainer ranks of the node get N / tp_size engines; null: one."""
     ep_size: int = 1
     """Expert parallelism inside an engine; divides tp_size."""
     mem_fraction: float = 0.3

@@ -14,6 +14,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
+from megatron_sglang import placement
 from megatron_sglang.config import RunConfig
 from megatron_sglang.errors import ConfigError
 
@@ -51,7 +52,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("reward.workers reward.timeout_s reward.memory_mb sync.bucket_bytes engine.ep_size", lambda v: v > 0, "above 0"),
     ("engine.start_timeout_s engine.request_timeout_s engine.update_timeout_s", lambda v: v > 0, "above 0"),
-    ("rollout.eval_interval rollout.eval_samples algo.kl_coef algo.entropy_coef seed", lambda v: v >= 0, "0 or above"),
+    ("rollout.eval_interval rollout.eval_samples algo.entropy_coef seed", lambda v: v >= 0, "0 or above"),
+    ("algo.kl_coef", lambda v: v is None or v >= 0, "0 or above, or null"),
     ("algo.clip_low", lambda v: v is None or 0 < v <= 1, "in (0, 1], or null for the default of algo.loss"),
     ("algo.clip_high", lambda v: v is None or v > 0, "above 0, or null for the default of algo.loss"),
     ("engine.mem_fraction", lambda v: 0 < v < 1, "in (0, 1), a share of the device's memory"),
@@ -206,12 +208,7 @@ def _check_batches(config: RunConfig) -> None:
 
 def _check_engine(config: RunConfig, ranks: int) -> None:
     tp_size = config.engine.tp_size or ranks
-    divisors = [str(size) for size in range(1, ranks + 1) if ranks % size == 0]
-    if ranks % tp_size:
-        raise ConfigError(
-            f"engine.tp_size={tp_size} does not divide the {ranks} trainer ranks of this node; "
-            f"set --rollout-num-gpus-per-engine to {' or '.join(divisors)}"
-        )
+    placement.engines(ranks, tp_size)
     if tp_size % config.engine.ep_size:
         raise ConfigError(
             f"engine.ep_size={config.engine.ep_size} does not divide engine.tp_size={tp_size}; set it to a divisor"

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from megatron_sglang import buckets, config_load
 from megatron_sglang.config import RunConfig
-from megatron_sglang.placement import Placement
+from megatron_sglang.placement import Placement, engines
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -27,8 +27,18 @@ def describe(config: RunConfig) -> str:
         pp=size("pipeline-model"),
         ep=size("expert-model"),
     )
-    parts = ["# configuration", config_load.dump(config), "# ranks", placement.table(), "", "# weight update"]
-    return "\n".join([*parts, bucket_plan(config)])
+    parts = ["# configuration", config_load.dump(config), "# ranks", placement.table(), "", "# engines"]
+    return "\n".join([*parts, engine_table(config), "", "# weight update", bucket_plan(config)])
+
+
+def engine_table(config: RunConfig) -> str:
+    """One line for each engine: the trainer ranks beside it."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    found = engines(local, config.engine.tp_size or local)
+    lines = (
+        f"engine {number}: beside trainer ranks {', '.join(map(str, ranks))}" for number, ranks in enumerate(found)
+    )
+    return "\n".join(lines)
 
 
 def bucket_plan(config: RunConfig) -> str:

@@ -109,7 +109,7 @@ class LossOptions:
             clip_high=algo.clip_high,
             aggregation="sequence_mean" if algo.aggregation == "auto" else algo.aggregation,
             longest_response=longest_response,
-            kl_coef=algo.kl_coef,
+            kl_coef=algo.kl_coef or 0.0,
             kl_estimator=algo.kl_estimator,
             entropy_coef=algo.entropy_coef,
             tis=algo.tis,

@@ -1,4 +1,4 @@
-"""Which rank is what: Megatron's order of parallel dimensions. Pure arithmetic.
+"""Which rank is what: Megatron's order of parallel dimensions, and the engines beside them. Pure arithmetic.
 
 Megatron numbers ranks tp first, then cp, dp, pp. Expert layers cut the same ranks of a pipeline stage anew: expert
 tensor parallelism (1 here) first, then ep, then expert data parallelism.
@@ -69,3 +69,14 @@ class Placement:
         names = [field.name for field in fields(RankPlace)]
         rows = [names, *([str(value) for value in astuple(self.of(rank))] for rank in range(self.world_size))]
         return "\n".join("  ".join(map(str.rjust, row, map(len, names))) for row in rows)
+
+
+def engines(ranks: int, tp_size: int) -> list[range]:
+    """By engine, the trainer ranks that it sits beside: runs of `tp_size` out of the `ranks` of the leader's node."""
+    if ranks % tp_size:
+        divisors = [str(size) for size in range(1, ranks + 1) if ranks % size == 0]
+        raise ConfigError(
+            f"engine.tp_size={tp_size} does not divide the {ranks} trainer ranks of this node; "
+            f"set --rollout-num-gpus-per-engine to {' or '.join(divisors)}"
+        )
+    return [range(first, first + tp_size) for first in range(0, ranks, tp_size)]

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from megatron_sglang.engine.options import EngineOptions
 
 if TYPE_CHECKING:
+    from megatron_sglang.engine.group import EngineGroup
     from megatron_sglang.engine.http_engine import HttpEngine
 
-__all__ = ["EngineOptions", "create_engine"]
+__all__ = ["EngineOptions", "create_engine", "create_engines"]
 
 
 def create_engine(options: EngineOptions) -> HttpEngine:
@@ -26,3 +27,10 @@ def create_engine(options: EngineOptions) -> HttpEngine:
     from megatron_sglang.engine.http_engine import HttpEngine
 
     return HttpEngine(options)
+
+
+def create_engines(options: EngineOptions, count: int) -> HttpEngine | EngineGroup:
+    """`count` engines of `options`, next to each other on the devices, as one; a single one is `create_engine`'s."""
+    from megatron_sglang.engine.group import EngineGroup, spread
+
+    return create_engine(options) if count == 1 else EngineGroup(spread(options, count))

@@ -47,7 +47,8 @@ class HttpEngine:
         self.version: int | None = None
         """Published weight version, None before the first."""
         self._http: Http | None = None
-        self._stale = "no weights were published yet"
+        self.stale = "no weights were published yet"
+        """Why it must not serve; empty while it may."""
         self._updating: int | None = None
         self._released: set[str] = set()
         self._message_ids = itertools.count()
@@ -94,8 +95,8 @@ class HttpEngine:
         Besides `stop_token_ids`, the model's own eos tokens stop a completion. Logprobs are those of the
         temperature-scaled distribution before top_p and top_k. An update elsewhere ends requests with "abort".
         """
-        if self._stale:
-            raise EngineStaleError(f"engine must not serve: {self._stale}; publish a weight version first")
+        if self.stale:
+            raise EngineStaleError(f"engine must not serve: {self.stale}; publish a weight version first")
         if not requests:
             return []
         body = {
@@ -117,7 +118,7 @@ class HttpEngine:
 
     def begin_update(self, version: int) -> None:
         """Abort running requests, empty the caches and open `version` on every engine rank; stale from here on."""
-        self._stale = f"an update to version {version} is under way"
+        self.stale = f"an update to version {version} is under way"
         self._updating = None
         with self._failing_as(what := f"weight version {version}, begin"):
             self._quiesce()
@@ -154,8 +155,8 @@ class HttpEngine:
     def end_stream(self, *, gave_up: bool) -> None:
         """Direct path: the engine ranks' verdict. gave_up: the trainer has cut the lines, and need not be told so."""
         stream, self._stream = self._stream, None
-        known = wire.LineCutError if gave_up else ()
-        with self._failing_as("stream"), contextlib.suppress(known):
+        known = (wire.LineCutError,) if gave_up else ()
+        with self._failing_as("stream"), contextlib.suppress(*known):
             if stream is not None:
                 stream.result(self.options.update_timeout_s)
 
@@ -171,11 +172,11 @@ class HttpEngine:
     def fail_update(self, reason: str) -> None:
         """Give up the open update: the engine stays paused and stale until another one succeeds."""
         self._updating = None
-        self._stale = f"the last update failed: {reason}"
+        self.stale = f"the last update failed: {reason}"
 
     def release(self) -> None:
         """Give back the memory of weights and KV cache (a no-op for bytes on a CPU); stale until the next update."""
-        self._stale = "its memory is released"
+        self.stale = "its memory is released"
         self._updating = None
         self._quiesce()
         tags = [tag for tag in _MEMORY_TAGS if tag not in self._released]
@@ -245,7 +246,7 @@ class HttpEngine:
         body = {"new_version": str(version), "abort_all_requests": False}
         self._connected.post("/update_weight_version", body, timeout)
         self._connected.post("/continue_generation", {}, timeout)
-        self.version, self._updating, self._stale = version, None, ""
+        self.version, self._updating, self.stale = version, None, ""
 
     def _message(
         self,

@@ -93,15 +93,24 @@ class End:
 # ---- the trainer's end ----
 
 
-class Line:
-    """From this trainer rank to the engine rank of the same number, for one weight version.
+def open_line(call: Mapping[str, Any], rank: int) -> Line:
+    """The line of trainer rank `rank`; of several engines (`group.py`) to the engine that sits there."""
+    if "engines" not in call:
+        return Line(call, rank)
+    engine, within = divmod(rank, call["ranks_each"])
+    return Line(call["engines"][engine], within)
 
-    call: what the leader's `open_stream` gave to all ranks. Listens at once; the engine rank connects when the leader
+
+class Line:
+    """From a trainer rank to the engine rank beside it, number `rank` of its engine, for one weight version.
+
+    call: what `open_stream` of that engine gave to all ranks. Listens at once; the engine rank connects when the leader
     has started the stream. Raises `WeightSyncError` that names version, delivery and engine rank.
     """
 
     def __init__(self, call: Mapping[str, Any], rank: int) -> None:
         self._version, self._rank, self._timeout_s = call["version"], rank, call["timeout_s"]
+        self._engine = call.get("engine", "")
         signs = ended_name(call["id"]), reply_name(call["id"], rank)
         self._signs = [Path(call["folder"], name) for name in signs]
         self._end: End | None = None
@@ -184,7 +193,8 @@ class Line:
             # A rank that refuses a delivery says why before it hangs up.
             reason = self._last_words() or str(error)
             raise WeightSyncError(
-                f"weight version {self._version}, stream after {index} deliveries, engine rank {self._rank}: {reason}"
+                f"{self._engine}weight version {self._version}, stream after {index} deliveries, "
+                f"engine rank {self._rank}: {reason}"
             ) from error
 
     def _last_words(self) -> str:
@@ -209,7 +219,11 @@ def receive(
     slots: dict[int, torch.Tensor] = {}
     connection = socket.socket(socket.AF_UNIX)
     with connection, _short_path(call["folder"], socket_name(call["id"], call["rank"])) as path:
-        connection.connect(path)
+        try:
+            connection.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            # It listened before the stream was started, and has left since: another rank failed.
+            raise CutError("the trainer hung up before this rank came") from error
         end = End(connection, call["timeout_s"], lambda: False)
         taken, room = 0, _Room()
         try:
@@ -290,7 +304,8 @@ def open_handle(handle: Mapping[str, Any], device: torch.device) -> torch.Tensor
 
     if (mine := str(torch.cuda.get_device_properties(device).uuid)) != handle["device"]:
         raise ValueError(f"the trainer's memory is on GPU {handle['device']}, this engine rank on {mine}")
-    rest = {name: base64.b64decode(handle[name]) if name in _BYTES else handle[name] for name in _FIELDS}
+    rest = [base64.b64decode(handle[name]) if name in _BYTES else handle[name] for name in _FIELDS]
     size = torch.Size([handle["size"]])
     storage, dtype, index = torch.storage.TypedStorage, torch.uint8, torch.device(device).index
-    return rebuild_cuda_tensor(torch.Tensor, size, (1,), handle["offset"], storage, dtype, index, **rest)
+    # By position: SGLang puts a function without names in its place (utils/patch_torch.py:81).
+    return rebuild_cuda_tensor(torch.Tensor, size, (1,), handle["offset"], storage, dtype, index, *rest)

@@ -44,8 +44,8 @@ OWNED = {
     "skip_server_warmup": "nothing: there are no weights to warm up with before the first sync",
     "trust_remote_code": "nothing: code from a checkpoint is never run",
     "pp_size": "tp_size: SGLang takes weights from tensors without pipeline stages only",
-    "dp_size": "several engines: one engine is one replica",
-    "nnodes": "several engines: one engine lives on one node",
+    "dp_size": "tp_size: where it is smaller than the trainer's ranks there are several engines, each one replica",
+    "nnodes": "nothing: an engine lives on one node",
     "tokenizer_worker_num": "nothing: API keys work with one tokenizer process only",
 }
 """ServerArgs fields that `extra` must not set, each with what to use instead."""

@@ -155,8 +155,12 @@ class Server:
     def close(self) -> None:
         """End every process, wait until they are gone and the port is free, remove the folder. Idempotent."""
         process, self._process = self._process, None
-        if process is None:
-            return
+        if process is not None:
+            self._end(process)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _end(self, process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
         try:
@@ -169,8 +173,6 @@ class Server:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
         self._wait_port_free()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _wait_port_free(self) -> None:
         deadline = time.monotonic() + CLOSE_TIMEOUT_S

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_sglang.engine.line import Line
+from megatron_sglang.engine.line import open_line
 from megatron_sglang.interfaces import Comm, DirectEngine
 from megatron_sglang.sync import DirectPath, GenericPath, plan_for
 from megatron_sglang.weights import shards
@@ -18,10 +18,10 @@ from megatron_sglang.weights.export import MergedWeights
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Makes paths for one model and one engine. Every rank makes the same calls.
+    """Makes paths for one model and its engine, or its group of engines. Every rank makes the same calls.
 
     shapes: HF name -> shape of every tensor; None: unknown, so that only the generic path can be had, unchecked.
-    engine: on the leader only. engine_ranks: of the engine.
+    engine: on the leader only. engine_ranks: of all engines together.
     """
 
     comm: Comm
@@ -49,4 +49,4 @@ class Paths:
             self.bucket_bytes // self.dtype.itemsize,
         )
         sender = DirectSender(self.bridge, self.model_chunks, plan, self.dtype)
-        return DirectPath(self.comm, sender, self.engine, self.engine_ranks, Line)
+        return DirectPath(self.comm, sender, self.engine, self.engine_ranks, open_line)

@@ -12,6 +12,7 @@ that waits for the first one's activations.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
@@ -42,17 +43,19 @@ _EXPECTED = {
 
 
 MakeCycle = Callable[[list[Any], int | None], Cycle]
+WithMerged = Callable[[list[Any]], contextlib.AbstractContextManager[None]]
 
 
 class Plugin:
     """One run's rollouts inside Megatron's loop.
 
     make_cycle: called once, when model and process groups exist, with the model chunks and the last rollout batch that
-    the loaded checkpoint has seen (None: a new run); gives the pipeline.
+    the loaded checkpoint has seen (None: a new run); gives the pipeline. with_merged: makes the model one with merged
+    weights for a while.
     """
 
-    def __init__(self, config: RunConfig, step: PolicyStep, make_cycle: MakeCycle) -> None:
-        self.config, self.step, self.make_cycle = config, step, make_cycle
+    def __init__(self, config: RunConfig, step: PolicyStep, make_cycle: MakeCycle, with_merged: WithMerged) -> None:
+        self.config, self.step, self.make_cycle, self.with_merged = config, step, make_cycle, with_merged
         self.cycle: Cycle | None = None
         self.model: list[Any] = []
         self.guard: FiniteGuard | None = None
@@ -163,14 +166,16 @@ class Plugin:
             return self._with_logprobs(batches)
 
     def _with_logprobs(self, by_step: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
-        """Old logprobs where several train steps use the batch (with one, they are the policy's own), reference ones
-        where the KL is wanted. Only the last pipeline stage holds them, and only there the loss is computed."""
+        """Old logprobs where several train steps use the batch (with one, they are the policy's own) or those of the
+        merged weights are wanted, reference ones where the KL is. Only the last pipeline stage holds them, and only
+        there the loss is computed."""
         flat = [batch for step in by_step for batch in step]
-        temperature = self.config.rollout.temperature
-        if len(by_step) > 1:
-            old = logprobs.score(self.model, flat, temperature)
+        temperature, merged = self.config.rollout.temperature, self.config.algo.old_logprobs == "merged"
+        if len(by_step) > 1 or merged:
+            with self.with_merged(self.model) if merged else contextlib.nullcontext():
+                old = logprobs.score(self.model, flat, temperature)
             flat = [batch.with_logprobs(old=old[i]) if old else batch for i, batch in enumerate(flat)]
-        if self.config.algo.kl_coef or self.config.algo.track_kl:
+        if self.config.algo.kl_coef is not None:
             with lora.disabled(self.model):
                 ref = logprobs.score(self.model, flat, temperature)
             flat = [batch.with_logprobs(ref=ref[i]) if ref else batch for i, batch in enumerate(flat)]

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sglang import rewards, rollout
+from megatron_sglang import placement, rewards, rollout
 from megatron_sglang.comm import Board, TorchComm
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.cycle import Cycle, Leader
-from megatron_sglang.engine import EngineOptions, create_engine
+from megatron_sglang.engine import EngineOptions, create_engines
 from megatron_sglang.errors import DataError
 from megatron_sglang.prompts import source
 from megatron_sglang.report import write_report
@@ -58,10 +58,10 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
     from megatron_sglang.training.paths import Paths
     from megatron_sglang.training.plugin import Plugin
     from megatron_sglang.training.step import PolicyStep
-    from megatron_sglang.weights.export import hf_shapes
+    from megatron_sglang.weights.merge import in_place
 
     recipe = ModelRecipe(config)
-    shapes = None if config.model.random_weights else hf_shapes(config.model.hf_path)
+    shapes = _shapes(config)
 
     def make_cycle(model_chunks: list[Any], resume_after: int | None) -> Cycle:
         comm = TorchComm()
@@ -75,13 +75,14 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
             bucket_bytes=config.sync.bucket_bytes,
             shapes=shapes,
             engine=leader.engine if leader is not None else None,
-            engine_ranks=config.engine.tp_size or 1,
+            engine_ranks=engines_of(config)[-1].stop,
         )
         wanted = config.sync.path == "auto" and shapes is not None
         return Cycle(comm, paths.generic(), leader, config.algo, config.seed, paths.direct if wanted else None)
 
     options = LossOptions.of(config.algo, config.rollout.max_new_tokens)
-    plugin = Plugin(config, PolicyStep(config.algo.loss, options, config.rollout.temperature), make_cycle)
+    step = PolicyStep(config.algo.loss, options, config.rollout.temperature)
+    plugin = Plugin(config, step, make_cycle, lambda chunks: in_place(recipe.bridge, chunks))
     plugin.register()
     board.meet()
     with checkpoint.reading(recipe.args.load):
@@ -94,6 +95,18 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
         )
     plugin.finish()
     torch.distributed.destroy_process_group()  # after an error it might wait for ranks that are gone
+
+
+def _shapes(config: RunConfig) -> dict[str, tuple[int, ...]] | None:
+    """Of all tensors that the engine must get; None for random weights of a model that transformers does not know."""
+    from megatron_sglang.plan.shapes import hub_shapes
+    from megatron_sglang.weights.export import hf_shapes
+
+    if not config.model.random_weights:
+        return hf_shapes(config.model.hf_path)
+    with contextlib.suppress(DataError):
+        return hub_shapes(Path(config.model.hf_path))
+    return None
 
 
 def _no_dataset(_samples: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
@@ -119,7 +132,8 @@ class Station:
 
     @staticmethod
     def open(config: RunConfig, cleanup: contextlib.ExitStack, show: Callable[[str], None]) -> Station:
-        engine = create_engine(engine_options(config))
+        count = len(engines_of(config))
+        engine = create_engines(engine_options(config), count)
         cleanup.callback(engine.close)
         engine.start()
         tokenizer = source.load_tokenizer(config.model.hf_path)
@@ -137,9 +151,10 @@ class Station:
             lean_project=config.reward.lean_project or None,
         )
         cleanup.callback(reward.close)
+        engines = "engine" if count == 1 else f"{count} engines"
         show(
             f"{config.model.hf_path}: {len(train)} training and {len(held_out)} held-out problems, "
-            f"engine {config.rollout.engine} tp={config.engine.tp_size}, rewards in sandbox: {reward.tier}"
+            f"{engines} {config.rollout.engine} tp={config.engine.tp_size}, rewards in sandbox: {reward.tier}"
         )
         sampling = SamplingParams(
             temperature=config.rollout.temperature,
@@ -192,8 +207,13 @@ def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]
     return loaded.prompts
 
 
+def engines_of(config: RunConfig) -> list[range]:
+    """By engine, the trainer ranks beside it; `config.engine.tp_size` is resolved."""
+    return placement.engines(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), config.engine.tp_size or 1)
+
+
 def engine_options(config: RunConfig) -> EngineOptions:
-    """How the engine is started for `config`, whose engine.tp_size is resolved."""
+    """How the first engine is started for `config`; `create_engines` derives the others."""
     return EngineOptions(
         model_path=config.model.hf_path,
         kind=config.rollout.engine,

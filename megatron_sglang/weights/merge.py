@@ -151,6 +151,28 @@ def merged(unit: Unit, dtype: torch.dtype, stats: MergeStats | None, shares: Seq
 
 
 @contextlib.contextmanager
+def in_place(bridge: Any, model_chunks: list[torch.nn.Module]) -> Iterator[None]:
+    """The model with its adapters merged into its weights, in the weights' own dtype: what the engine serves. Adapters
+    are off meanwhile; afterwards the untouched base is back. Takes the memory of the adapted weights. Collective."""
+    units = [unit for unit in units_of(bridge, model_chunks) if unit.wrapper is not None]
+    before = [(base, base.data) for unit in units for base in unit.bases]
+    wrappers: Any = {id(unit.wrapper): unit.wrapper for unit in units}
+    try:
+        with torch.no_grad():
+            for unit in units:
+                for base, whole in zip(unit.bases, merged(unit, unit.bases[0].dtype, None, ()), strict=True):
+                    base.data = whole
+        for wrapper in wrappers.values():
+            wrapper.disable_adapter_layers()
+        yield
+    finally:
+        for base, data in before:
+            base.data = data
+        for wrapper in wrappers.values():
+            wrapper.enable_adapter_layers()
+
+
+@contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
     """No TF32: factors in fp32 would lose 13 of their 23 bits (in bf16 it would not matter)."""
     before = torch.get_float32_matmul_precision()

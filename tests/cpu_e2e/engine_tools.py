@@ -1,10 +1,11 @@
-"""What the tests of the real engine share: options for a small one, buckets, and publishing as the trainer does."""
+"""What the tests of engines share: options for a small one and a fake one, buckets, publishing as the trainer does."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import httpx
 import torch
 
 from megatron_sglang.buckets import Bucket, pack
@@ -63,3 +64,22 @@ def engine_options(model: Path, **changes: object) -> EngineOptions:
         "update_timeout_s": 60.0,
     }
     return EngineOptions(str(model), **(common | changes))  # pyright: ignore[reportArgumentType]
+
+
+def fake_options(**changes: object) -> EngineOptions:
+    """A fake engine with short deadlines."""
+    common: dict[str, object] = {
+        "kind": "fake",
+        "tp_size": 2,
+        "start_timeout_s": 20.0,
+        "request_timeout_s": 10.0,
+        "update_timeout_s": 10.0,
+    }
+    return EngineOptions("unused", **(common | changes))  # pyright: ignore[reportArgumentType]
+
+
+def script(engine: HttpEngine, *faults: dict[str, Any]) -> None:
+    """Replace the faults of a running fake engine."""
+    headers = {"Authorization": f"Bearer {engine.server.admin_key}"}
+    url = f"http://127.0.0.1:{engine.server.port}/script"
+    httpx.post(url, json={"faults": faults}, headers=headers, trust_env=False).raise_for_status()

@@ -18,9 +18,11 @@ import httpx
 import psutil
 import pytest
 import torch
+from engine_tools import fake_options as options
+from engine_tools import script
 
 from megatron_sglang.buckets import pack
-from megatron_sglang.engine import EngineOptions, create_engine
+from megatron_sglang.engine import create_engine
 from megatron_sglang.engine.http_engine import HttpEngine
 from megatron_sglang.errors import (
     EngineDiedError,
@@ -35,17 +37,6 @@ from megatron_sglang.types import GenerateRequest, SamplingParams
 pytestmark = pytest.mark.timeout(60)
 WEIGHTS = [("a", torch.arange(12.0).view(3, 4)), ("b", torch.arange(5))]
 REQUEST = GenerateRequest((1, 2, 3), SamplingParams(max_new_tokens=8, seed=7))
-
-
-def options(**changes: Any) -> EngineOptions:
-    common = {
-        "kind": "fake",
-        "tp_size": 2,
-        "start_timeout_s": 20.0,
-        "request_timeout_s": 10.0,
-        "update_timeout_s": 10.0,
-    }
-    return EngineOptions("unused", **(common | changes))
 
 
 def publish(engine: HttpEngine, version: int, weights: list[tuple[str, torch.Tensor]] = WEIGHTS) -> str:
@@ -68,12 +59,6 @@ def engine(shared: HttpEngine) -> HttpEngine:
     script(shared)
     publish(shared, (shared.version or 0) + 1)
     return shared
-
-
-def script(engine: HttpEngine, *faults: dict[str, Any]) -> None:
-    headers = {"Authorization": f"Bearer {engine.server.admin_key}"}
-    url = f"http://127.0.0.1:{engine.server.port}/script"
-    httpx.post(url, json={"faults": faults}, headers=headers, trust_env=False).raise_for_status()
 
 
 def test_generation_is_a_function_of_request_and_weights(engine: HttpEngine) -> None:

@@ -323,3 +323,29 @@ def grouped_merge(experts: int, chunk: int) -> dict[str, Any]:
         "changed": fidelity.changed,
         "layers": {str(layer): list(numbers) for layer, numbers in fidelity.layers.items()},
     }
+
+
+def merged_in_place(hf: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """Logits by adapters, by weights merged for a while, and by adapters again; are base and adapters as before?"""
+    from megatron_sglang.weights.merge import in_place
+
+    recipe, model, _, _ = set_up(hf, layout)
+    randomize(model, 0.2)
+    tokens = torch.tensor([[5, 40, 300, 77, 12, 9, 200, 31]])
+    before = {name: parameter.detach().clone() for name, parameter in model[0].named_parameters()}
+    by_adapters = logits(model, tokens)
+    with in_place(recipe.bridge, model):
+        merged = logits(model, tokens)
+        moved = sum(not torch.equal(before[name], parameter) for name, parameter in model[0].named_parameters())
+    again = logits(model, tokens)
+    restored = all(torch.equal(before[name], parameter) for name, parameter in model[0].named_parameters())
+    if by_adapters is None or merged is None or again is None:
+        return {"moved": moved, "restored": restored}
+    with lora.disabled(model):
+        base = logits(model, tokens)
+    return {
+        "moved": moved,
+        "restored": restored and torch.equal(by_adapters, again),
+        "difference": float((by_adapters - merged).abs().max()),
+        "learned": float((by_adapters - base).abs().max()) if base is not None else 0.0,
+    }

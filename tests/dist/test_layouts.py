@@ -128,6 +128,16 @@ def test_the_plan_command_knows_other_models(run_ranks, model, name, tmp_path):
     assert_planned(run_ranks, str(make_model(model, tmp_path)), *LAYOUTS[name])
 
 
+@pytest.mark.parametrize("name", ["world1", "tp2_sp", "ep2"])
+def test_weights_merged_for_a_while_are_the_model(run_ranks, name):
+    """Old logprobs of what the engine serves (algo.old_logprobs=merged); the pristine base must survive."""
+    ranks, layout = LAYOUTS[name]
+    for found in run_ranks(ranks, "merged_in_place", hf=HF, layout=layout):
+        assert found["moved"] > 10
+        assert found["restored"]
+        assert found["difference"] < 1e-4 < 0.1 < found["learned"], found
+
+
 @pytest.mark.parametrize("chunk", [1, 500, 1 << 20])
 def test_grouped_experts_are_merged_in_one_go(run_ranks, chunk):
     """As GPUs do it: all experts of a layer together, in temporaries of bounded size, and what the cast lost."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import socket
 import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing import reductions
 
 from megatron_sglang.engine import line, wire
 from megatron_sglang.errors import WeightSyncError
@@ -24,16 +29,16 @@ def call(folder: Path, timeout_s: float = 20.0) -> dict[str, Any]:
 class EngineRank(threading.Thread):
     """Takes deliveries of `folder`'s line and keeps them; `refuse` may raise."""
 
-    def __init__(self, folder: Path, refuse: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+    def __init__(self, folder: Path, refuse: Callable[[dict[str, Any]], None] = lambda _: None, rank: int = 0) -> None:
         super().__init__(daemon=True)
-        self.folder, self.refuse = folder, refuse
+        self.folder, self.refuse, self.rank = folder, refuse, rank
         self.taken: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.error: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            line.receive({**call(self.folder), "rank": 0}, CPU, self.take)
+            line.receive({**call(self.folder), "rank": self.rank}, CPU, self.take)
         except Exception as error:  # noqa: BLE001
             self.error = error
 
@@ -72,6 +77,30 @@ def test_deliveries_arrive_whole_and_in_order(folder: Path) -> None:
     assert not list(folder.iterdir()), "the socket must not stay behind"
 
 
+def test_of_several_engines_a_line_goes_to_the_one_beside_it(tmp_path: Path) -> None:
+    """Bytes in another engine's rank would be refused by their digest, in every update."""
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    calls = [{**call(folder), "engine": f"engine {number}: "} for number, folder in enumerate(folders)]
+    grouped = {"version": 3, "ranks_each": 2, "engines": calls}
+
+    def refuse(header: dict[str, Any]) -> None:
+        if header["index"] == 1:
+            raise ValueError("no room")
+
+    for rank in range(4):
+        with line.open_line(grouped, rank) as end:
+            engine = EngineRank(folders[rank // 2], refuse, rank % 2)
+            deliver(end, 0, torch.tensor([float(rank)]))
+            end.wait(0)
+            deliver(end, 1, torch.ones(4))
+            with pytest.raises(WeightSyncError, match=f"^engine {rank // 2}: .*, engine rank {rank % 2}: no room"):
+                end.wait(1)
+            engine.join(10)
+        assert [data.item() for _, data in engine.taken] == [rank]
+
+
 def test_a_refusal_reaches_the_trainer_with_its_reason(folder: Path) -> None:
     def refuse(header: dict[str, Any]) -> None:
         if header["index"] == 1:
@@ -108,6 +137,17 @@ def test_a_trainer_that_hangs_up_is_noticed(folder: Path) -> None:
     assert str(engine.error).startswith("after 1 deliveries: the trainer's line broke")
 
 
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_trainer_that_has_left_already_is_no_fault_of_the_engine(folder: Path, listens: bool) -> None:
+    """A rank that connects late, when another one has failed: its complaint must not bury that one's."""
+    if listens:
+        with socket.socket(socket.AF_UNIX) as left, line._short_path(str(folder), line.socket_name(7, 0)) as path:
+            left.bind(path)
+    engine = EngineRank(folder)
+    engine.join(10)
+    assert isinstance(engine.error, line.CutError)
+
+
 @pytest.mark.parametrize("sign", [line.ended_name(7), wire.reply_name(7, 0)])
 def test_an_engine_that_has_answered_is_not_waited_for(folder: Path, sign: str) -> None:
     """The engine died, or its rank refused the message: files tell trainer ranks, which know nothing of HTTP."""
@@ -134,3 +174,23 @@ def test_a_silent_engine_meets_the_deadline(folder: Path, connects: bool) -> Non
         with pytest.raises(WeightSyncError, match=r"no sign of life .* within 0\.6 s" if connects else "never conn"):
             end.finish() if connects else deliver(end, 0, torch.ones(4))
     gate.set()
+
+
+def test_a_handle_names_what_torch_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA memory travels as torch's own numbers in JSON. Without a GPU: the names are those of torch's function, and
+    what its counterpart gives comes out on the other side, in order, bytes as bytes."""
+    names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
+    assert tuple(names[7:]) == line._FIELDS
+    rest = [b"handle", 4096, 512, False, b"counter", 3, b"event", True]
+    flat = torch.empty(100, dtype=torch.uint8)
+    arguments = (torch.Tensor, flat.size(), flat.stride(), 5, torch.storage.TypedStorage, torch.uint8, 1, *rest)
+    monkeypatch.setattr(reductions, "reduce_tensor", lambda _tensor: (None, arguments))
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda *given: given)
+    properties = types.SimpleNamespace(uuid="GPU-1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    handle = json.loads(json.dumps(line.handle_of(flat)))
+    opened: Any = line.open_handle(handle, torch.device("cuda", 1))
+    assert list(opened) == list(arguments)
+    properties.uuid = "GPU-2"
+    with pytest.raises(ValueError, match="on GPU GPU-1, this engine rank on GPU-2"):
+        line.open_handle(handle, torch.device("cuda", 1))

@@ -1,0 +1,211 @@
+"""Several engines behind one `interfaces.DirectEngine`: each rank group of the trainer has its own.
+
+Engine e has ranks 0 .. T-1 of its own and sits on the trainer ranks e*T .. e*T + T-1; outside of this file engine ranks
+are counted through, as the trainer ranks are. Whatever is asked of the group is asked of all engines at the same time.
+They serve the same weights or none of them serves: one that fails a step of an update makes all of them stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_sglang.buckets import Bucket
+from megatron_sglang.engine import wire
+from megatron_sglang.engine.background import side_by_side
+from megatron_sglang.engine.http_engine import HttpEngine
+from megatron_sglang.engine.options import EngineOptions
+from megatron_sglang.errors import ConfigError, MegatronSglangError, WeightSyncError, from_text
+from megatron_sglang.layout import RankLayout
+from megatron_sglang.types import Completion, GenerateRequest
+
+
+def spread(options: EngineOptions, count: int) -> list[EngineOptions]:
+    """Options of `count` engines like `options`, side by side on the GPUs, each with a log file of its own."""
+    return [_number(options, engine) for engine in range(count)]
+
+
+def _number(options: EngineOptions, engine: int) -> EngineOptions:
+    if engine == 0:
+        return options
+    log_path, extra = options.log_path, dict(options.extra)
+    if log_path is not None:
+        path = Path(log_path)
+        log_path = str(path.with_name(f"{path.stem}{engine}{path.suffix}"))
+    if options.kind == "sglang" and options.resolved_device() == "cuda":
+        step = engine * options.tp_size * extra.get("gpu_id_step", 1)
+        extra["base_gpu_id"] = extra.get("base_gpu_id", 0) + step
+    return dataclasses.replace(options, log_path=log_path, extra=extra)
+
+
+def blocks(requests: Sequence[GenerateRequest], count: int) -> list[Sequence[GenerateRequest]]:
+    """`count` contiguous parts of about equal length. None of them cuts a run of equal prompts, the samples of a group:
+    one engine computes their prompt once."""
+    ends = [n for n in range(1, len(requests)) if requests[n].token_ids_T != requests[n - 1].token_ids_T]
+    at = [0, *ends, len(requests)]
+    cuts = [min(at, key=lambda n: abs(n * count - part * len(requests))) for part in range(count + 1)]
+    return [requests[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+class EngineGroup:
+    """One engine for each of `options`, which have the same sizes. Errors name the engine and are of its class."""
+
+    def __init__(self, options: Sequence[EngineOptions]) -> None:
+        if len(sizes := {(one.tp_size, one.ep_size) for one in options}) != 1:
+            raise ConfigError(
+                f"a group of {len(options)} engines has (tp_size, ep_size) {sorted(sizes)}, expected one pair for "
+                "all; engines that share a trainer must be alike"
+            )
+        self.engines = [HttpEngine(one) for one in options]
+        self._ranks_each = options[0].tp_size
+
+    # ---- life ----
+
+    def start(self) -> None:
+        """Spawn all servers and return; if one cannot be spawned, none is left."""
+        with self._all_or_none():
+            for number, engine in enumerate(self.engines):
+                with self._naming(number):
+                    engine.start()
+
+    def wait_ready(self) -> None:
+        """Block until all answer. If one does not come up, all are closed and the others not waited for."""
+        with self._all_or_none():
+            self._each(lambda _, engine: engine.wait_ready(), until_first_error=True)
+
+    def close(self) -> None:
+        """End every process of all engines, also if that fails for one of them; idempotent, safe at any point."""
+        self._each(lambda _, engine: engine.close())
+
+    def __enter__(self) -> Self:
+        self.start()
+        self.wait_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- generation ----
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """One completion per request, in order. A request carries its own seed, so it does not matter who serves it."""
+        parts = blocks(requests, len(self.engines))
+        answers = self._each(lambda number, engine: engine.generate(parts[number]), until_first_error=True)
+        return [completion for answer in answers for completion in answer]
+
+    # ---- weights ----
+
+    def begin_update(self, version: int) -> None:
+        with self._as_one():
+            self._each(lambda _, engine: engine.begin_update(version))
+
+    def load(self, bucket: Bucket) -> None:
+        with self._as_one():
+            self._each(lambda _, engine: engine.load(bucket))
+
+    def install_plan(self, receipts: Sequence[Mapping[str, Any]]) -> None:
+        """receipts: by engine rank, counted through."""
+        size = self._ranks_each
+        with self._as_one():
+            self._each(lambda number, engine: engine.install_plan(receipts[number * size : (number + 1) * size]))
+
+    def open_stream(self, version: int) -> dict[str, Any]:
+        """What `line.open_line` needs on every trainer rank."""
+        with self._as_one():
+            calls = self._each(lambda _, engine: engine.open_stream(version))
+        named = [{**call, "engine": self._name(number)} for number, call in enumerate(calls)]
+        return {"version": version, "ranks_each": self._ranks_each, "engines": named}
+
+    def start_stream(self, call: Mapping[str, Any]) -> None:
+        with self._as_one():
+            self._each(lambda number, engine: engine.start_stream(call["engines"][number]))
+
+    def end_stream(self, *, gave_up: bool) -> None:
+        with self._as_one():
+            self._each(lambda _, engine: engine.end_stream(gave_up=gave_up))
+
+    def commit_update(self, version: int, buckets: int) -> str:
+        """The digest is that of each engine: they hold the same weights in the same layout."""
+        with self._as_one():
+            digests = self._each(lambda _, engine: engine.commit_update(version, buckets))
+        if len(set(digests)) > 1:
+            found = ", ".join(f"engine {number} {digest}" for number, digest in enumerate(digests))
+            reason = (
+                f"weight version {version}, commit: engines of one trainer hold different weights, by their digests: "
+                f"{found}; expected one digest; publish again, and restart the engines if that does not help"
+            )
+            self.fail_update(reason)
+            raise WeightSyncError(reason)
+        return digests[0]
+
+    def fail_update(self, reason: str) -> None:
+        """See `HttpEngine.fail_update`. An engine that has committed already may not serve either."""
+        for engine in self.engines:
+            engine.fail_update(reason)
+
+    def release(self) -> None:
+        self._each(lambda _, engine: engine.release())
+
+    def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:
+        """By engine rank, counted through."""
+        with self._as_one():
+            found = self._each(lambda _, engine: engine.layout(shapes))
+        layouts = itertools.chain.from_iterable(found)
+        return [dataclasses.replace(layout, rank=rank) for rank, layout in enumerate(layouts)]
+
+    # ---- steps ----
+
+    def _each[T](self, ask: Callable[[int, HttpEngine], T], *, until_first_error: bool = False) -> list[T]:
+        """What each engine gave, asked at the same time with its number; or the first error by engine, those of engines
+        last that only lost their trainer because another one failed."""
+
+        def of(number: int) -> T:
+            with self._naming(number):
+                return ask(number, self.engines[number])
+
+        works = [lambda number=number: of(number) for number in range(len(self.engines))]
+        futures = side_by_side(works, until_first_error=until_first_error)
+        errors = [error for future in futures if future.done() and (error := future.exception())]
+        if errors:
+            raise min(errors, key=_was_cut)
+        return [future.result() for future in futures]
+
+    @contextlib.contextmanager
+    def _as_one(self) -> Iterator[None]:
+        """A step that took one engine out of service takes all; a caller's mistake, which did not, changes nothing."""
+        try:
+            yield
+        except MegatronSglangError as error:
+            if any(engine.stale for engine in self.engines):
+                self.fail_update(str(error))
+            raise
+
+    @contextlib.contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(MegatronSglangError):  # the reason is the first error
+                self.close()
+            raise
+
+    @contextlib.contextmanager
+    def _naming(self, number: int) -> Iterator[None]:
+        try:
+            yield
+        except MegatronSglangError as error:
+            raise from_text(type(error).__name__, f"{self._name(number)}{error}") from error
+
+    def _name(self, number: int) -> str:
+        return f"engine {number}: "
+
+
+def _was_cut(error: BaseException) -> bool:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, wire.LineCutError):
+        cause = cause.__cause__
+    return cause is not None
