@@ -71,6 +71,12 @@ class ModelRecipe:
     ) -> torch.nn.Module:
         """What `pretrain` calls for each model chunk of this rank: base weights, fresh adapters, saved without base."""
         self.provider._pg_collection = pg_collection
+        if self.config.model.random_weights:
+            # On a CPU Megatron draws from torch's default generator, which ranks have used differently since it was
+            # seeded; copies of a weight must be the same on all of them.
+            from megatron.core import parallel_state as mpu
+
+            torch.manual_seed(self.config.seed + 100 * mpu.get_pipeline_model_parallel_rank())
         model = self.provider.provide(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
         if not self.config.model.random_weights:
             try:

@@ -39,11 +39,11 @@ from megatron_sglang.types import TrainSample
 initialize._compile_dependencies = lambda: None
 
 
-def make_config(hf: str, layout: dict[str, Any]) -> RunConfig:
+def make_config(hf: str, layout: dict[str, Any], random_weights: bool = False) -> RunConfig:
     """8 x 2 samples, one train step; `layout` are Megatron flags."""
     sizes = {"micro-batch-size": 2, "lr": 1e-2, "min-lr": 1e-2, "lr-decay-style": "constant", "clip-grad": 1.0}
     config = RunConfig(
-        model=ModelConfig(hf_path=hf, dtype="float32"),
+        model=ModelConfig(hf_path=hf, dtype="float32", random_weights=random_weights),
         data=DataConfig(train="-", max_prompt_tokens=40),
         lora=LoraConfig(rank=8, alpha=16),
         rollout=RolloutConfig(max_new_tokens=24, prompts_per_batch=8, samples_per_prompt=2, batches=10),
@@ -54,10 +54,13 @@ def make_config(hf: str, layout: dict[str, Any]) -> RunConfig:
     return config_check.resolve(config, local_world_size=world)
 
 
-def set_up(hf: str, layout: dict[str, Any]) -> tuple[ModelRecipe, list[Any], Any, Any]:
+def set_up(
+    hf: str, layout: dict[str, Any], random_weights: bool = False
+) -> tuple[ModelRecipe, list[Any], Any, Any]:
     """Megatron's own set-up of model, optimizer and schedule."""
-    recipe = ModelRecipe(make_config(hf, layout))
+    recipe = ModelRecipe(make_config(hf, layout, random_weights))
     training.initialize_megatron()
+    torch.rand(torch.distributed.get_rank())  # as in a run, where the leader has drawn more than the others
     model, optimizer, scheduler = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         model_provider_func=recipe.model_provider,
@@ -349,3 +352,11 @@ def merged_in_place(hf: str, layout: dict[str, Any]) -> dict[str, Any]:
         "difference": float((by_adapters - merged).abs().max()),
         "learned": float((by_adapters - base).abs().max()) if base is not None else 0.0,
     }
+
+
+def drawn_weights(hf: str, layout: dict[str, Any]) -> dict[str, int]:
+    """Digests of the base weights that this rank drew at random."""
+    from megatron_sglang.digests import digest
+
+    _, model, _, _ = set_up(hf, layout, random_weights=True)
+    return {name: digest(weight) for name, weight in model[0].named_parameters() if ".adapter." not in name}

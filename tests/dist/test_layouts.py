@@ -128,6 +128,12 @@ def test_the_plan_command_knows_other_models(run_ranks, model, name, tmp_path):
     assert_planned(run_ranks, str(make_model(model, tmp_path)), *LAYOUTS[name])
 
 
+def test_random_weights_are_the_same_on_all_copies(run_ranks):
+    """Data-parallel ranks that drew different weights train nonsense, and the engine gets one rank's or the other's."""
+    first, second = run_ranks(2, "drawn_weights", hf=HF, layout={})
+    assert first == second
+
+
 @pytest.mark.parametrize("name", ["world1", "tp2_sp", "ep2"])
 def test_weights_merged_for_a_while_are_the_model(run_ranks, name):
     """Old logprobs of what the engine serves (algo.old_logprobs=merged); the pristine base must survive."""
