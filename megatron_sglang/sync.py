@@ -136,10 +136,13 @@ class DirectPath:
         gave_up = True
         try:
             with contextlib.ExitStack() as stack:
-                line = None
+                line, failure = None, None
                 if self.comm.rank < self.engine_ranks:
-                    line = stack.enter_context(self.open_line(call, self.comm.rank))
-                self.comm.agree(None)  # every rank listens before any engine rank connects
+                    try:
+                        line = stack.enter_context(self.open_line(call, self.comm.rank))
+                    except OSError as error:
+                        failure = WeightSyncError(f"version {version}: cannot listen for the engine rank: {error}")
+                self.comm.agree(failure)  # every rank listens before any engine rank connects
                 self.comm.from_leader(lambda: _lead(self.engine).start_stream(call))
                 for _ in agreed(self.comm, self._handed_over(line)):
                     pass

@@ -6,6 +6,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.cpu_e2e
+
 CHECK = """
 import torch
 from megatron_sglang.cpu import exact_matmul
