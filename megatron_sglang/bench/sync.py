@@ -17,7 +17,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ from megatron_sglang.config import LoraConfig, SyncConfig
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.errors import MegatronSglangError
 from megatron_sglang.plan.shapes import hub_shapes
+from megatron_sglang.weights.convert import SIZES
+from megatron_sglang.weights.progress import is_leader
 
 if TYPE_CHECKING:
     from megatron_sglang.interfaces import Comm
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from megatron_sglang.types import SyncReport
     from megatron_sglang.weights.standalone import Model
 
-SIZES = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size")
 PACKAGES = ("torch", "sglang", "megatron-core", "megatron-bridge")
 
 
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     options = EngineOptions(
         model_path=str(args.hf_model), tp_size=args.engine_tp, ep_size=args.engine_ep, dtype=args.dtype
     )
-    leads = os.environ.get("RANK", "0") == "0"
+    leads = is_leader()
     with contextlib.ExitStack() as stack:
         engine = create_engine(options) if leads else None
         if engine is not None:
@@ -86,12 +87,6 @@ def run(args: argparse.Namespace) -> None:
             args.output.write_text(text + "\n")
         print(_table(result), file=sys.stderr)
         print(text)
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    path: str
-    report: SyncReport
 
 
 def _measure(args: argparse.Namespace, model: Model, engine: Any) -> dict[str, Any]:
@@ -116,7 +111,8 @@ def _measure(args: argparse.Namespace, model: Model, engine: Any) -> dict[str, A
     publish(model.comm, engine, generic, 1)
     direct = made.direct()
     paths: list[SyncPath] = [generic, direct] if args.paths == "both" else [direct]
-    samples: list[_Sample] = []
+    pairs = _bytes_by_pair(direct)
+    reports: dict[str, list[SyncReport]] = {path.name: [] for path in paths}
     held: list[dict[str, int]] = []
     for number, version in enumerate(range(2, 2 + args.warm_up + args.syncs)):
         _change_adapters(model.chunks, version)
@@ -126,23 +122,19 @@ def _measure(args: argparse.Namespace, model: Model, engine: Any) -> dict[str, A
                 report = publish(model.comm, engine, path, version)
             digests.add(report.engine_digest)
             if path is direct:
-                _check_traffic(model.comm, direct, traffic)
+                _check_traffic(model.comm, pairs, len(direct.sender.buckets), traffic)
             if number >= args.warm_up:
-                samples.append(_Sample(path.name, report))
+                reports[path.name].append(report)
         if len(digests) != 1:
             raise BenchError(f"version {version}: the paths left different weights, {sorted(digests)}; report this")
         held.append(_holdings(model.comm, engine))
-    pairs = _bytes_by_pair(direct)
+    ranks = range(model.comm.world_size)
     limit = meter.all_to_all_seconds(
-        [[pairs.get((source, target), 0) for target in range(model.comm.world_size)] for source in _ranks(model.comm)],
-        model.chunks[0].parameters().__next__().device,
+        [[pairs.get((source, target), 0) for target in ranks] for source in ranks],
+        next(model.chunks[0].parameters()).device,
         args.syncs,
     )
-    return _result(args, model.comm, samples, held, limit, direct)
-
-
-def _ranks(comm: Comm) -> range:
-    return range(comm.world_size)
+    return _result(args, model.comm, reports, held, limit, pairs)
 
 
 def _bytes_by_pair(direct: DirectPath) -> dict[tuple[int, int], int]:
@@ -150,16 +142,14 @@ def _bytes_by_pair(direct: DirectPath) -> dict[tuple[int, int], int]:
     return transfer.traffic(pieces, direct.sender.dtype.itemsize)
 
 
-def _check_traffic(comm: Comm, direct: DirectPath, traffic: Any) -> None:
-    planned = {
-        target: size for (source, target), size in _bytes_by_pair(direct).items() if source == comm.rank and size
-    }
+def _check_traffic(comm: Comm, pairs: Mapping[tuple[int, int], int], buckets: int, traffic: Any) -> None:
+    planned = {target: size for (source, target), size in pairs.items() if source == comm.rank and size}
     sent = {target: size for target, size in traffic.sent.items() if size}
     error = None
-    if sent != planned or traffic.calls != len(direct.sender.buckets):
+    if sent != planned or traffic.calls != buckets:
         error = BenchError(
             f"rank {comm.rank} sent {sent} bytes by target in {traffic.calls} calls; the plan says {planned} in "
-            f"{len(direct.sender.buckets)}"
+            f"{buckets}"
         )
     comm.agree(error)
 
@@ -203,16 +193,14 @@ def _holdings(comm: Comm, engine: Any) -> dict[str, int]:
 def _result(
     args: argparse.Namespace,
     comm: Comm,
-    samples: list[_Sample],
+    reports: Mapping[str, list[SyncReport]],
     held: list[dict[str, int]],
     limit: float,
-    direct: DirectPath,
+    pairs: Mapping[tuple[int, int], int],
 ) -> dict[str, Any]:
     from megatron_sglang.bench import meter
 
-    paths = {name: _of_path([s.report for s in samples if s.path == name]) for name in ("generic", "direct")}
-    found = {name: value for name, value in paths.items() if value}
-    pairs = _bytes_by_pair(direct)
+    found = {name: _of_path(of_path) for name, of_path in reports.items()}
     measured = held[args.warm_up :]
     return {
         "command": "megatron-sglang " + " ".join(sys.argv[1:]),
@@ -244,8 +232,6 @@ def _result(
 def _of_path(reports: list[SyncReport]) -> dict[str, Any]:
     from megatron_sglang.bench import meter
 
-    if not reports:
-        return {}
     phases = {name: meter.spread([report.seconds[name] for report in reports]) for name in reports[0].seconds}
     total = meter.spread([sum(report.seconds.values()) for report in reports])
     last = reports[-1]

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from megatron_sglang.buckets import fusion_key
 from megatron_sglang.errors import ConfigError, WeightSyncError
 from megatron_sglang.placement import Placement, RankPlace
 from megatron_sglang.transfer import Box, Place, Region
@@ -28,12 +29,6 @@ _RULES = (
     (r".*\.mlp\.(?:experts\.\d+\.)?down_proj\.weight", "columns"),
 )
 """Names of the hub -> how Megatron splits such a tensor over TP; the first that matches."""
-
-_FUSED = (
-    (r"\.[qkv]_proj\.", ".qkv_proj."),
-    (r"\.(?:gate|up)_proj\.", ".gate_up_proj."),
-)
-"""Tensors that lie in one Megatron parameter."""
 
 _ADAPTED = ("qkv", "columns", "gate_up")
 
@@ -154,9 +149,6 @@ def _tensor(name: str, shape: tuple[int, ...]) -> _Tensor:
             "Llama, Qwen3 and Qwen3-MoE kind; run others and read the log's first weight sync"
         )
     layer, expert = re.search(r"\.layers\.(\d+)\.", name), re.search(r"\.experts\.(\d+)\.", name)
-    param = name
-    for pattern, fused in _FUSED:
-        param = re.sub(pattern, fused, param)
     rows, cols = (*shape, 1, 1)[:2]
     return _Tensor(
         name,
@@ -166,5 +158,5 @@ def _tensor(name: str, shape: tuple[int, ...]) -> _Tensor:
         int(expert[1]) if expert else None,
         rule,
         found[found.lastindex] if found.lastindex else "",
-        param,
+        fusion_key(name),
     )

@@ -70,6 +70,9 @@ class DirectSender:
         self.dtype, self.buckets = dtype, buckets
         self.stats = MergeStats()
         self._units = units_of(bridge, model_chunks)
+        self._where = {
+            name: (number, at) for number, unit in enumerate(self._units) for at, name in enumerate(unit.names)
+        }
         self._device = self._units[0].bases[0].device
         sources: defaultdict[str, set[int]] = defaultdict(set)
         for piece in (piece for bucket in buckets for piece in bucket):
@@ -114,11 +117,10 @@ class DirectSender:
         return [1 / len(sources[name]) if self.rank in sources[name] else 0.0 for name in unit.names]
 
     def _part(self, bucket: Sequence[Piece]) -> _Part:
-        where = {name: (number, at) for number, unit in enumerate(self._units) for at, name in enumerate(unit.names)}
         mine = transfer.outgoing(bucket, self.rank)
         rectangles = []
         for piece in mine:
-            number, at = where[piece.here.tensor]
+            number, at = self._where[piece.here.tensor]
             offset = piece.here.offset + at * self._units[number].bases[0].numel()
             rectangles.append(transfer.rectangle(piece, replace(piece.here, tensor=str(number), offset=offset)))
         copies: defaultdict[int, list[Copy]] = defaultdict(list)
@@ -130,7 +132,7 @@ class DirectSender:
         for piece in transfer.incoming(bucket, self.rank):
             receive_sizes[piece.source] += piece.size
         # The factors of a dense layer are gathered over TP: all who hold it take part, whoever sends.
-        touched = {where[piece.here.tensor][0] for piece in bucket if piece.here.tensor in where}
+        touched = {self._where[piece.here.tensor][0] for piece in bucket if piece.here.tensor in self._where}
         joint = {number for number in touched if self._units[number].is_collective}
         ordered = sorted(copies.keys() | joint, key=lambda number: self._units[number].names)
         ranks = range(self.world_size)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from megatron_sglang import buckets
 from megatron_sglang.errors import WeightSyncError
 from megatron_sglang.types import MergeFidelity
-from megatron_sglang.weights.merge import MergeStats, merged, units_of
+from megatron_sglang.weights.merge import MergeStats, Unit, merged, units_of
 
 
 class MergedWeights:
@@ -96,24 +97,51 @@ def hf_layers(
 
     stats: counts what merging changed. dtype: None leaves the model's. merge: False gives the base weights.
     """
-    by_weight = {id(weight): unit for unit in units_of(bridge, model_chunks) for weight in unit.bases}
+    units = units_of(bridge, model_chunks) if merge else []
     for tasks in _by_layer(bridge.get_conversion_tasks(model_chunks)):
-        prepared, whole = [], {}
-        for task in tasks:
-            unit = by_weight.get(id(task.param_weight)) if merge and task.param_weight is not None else None
-            if unit is not None and unit.wrapper is not None:
-                if unit.names not in whole:
-                    shares = [1 / unit.replicas] * len(unit.bases)
-                    whole[unit.names] = merged(unit, dtype or unit.bases[0].dtype, stats, shares)
-                weight = whole[unit.names][unit.names.index(task.global_param_name)]
-                task = dataclasses.replace(task, param_weight=weight)
-            prepared.append(task)
-        exported = bridge.export_hf_weights(
-            model_chunks, conversion_tasks=prepared, merge_adapter_weights=False, show_progress=False
-        )
-        # With merging off Bridge marks adapted layers as peft does.
-        named = [(name.replace(".base_layer.", "."), tensor) for name, tensor in exported]
+        named = exported(bridge, model_chunks, tasks, units, dtype, stats)
         yield sorted(named, key=lambda item: buckets.transfer_order(item[0]))
+
+
+@torch.no_grad()
+def exported(
+    bridge: Any,
+    model_chunks: list[torch.nn.Module],
+    tasks: Sequence[Any],
+    units: Sequence[Unit],
+    dtype: torch.dtype | None = None,
+    stats: MergeStats | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(HF name, full tensor) of Bridge's `tasks`, in Bridge's order, merged where one of `units` has an adapter."""
+    prepared = _with_merged(tasks, units, dtype, stats)
+    named = bridge.export_hf_weights(
+        model_chunks, conversion_tasks=prepared, merge_adapter_weights=False, show_progress=False
+    )
+    for name, tensor in named:
+        yield name.replace(".base_layer.", "."), tensor  # with merging off Bridge marks adapted layers as peft does
+
+
+def _with_merged(
+    tasks: Sequence[Any], units: Sequence[Unit], dtype: torch.dtype | None, stats: MergeStats | None
+) -> Iterator[Any]:
+    """Bridge takes a task when the tensors of the one before were taken, so a merged shard lives that long; those of
+    grouped experts, which are merged in one go and come mixed with others, until the last of them was taken."""
+    by_weight = {id(weight): unit for unit in units if unit.wrapper is not None for weight in unit.bases}
+    of_task = [by_weight.get(id(task.param_weight)) if task.param_weight is not None else None for task in tasks]
+    left = Counter(unit.names for unit in of_task if unit is not None)
+    whole: dict[tuple[str, ...], torch.Tensor] = {}
+    for task, unit in zip(tasks, of_task, strict=True):
+        if unit is None:
+            yield task
+            continue
+        if unit.names not in whole:
+            shares = [1 / unit.replicas] * len(unit.bases)
+            whole[unit.names] = merged(unit, dtype or unit.bases[0].dtype, stats, shares)
+        weight = whole[unit.names][unit.names.index(task.global_param_name)]
+        left[unit.names] -= 1
+        if not left[unit.names]:
+            del whole[unit.names]
+        yield dataclasses.replace(task, param_weight=weight)
 
 
 def _by_layer(tasks: list[Any]) -> Iterator[list[Any]]:

@@ -44,7 +44,7 @@ class Unit:
     @property
     def is_collective(self) -> bool:
         """Do the ranks of a TP group have to merge it together?"""
-        return self.wrapper is not None and _group(self.wrapper.adapter) is not None
+        return self.wrapper is not None and split_group(self.wrapper.adapter) is not None
 
     @property
     def replicas(self) -> int:
@@ -61,12 +61,18 @@ class MergeStats:
         self._sums: dict[int, torch.Tensor] = {}
 
     def add(
-        self, layer: int, base: torch.Tensor, delta: torch.Tensor, cast: torch.Tensor, shares: torch.Tensor
+        self,
+        layer: int,
+        base: torch.Tensor,
+        delta: torch.Tensor,
+        whole: torch.Tensor,
+        cast: torch.Tensor,
+        shares: torch.Tensor,
     ) -> None:
         """base, delta, whole = base + delta: [n, out, in] fp32; cast: `whole` in the engine's dtype. shares [n]: 1 /
         number of ranks that count the same shard, so that the sum over all ranks is the sum over the model."""
         kept = cast.float()
-        lost = (base + delta).sub_(kept)
+        lost = whole - kept
         changed = kept != base.to(cast.dtype).float()
         sums = [delta.square().sum((1, 2)), lost.square().sum((1, 2)), changed.sum((1, 2))]
         elements = torch.full_like(shares, float(math.prod(delta.shape[1:])))
@@ -144,9 +150,10 @@ def merged(unit: Unit, dtype: torch.dtype, stats: MergeStats | None, shares: Seq
         base = torch.stack([weight.detach() for weight in unit.bases[some]]).float()
         with _full_precision():
             delta = torch.bmm(up[some].float(), down[some].float()).mul_(adapter.alpha / adapter.dim)
-        result[some] = base + delta
+        whole = base + delta
+        result[some] = whole
         if stats is not None:
-            stats.add(unit.layer, base, delta, result[some], weights[some])
+            stats.add(unit.layer, base, delta, whole, result[some], weights[some])
     return result
 
 
@@ -191,7 +198,7 @@ def _factors(adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
     down, up = adapter.linear_in.weight.detach(), adapter.linear_out.weight.detach()
     if down.dim() == 3:
         return down, up
-    group = _group(adapter)
+    group = split_group(adapter)
     if group is not None and adapter.input_is_parallel:
         up = _gather_rows(up, group)
     elif group is not None:
@@ -201,7 +208,7 @@ def _factors(adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return down[None], up[None]
 
 
-def _group(adapter: Any) -> torch.distributed.ProcessGroup | None:
+def split_group(adapter: Any) -> torch.distributed.ProcessGroup | None:
     """Ranks that hold the other shards of its factors; None: there are none. Experts are never split."""
     group = getattr(adapter, "tp_group", None)
     return None if group is None or torch.distributed.get_world_size(group) == 1 else group

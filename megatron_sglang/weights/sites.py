@@ -18,7 +18,7 @@ from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
 from megatron.core import parallel_state as mpu
 
 from megatron_sglang.errors import DataError
-from megatron_sglang.weights.merge import adapted_weights
+from megatron_sglang.weights.merge import adapted_weights, split_group
 from megatron_sglang.weights.peft_format import Factors, join
 
 
@@ -37,8 +37,7 @@ class Site:
     @property
     def group(self) -> torch.distributed.ProcessGroup | None:
         """Ranks that hold the other shards of both factors; None: there are none. Experts are never split."""
-        group = getattr(self.wrapper.adapter, "tp_group", None)
-        return None if group is None or torch.distributed.get_world_size(group) == 1 else group
+        return split_group(self.wrapper.adapter)
 
     @property
     def is_first_copy(self) -> bool:

@@ -7,7 +7,6 @@ is left out. Collective: all ranks iterate together.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 
 from megatron_sglang.comm import TorchComm
 from megatron_sglang.errors import DataError
-from megatron_sglang.weights.merge import Unit, merged, units_of
+from megatron_sglang.weights.export import exported
+from megatron_sglang.weights.merge import units_of
 
 
 def merged_tensors(
@@ -34,7 +34,7 @@ def merged_tensors(
     if done:
         tasks = _without(tasks, comm, expected, done)
     missing = set(expected)
-    for name, tensor in _exported(bridge, model_chunks, tasks):
+    for name, tensor in exported(bridge, model_chunks, tasks, units_of(bridge, model_chunks)):
         if expected.get(name) != tuple(tensor.shape):
             raise DataError(
                 f"{name} is {list(tensor.shape)} in Megatron, {expected.get(name, 'absent')} in the Hugging Face "
@@ -44,40 +44,13 @@ def merged_tensors(
             raise DataError(f"{name} was exported twice, expected once; Megatron-Bridge does not fit this architecture")
         missing.remove(name)
         if name not in done:
-            yield name, tensor
+            yield name, tensor.detach()
     missing.difference_update(done)
     if missing:
         raise DataError(
             f"{len(missing)} tensors of the Hugging Face model have no counterpart in Megatron's, {min(missing)} "
             "first; Megatron-Bridge does not know this architecture whole"
         )
-
-
-@torch.no_grad()
-def _exported(bridge: Any, model_chunks: list[torch.nn.Module], tasks: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    by_weight = {id(weight): unit for unit in units_of(bridge, model_chunks) for weight in unit.bases}
-
-    def prepared() -> Iterator[Any]:
-        """Bridge takes a task when the tensors of the one before were taken, so merged shards live that long; those of
-        grouped experts, which are merged in one go, until the next unit."""
-        last: Unit | None = None
-        whole = torch.empty(0)
-        for task in tasks:
-            unit = by_weight.get(id(task.param_weight)) if task.param_weight is not None else None
-            if unit is None or unit.wrapper is None:
-                yield task
-                continue
-            if unit is not last:
-                whole, last = torch.empty(0), unit
-                whole = merged(unit, unit.bases[0].dtype, None, [1.0] * len(unit.bases))
-            weight = whole[unit.names.index(task.global_param_name)]
-            yield dataclasses.replace(task, param_weight=weight)
-
-    exported = bridge.export_hf_weights(
-        model_chunks, conversion_tasks=prepared(), merge_adapter_weights=False, show_progress=False
-    )
-    for name, tensor in exported:
-        yield name.replace(".base_layer.", "."), tensor.detach()  # Bridge marks adapted layers as peft does
 
 
 def _without(tasks: list[Any], comm: TorchComm, expected: Mapping[str, Any], done: Collection[str]) -> list[Any]:

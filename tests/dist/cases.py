@@ -360,3 +360,38 @@ def drawn_weights(hf: str, layout: dict[str, Any]) -> dict[str, int]:
 
     _, model, _, _ = set_up(hf, layout, random_weights=True)
     return {name: digest(weight) for name, weight in model[0].named_parameters() if ".adapter." not in name}
+
+
+def mixed_merge(experts: int) -> dict[str, Any]:
+    """Tasks of two grouped layers in Bridge's order, which goes by expert first: how often is each layer merged?"""
+    import dataclasses
+
+    from megatron_sglang.weights import export, merge
+
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(3)
+
+    @dataclasses.dataclass
+    class Task:
+        global_param_name: str
+        param_weight: torch.Tensor
+
+    units = []
+    for layer in ("linear_fc1", "linear_fc2"):
+        factors = (torch.randn(experts, 2, 10), torch.randn(experts, 6, 2))
+        linear_in, linear_out = (types.SimpleNamespace(weight=factor) for factor in factors)
+        adapter = types.SimpleNamespace(alpha=4, dim=2, linear_in=linear_in, linear_out=linear_out)
+        names = tuple(f"decoder.layers.0.mlp.experts.{layer}.weight{expert}" for expert in range(experts))
+        wrapper: Any = types.SimpleNamespace(adapter=adapter)
+        units.append(merge.Unit(names, tuple(torch.randn(6, 10) for _ in names), wrapper))
+    tasks = [Task(unit.names[expert], unit.bases[expert]) for expert in range(experts) for unit in units]
+    expected = {
+        name: weight
+        for unit in units
+        for name, weight in zip(unit.names, merge.merged(unit, torch.float32, None, [1.0] * experts), strict=True)
+    }
+    merged, made = export.merged, []
+    export.merged = lambda unit, *rest: made.append(unit.names[0]) or merged(unit, *rest)
+    merge.Unit.replicas = property(lambda _: 1)  # type: ignore[assignment]
+    found = {task.global_param_name: task.param_weight for task in export._with_merged(tasks, units, None, None)}
+    return {"made": made, "equal": all(torch.equal(found[name], expected[name]) for name in expected)}

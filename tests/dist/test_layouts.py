@@ -155,3 +155,10 @@ def test_grouped_experts_are_merged_in_one_go(run_ranks, chunk):
     assert 0.9 < found["changed"] <= 1.0
     assert list(found["layers"]) == ["1"]
     assert found["layers"]["1"][0] == found["norm"][0]
+
+
+def test_a_layer_of_grouped_experts_is_merged_once_for_a_file(run_ranks):
+    """Bridge exports expert after expert, fc1 and fc2 in turn; merging anew at each turn would be 16 times the work."""
+    found = run_ranks(1, "mixed_merge", experts=4)[0]
+    assert len(found["made"]) == 2, found
+    assert found["equal"]
