@@ -38,7 +38,7 @@ class MicroBatch:
     position_ids: Tensor
     """int64, 0 .. S - 1 in each row."""
     loss_mask: Tensor
-    """1 where the label is a response token."""
+    """1 where the label is a response token that the policy sampled."""
     rollout_logprobs: Tensor
     """Of the labels, from the engine; 0 outside the response."""
     advantages: Tensor
@@ -94,7 +94,7 @@ def collate(samples: Sequence[TrainSample], multiple_of: int = 1, seq_length: in
         response = slice(len(sample.prompt_ids_T) - 1, sample.length - 1)
         tokens[row, : sample.length] = ids
         labels[row, : sample.length - 1] = ids[1:]
-        loss_mask[row, response] = 1.0
+        loss_mask[row, response] = torch.tensor(sample.loss_mask_T or (1,) * len(sample.response_ids_T)).float()
         rollout_logprobs[row, response] = torch.tensor(sample.rollout_logprobs_T)
     return MicroBatch(
         tokens=tokens,

@@ -136,6 +136,7 @@ def to_samples(groups: Sequence[RolloutGroup], advantages_PG: torch.Tensor) -> l
             advantage=advantage,
             reward=score.value,
             weight_version=completion.weight_version,
+            loss_mask_T=completion.loss_mask_T,
         )
         for group, advantages_G in zip(groups, advantages_PG.tolist(), strict=True)
         for completion, score, advantage in zip(group.completions_G, group.scores_G, advantages_G, strict=True)

@@ -42,9 +42,16 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
+    min_p: float = 0.0
     max_new_tokens: int = 24
+    min_new_tokens: int = 0
+    """No stop before so many tokens."""
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion wherever they appear in it; the token that completes one is its last."""
     seed: int | None = None
+    top_logprobs: int = 0
+    """How many of the likeliest tokens to report at each position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +60,40 @@ class GenerateRequest:
 
     token_ids_T: tuple[int, ...]
     sampling: SamplingParams
+    session_id: str = ""
+    """Requests of one session go to the same engine, which has their common prefix in its cache."""
+    adapter: str = ""
+    """LoRA adapter that serves it, by name; empty: the engine's weights as they are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the engine sampled: ids (the stop token included), their logprobs under the sampling distribution,
-    and the version of the weights that produced them."""
+    """What came after a prompt: ids (the stop token included), their logprobs under the sampling distribution, and the
+    version of the weights that produced them. Of several turns: all tokens after the first prompt, observations too."""
 
     token_ids_T: tuple[int, ...]
     logprobs_T: tuple[float, ...]
+    """0.0 where a token was not sampled."""
     finish_reason: FinishReason
     weight_version: int
+    """Of the last sampled token."""
     text: str = ""
-    """Decoded without the stop token; filled by the rollout, not by the engine."""
+    """Decoded without the stop token or stop text; filled by the rollout, not by the engine."""
+    loss_mask_T: tuple[int, ...] = ()
+    """1 where the policy sampled the token, 0 where it observed it; empty: sampled everywhere."""
+    versions_T: tuple[int, ...] = ()
+    """Weight version of each token; empty: `weight_version` everywhere."""
+    top_logprobs_T: tuple[Mapping[int, float], ...] = ()
+    """Token id -> logprob of the likeliest tokens at each position, where they were asked for."""
+    turns: int = 1
 
     def __post_init__(self) -> None:
-        if len(self.token_ids_T) != len(self.logprobs_T):
-            raise ValueError(
-                f"completion has {len(self.token_ids_T)} tokens but {len(self.logprobs_T)} logprobs; they must match"
-            )
+        for name in ("logprobs_T", "loss_mask_T", "versions_T", "top_logprobs_T"):
+            values = getattr(self, name)
+            if len(values) != len(self.token_ids_T) and (values or name == "logprobs_T"):
+                raise ValueError(
+                    f"completion has {len(self.token_ids_T)} tokens but {len(values)} {name}; they must match"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +122,7 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True)
 class TrainSample:
-    """One sequence ready for the loss. `rollout_logprobs_T` belong to `response_ids_T`."""
+    """One sequence ready for the loss. `rollout_logprobs_T` and `loss_mask_T` belong to `response_ids_T`."""
 
     prompt_ids_T: tuple[int, ...]
     response_ids_T: tuple[int, ...]
@@ -108,12 +130,14 @@ class TrainSample:
     advantage: float
     reward: float
     weight_version: int
+    loss_mask_T: tuple[int, ...] = ()
+    """1 where the loss counts the token, 0 where not; empty: everywhere."""
 
     def __post_init__(self) -> None:
-        if len(self.response_ids_T) != len(self.rollout_logprobs_T):
-            raise ValueError(
-                f"sample has {len(self.response_ids_T)} response tokens but {len(self.rollout_logprobs_T)} logprobs"
-            )
+        for name in ("rollout_logprobs_T", "loss_mask_T"):
+            values = getattr(self, name)
+            if len(values) != len(self.response_ids_T) and (values or name != "loss_mask_T"):
+                raise ValueError(f"sample has {len(self.response_ids_T)} response tokens but {len(values)} {name}")
 
     @property
     def length(self) -> int:
