@@ -50,6 +50,21 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+class AsyncEngine(Protocol):
+    """The same engine for many requests at once, each of which waits for its own completion; of one event loop.
+
+    Every call has a deadline and raises `EngineError`, or `EngineStaleError` where the engine must not serve.
+    """
+
+    async def generate(self, request: GenerateRequest) -> Completion:
+        """One completion. Aborted, it is what was sampled until then, with finish_reason "abort"."""
+        ...
+
+    async def abort(self) -> None:
+        """End every request of this client that still runs."""
+        ...
+
+
 class DirectEngine(Engine, Protocol):
     """An engine whose parameters can be written directly, by a plan."""
 
