@@ -20,6 +20,13 @@ from megatron_sglang.errors import ConfigError, RewardError
 
 Baseline = Literal["mean", "leave_one_out"]
 
+ESTIMATORS: dict[str, tuple[Baseline, bool]] = {
+    "grpo": ("mean", True),
+    "dr_grpo": ("mean", False),
+    "rloo": ("leave_one_out", False),
+}
+"""Name -> baseline and std_normalization of `group_advantages`."""
+
 
 @dataclass(frozen=True, slots=True)
 class GroupAdvantages:

@@ -47,12 +47,8 @@ class DataConfig:
     """JSONL or parquet file of training problems; its columns tell the schema (FIM, verl, slime)."""
     eval: str = ""
     """File of held-out problems; empty: no evaluation."""
-    input_key: str = "prompt"
-    """Column of the prompt (slime schema)."""
-    label_key: str = "label"
-    """Column of the expected answer (slime schema)."""
-    metadata_key: str = "metadata"
-    """Column of what else the verifier needs (slime schema)."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Names of columns (slime schema) where they are not `prompt`, `label` and `metadata`, e.g. {prompt: text}."""
     max_prompt_tokens: int = 2048
     """Longest prompt admitted, in tokens."""
     overlong: Literal["error", "skip"] = "error"
@@ -81,6 +77,18 @@ class RolloutConfig:
     """Longest completion, in tokens, its stop token included."""
     batches: int = 30
     """Rollout batches in the run."""
+    mode: Literal["auto", "colocated", "split", "shared"] = "auto"
+    """Engine and trainer on the same devices, on different ones, or on one in turns; auto: by what is there
+    (docs/modes.md)."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """What the model acts in over several turns: {name: fim_repair, max_turns: 2, ...} (docs/agents.md); empty: a
+    completion is one turn."""
+    over_sampling: float = 1.0
+    """Groups started for each one wanted; the first to be complete are kept."""
+    stragglers: Literal["abort", "resume"] = "abort"
+    """What becomes of the others: dropped, or continued in the next rollout batch under its weights."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal, which teach nothing, and draw others in their place."""
     eval_interval: int = 0
     """Rollout batches between two evaluations; 0: only before the first and after the last."""
     eval_samples: int = 0
@@ -96,9 +104,8 @@ class RewardConfig:
     binary: bool = False
     """Reward 1 only where everything passes, instead of the share of checks that pass."""
     sandbox: Literal["auto", "bubblewrap", "namespaces", "restricted", "unsafe-local"] = "auto"
-    """Where sampled code runs; auto: the strongest sandbox this machine has (docs/sandbox.md)."""
-    unsafe_local_sandbox: bool = False
-    """Allow `unsafe-local`, a plain subprocess, where no sandbox can be had. It runs with your rights."""
+    """Where sampled code runs; auto: the strongest sandbox this machine has (docs/sandbox.md); unsafe-local: the same,
+    and where none can be had a plain subprocess with your rights."""
     workers: int = 2
     """Completions scored at the same time."""
     timeout_s: float = 10.0
@@ -121,10 +128,9 @@ class AlgoConfig:
     """Ratios below 1 - clip_low are clipped; null: the loss's own, 3e-4 for gspo and gspo_token, 0.2 for grpo."""
     clip_high: float | None = None
     """Ratios above 1 + clip_high are clipped; null: clip_low if that is given, else 4e-4 (gspo) or 0.28 (grpo)."""
-    std_normalization: bool = True
-    """Divide a group's advantages by its rewards' standard deviation."""
-    baseline: Literal["mean", "leave_one_out"] = "mean"
-    """What is subtracted from a reward: its group's mean, or the mean of the group's others."""
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """A reward less its group's mean, over their standard deviation (grpo) or not (dr_grpo), or less the mean of the
+    group's others (rloo)."""
     kl_coef: float | None = 0.0
     """Weight of the KL divergence from the base model in the loss; 0: only reported; null: not computed, which saves a
     forward pass per batch."""
@@ -153,12 +159,10 @@ class EngineConfig:
     """Ranks of one engine (its tensor parallelism): N trainer ranks of the node get N / tp_size engines; null: one."""
     ep_size: int = 1
     """Expert parallelism inside an engine; divides tp_size."""
-    mem_fraction: float = 0.3
-    """Share of the device's memory for the engine's weights and KV cache."""
-    max_total_tokens: int | None = None
-    """Tokens in the KV cache; null: what mem_fraction leaves."""
-    max_running_requests: int | None = None
-    """Completions sampled at the same time; null: SGLang decides."""
+    external: tuple[str, ...] = ()
+    """URLs of engines that run already; empty: engines are started and ended with the run."""
+    python: str = ""
+    """Interpreter of the engine's own environment; empty: of .venv-sglang-server where that exists, else this one."""
     deterministic: bool = True
     """Equal requests with equal seeds give equal tokens whatever else runs; costs speed on a GPU."""
     start_timeout_s: float = 600.0
@@ -173,8 +177,9 @@ class EngineConfig:
 class SyncConfig:
     """How merged weights travel."""
 
-    path: Literal["auto", "generic"] = "auto"
-    """auto: straight into the engine's parameters where that proves equal to the generic path, else the generic one."""
+    method: Literal["auto", "generic", "broadcast", "merge-on-engine", "adapter", "disk", "restart"] = "auto"
+    """auto: merged weights straight into the engine's parameters where that proves equal to the generic path, else the
+    generic one (docs/weight_sync.md has the others)."""
     bucket_bytes: int = 512 * 2**20
     """Bytes per bucket; bounds the extra memory of a weight update."""
 

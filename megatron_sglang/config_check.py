@@ -25,9 +25,6 @@ SGLANG_RESERVED = {
     "dtype": "model.dtype",
     "tp_size": "engine.tp_size",
     "ep_size": "engine.ep_size",
-    "mem_fraction_static": "engine.mem_fraction",
-    "max_total_tokens": "engine.max_total_tokens",
-    "max_running_requests": "engine.max_running_requests",
     "enable_deterministic_inference": "engine.deterministic",
     "random_seed": "seed",
 }
@@ -56,8 +53,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("algo.kl_coef", lambda v: v is None or v >= 0, "0 or above, or null"),
     ("algo.clip_low", lambda v: v is None or 0 < v <= 1, "in (0, 1], or null for the default of algo.loss"),
     ("algo.clip_high", lambda v: v is None or v > 0, "above 0, or null for the default of algo.loss"),
-    ("engine.mem_fraction", lambda v: 0 < v < 1, "in (0, 1), a share of the device's memory"),
-    ("engine.max_total_tokens engine.max_running_requests", lambda v: v is None or v > 0, "above 0, or null"),
+    ("rollout.over_sampling", lambda v: v >= 1, "1.0 or above"),
     ("engine.tp_size", lambda v: v is None or v > 0, "above 0, or null for all trainer ranks of the node"),
     ("rollout.top_p", lambda v: 0 < v <= 1, "in (0, 1]; 1.0 keeps all tokens"),
     ("rollout.top_k", lambda v: v == -1 or v > 0, "-1 for all tokens, or above 0"),
@@ -163,6 +159,8 @@ def _check_pass_through(config: RunConfig) -> None:
                 raise ConfigError(
                     f"megatron.{name} is of Megatron's own RL loop, which this package replaces; leave it out"
                 )
+    if unknown := config.data.columns.keys() - {"prompt", "label", "metadata"}:
+        raise ConfigError(f"data.columns names {', '.join(sorted(unknown))}; expected prompt, label or metadata")
     for name, given in config.megatron.items():
         is_switch = known_options("megatron")[name] in ("0", "bool")
         if given is not None and isinstance(given, bool) != is_switch:

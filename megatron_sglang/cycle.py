@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_sglang import metrics, rollout
-from megatron_sglang.advantages import group_advantages
+from megatron_sglang.advantages import ESTIMATORS, group_advantages
 from megatron_sglang.config import AlgoConfig
 from megatron_sglang.errors import WeightSyncError
 from megatron_sglang.interfaces import Comm, DirectEngine
@@ -143,7 +143,7 @@ class Cycle:
             groups = lead.rollout.collect(lead.prompts.next_batch(), step)
         lead.log.rollouts(step, groups, prompt_text=lambda prompt: lead.rollout.decode(prompt.token_ids_T))
         self.add(rollout.rollout_metrics(groups))
-        advantages = group_advantages(self._rewards(groups, step), self.algo.baseline, self.algo.std_normalization)
+        advantages = group_advantages(self._rewards(groups, step), *ESTIMATORS[self.algo.advantage])
         return rollout.to_samples(groups, advantages.advantages_PG)
 
     def _rewards(self, groups: Sequence[RolloutGroup], step: int) -> torch.Tensor:

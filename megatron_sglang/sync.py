@@ -194,7 +194,7 @@ def require_agreement(gap: float, dtype: torch.dtype) -> None:
         raise WeightSyncError(
             f"the engine's logprobs of its own tokens differ from the trainer's by {gap:.3g} on average, expected at "
             f"most {WITNESS_GAP[dtype]:g} in {dtype}: it does not compute what the trainer does, though every weight "
-            "was delivered; compare both models' config.json, and run one batch with sync.path=generic"
+            "was delivered; compare both models' config.json, and run one batch with sync.method=generic"
         )
 
 

@@ -31,7 +31,7 @@ Row = Mapping[str, Any]
 class Keys:
     """Column names of slime's schema; `data_source` is the verifier of rows that name none."""
 
-    input: str = "prompt"
+    prompt: str = "prompt"
     label: str = "label"
     metadata: str = "metadata"
     data_source: str = ""
@@ -104,7 +104,7 @@ class _Reader:
             token_ids = self.fim.prompt(row["prefix"], row["suffix"])
             return Prompt(row["id"], token_ids, row["data_source"], dict(row))
         verl = "reward_model" in row
-        input_key = "prompt" if verl else self.keys.input
+        input_key = "prompt" if verl else self.keys.prompt
         if input_key not in row:
             raise DataError(
                 f"{where}: row lacks {input_key!r}, it has {', '.join(row) or 'no field'}; "

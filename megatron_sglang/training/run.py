@@ -27,6 +27,13 @@ from megatron_sglang.trace import METRICS, RunLog, read_lines
 from megatron_sglang.training import console, hf_folder
 from megatron_sglang.types import Prompt, SamplingParams
 
+SIZES = {
+    "mem_fraction_static": "mem_fraction",
+    "max_total_tokens": "max_total_tokens",
+    "max_running_requests": "max_running_requests",
+}
+"""SGLang's options that the engine room knows by a name of its own."""
+
 
 def train(config: RunConfig) -> None:
     """Run `config` (resolved) as one of torchrun's ranks. Whatever ranks raise, all of them raise the first of it."""
@@ -77,7 +84,7 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
             engine=leader.engine if leader is not None else None,
             engine_ranks=engines_of(config)[-1].stop,
         )
-        wanted = config.sync.path == "auto" and shapes is not None
+        wanted = config.sync.method == "auto" and shapes is not None
         return Cycle(comm, paths.generic(), leader, config.algo, config.seed, paths.direct if wanted else None)
 
     options = LossOptions.of(config.algo, config.rollout.max_new_tokens)
@@ -141,12 +148,12 @@ class Station:
         held_out = held_out[: config.rollout.eval_samples or None]
         reward = rewards.create_reward(
             config.reward.name,
-            sandbox=config.reward.sandbox,
+            sandbox="auto" if (unsafe := config.reward.sandbox == "unsafe-local") else config.reward.sandbox,
             workers=config.reward.workers,
             timeout_s=config.reward.timeout_s,
             memory_mb=config.reward.memory_mb,
             binary=config.reward.binary,
-            unsafe=config.reward.unsafe_local_sandbox,
+            unsafe=unsafe,
             all_pure=all(prompt.problem.get("pure", False) for prompt in (*train, *held_out)),
             lean_project=config.reward.lean_project or None,
         )
@@ -200,7 +207,7 @@ class Station:
 def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]:
     if not path:
         return ()
-    keys = source.Keys(config.data.input_key, config.data.label_key, config.data.metadata_key)
+    keys = source.Keys(**config.data.columns)
     loaded = source.load_prompts(
         path, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens, too_long=config.data.overlong, keys=keys
     )
@@ -214,20 +221,20 @@ def engines_of(config: RunConfig) -> list[range]:
 
 def engine_options(config: RunConfig) -> EngineOptions:
     """How the first engine is started for `config`; `create_engines` derives the others."""
+    extra = dict(config.sglang)
+    sizes = {ours: extra.pop(theirs) for theirs, ours in SIZES.items() if theirs in extra}
     return EngineOptions(
         model_path=config.model.hf_path,
         kind=config.rollout.engine,
         tp_size=config.engine.tp_size or 1,
         ep_size=config.engine.ep_size,
         dtype=config.model.dtype,
-        mem_fraction=config.engine.mem_fraction,
-        max_total_tokens=config.engine.max_total_tokens,
-        max_running_requests=config.engine.max_running_requests,
         start_timeout_s=config.engine.start_timeout_s,
         request_timeout_s=config.engine.request_timeout_s,
         update_timeout_s=config.engine.update_timeout_s,
         log_path=str(Path(config.log.run_dir) / "engine.log"),
         seed=config.seed,
         deterministic=config.engine.deterministic,
-        extra=config.sglang,
+        extra=extra,
+        **sizes,
     )
