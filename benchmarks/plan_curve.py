@@ -53,7 +53,7 @@ def planned_group(
             for slot in slots
             if slot.name in some
         ]
-        pieces = transfer.make_plan(shards, wanted)
+        pieces = transfer.make_plan(shards, wanted, machines=[rank // H200.gpus for rank in range(ep)])
         for pair, size in transfer.traffic(pieces, ITEMSIZE).items():
             pairs[pair] += size * times
         for rank, size in merged_of([pieces], adapted_sizes(shards), ITEMSIZE).items():

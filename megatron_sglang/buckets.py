@@ -99,6 +99,12 @@ def transfer_order(name: str) -> tuple[int, str, str]:
     return int(layer.group(1)) if layer else -1, fusion_key(name), name
 
 
+def kind_of(name: str) -> str:
+    """Decoder layer (-1 outside of them) and kind of an HF weight: "3.q_proj"; "3.up_proj" for all experts."""
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    return f"{layer[1] if layer else -1}.{name.removesuffix('.weight').rpartition('.')[2]}"
+
+
 def fill[T](items: Iterable[tuple[str, T]], nbytes: Callable[[T], int], limit: int) -> Iterator[list[tuple[str, T]]]:
     """Cut a stream of (name, item) into buckets of at most `limit` bytes, never within a fusion group.
 

@@ -52,12 +52,19 @@ def _report() -> Command:
     return add_arguments, run
 
 
+def _serve() -> Command:
+    from megatron_sglang.serve import command
+
+    return command.add_arguments, command.run
+
+
 COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "bench": ("measure weight updates, path against path", _bench),
     "convert": ("write a checkpoint's merged weights or adapters as a Hugging Face folder", _convert),
     "doctor": ("say what of this machine and environment will not work, and what to do", _doctor),
     "plan": ("say what a weight update will move, its extra memory and its time; needs no GPU and no weights", _plan),
     "report": ("write report.html for a run folder", _report),
+    "serve": ("serve a model, or a live run, through an OpenAI-compatible endpoint", _serve),
 }
 
 
@@ -80,3 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -85,8 +85,9 @@ class RolloutConfig:
     completion is one turn."""
     over_sampling: float = 1.0
     """Groups started for each one wanted; the first to be complete are kept."""
-    stragglers: Literal["abort", "resume"] = "abort"
-    """What becomes of the others: dropped, or continued in the next rollout batch under its weights."""
+    stragglers: Literal["abort", "resume", "resume_masked"] = "abort"
+    """What becomes of the others: dropped, or continued in the next rollout batch under its weights, where the loss may
+    count what older weights sampled (resume; see algo.tis) or not (resume_masked)."""
     dynamic_sampling: bool = False
     """Drop groups whose rewards are all equal, which teach nothing, and draw others in their place."""
     eval_interval: int = 0
@@ -175,7 +176,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncConfig:
-    """How merged weights travel."""
+    """How a weight version travels."""
 
     method: Literal["auto", "generic", "broadcast", "merge-on-engine", "adapter", "disk", "restart"] = "auto"
     """auto: merged weights straight into the engine's parameters where that proves equal to the generic path, else the

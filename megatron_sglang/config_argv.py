@@ -57,6 +57,7 @@ FLAGS = {
     "colocate": "rollout.mode=colocated",
     "over-sampling": "rollout.over_sampling",
     "partial-rollout": "rollout.stragglers=resume",
+    "mask-offpolicy-in-partial-rollout": "rollout.stragglers=resume_masked",
     "dynamic-sampling": "rollout.dynamic_sampling=true",
     "rollout-external-engine-addrs": "engine.external",
     "weight-sync": "sync.method",

@@ -206,7 +206,8 @@ def _check_batches(config: RunConfig) -> None:
 
 def _check_engine(config: RunConfig, ranks: int) -> None:
     tp_size = config.engine.tp_size or ranks
-    placement.engines(ranks, tp_size)
+    if config.rollout.mode != "split" and not config.engine.external:
+        placement.engines(ranks, tp_size)
     if tp_size % config.engine.ep_size:
         raise ConfigError(
             f"engine.ep_size={config.engine.ep_size} does not divide engine.tp_size={tp_size}; set it to a divisor"

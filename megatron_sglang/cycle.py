@@ -20,7 +20,8 @@ import torch
 from megatron_sglang import metrics, rollout
 from megatron_sglang.advantages import ESTIMATORS, group_advantages
 from megatron_sglang.config import AlgoConfig
-from megatron_sglang.errors import WeightSyncError
+from megatron_sglang.errors import MegatronSglangError, WeightSyncError
+from megatron_sglang.feed.sampler import Feed
 from megatron_sglang.interfaces import Comm, DirectEngine
 from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.sync import Path, publish
@@ -33,16 +34,22 @@ class Leader:
     """What only rank 0 has."""
 
     engine: DirectEngine
-    rollout: rollout.Rollout
-    prompts: PromptSource
+    rollout: rollout.Sampler
+    prompts: PromptSource | Feed
     held_out: Sequence[Prompt]
     log: RunLog
+
+
+MAX_DEATHS = 3
+"""Engine deaths without a collected rollout batch between them before the run ends."""
 
 
 class Cycle:
     """One rollout batch after another; `version` is the last published weight version.
 
     path: how weights travel. make_direct: tried once, after the first version; None: keep to `path`.
+
+    An engine that dies is started anew, gets the version that it held, proves it, and what it died in is done again.
     """
 
     def __init__(
@@ -56,13 +63,17 @@ class Cycle:
     ) -> None:
         assert (leader is not None) == (comm.rank == 0), "exactly rank 0 leads"
         self.comm, self.path, self.leader, self.make_direct = comm, path, leader, make_direct
+        self._at_start = (path, make_direct)
+        self._deaths = 0
         self.algo, self.seed = algo, seed
         self.version = 0
         self._record: dict[str, metrics.Metric] = {}
 
     def publish(self) -> SyncReport:
         """Give the engine the weights as they are now. On failure the engine stays stale and every rank raises."""
-        version = self.version + 1
+        return self._surviving(lambda: self._publish(self.version + 1), needs_weights=False)
+
+    def _publish(self, version: int) -> SyncReport:
         with self.span("sync"):
             report = publish(self.comm, self._engine, self.path, version)
             if self.make_direct is not None:
@@ -95,12 +106,41 @@ class Cycle:
 
     def collect(self, step: int) -> list[TrainSample]:
         """The samples of rollout batch `step`, the same list on every rank."""
-        rows = self.comm.from_leader(lambda: [asdict(sample) for sample in self._rollout(step)])
+        rows = self._surviving(lambda: self.comm.from_leader(lambda: self._rows(step)))
+        self._deaths = 0
         return [TrainSample(**{name: _tuples(value) for name, value in row.items()}) for row in rows]
+
+    def learning_rate(self) -> float | None:
+        """What came with the last rollout batch, on every rank; None: Megatron's schedule."""
+        return self.comm.from_leader(lambda: getattr(self._lead.rollout, "learning_rate", None))
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics (empty without held-out prompts), on every rank; noted in the record."""
-        return self.comm.from_leader(self._evaluate)
+        return self._surviving(lambda: self.comm.from_leader(self._evaluate))
+
+    def _surviving[T](self, work: Callable[[], T], *, needs_weights: bool = True) -> T:
+        """What `work` gives, on every rank; done again where the engine died in it."""
+        revived = False
+        while True:
+            try:
+                if revived and needs_weights:
+                    self._publish(self.version)
+                return work()
+            except MegatronSglangError as error:
+                reason = self.comm.from_leader(lambda: self._lead.engine.why_dead() or "")
+                if not reason or self._deaths == MAX_DEATHS:
+                    raise
+                self._revive(error)
+                revived = True
+
+    def _revive(self, error: MegatronSglangError) -> None:
+        self._deaths += 1
+        self.add({"engine/deaths": metrics.Sum(1.0)})
+        if self.leader is not None:
+            self.leader.log.say(f"engine: starting it again ({self._deaths} of {MAX_DEATHS}), because {error}")
+        with self.span("restart"):
+            self.comm.from_leader(lambda: self._lead.engine.restart())
+        self.path, self.make_direct = self._at_start  # what the dead one was told is lost
 
     def span(self, name: str) -> Any:
         """Context manager that times a phase of this rollout batch."""
@@ -118,13 +158,16 @@ class Cycle:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside Megatron's own state; the same on every rank."""
-        prompts = self.comm.from_leader(lambda: self._lead.prompts.state())
-        return {"version": self.version, "prompts": prompts}
+        parts = self.comm.from_leader(
+            lambda: {"prompts": self._lead.prompts.state(), "rollout": self._lead.rollout.state()}
+        )
+        return {"version": self.version, **parts}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken; DataError on all ranks if the data set is another."""
         self.version = state["version"]
         self.comm.from_leader(lambda: self._lead.prompts.restore(state["prompts"]))
+        self.comm.from_leader(lambda: self._lead.rollout.restore(state.get("rollout", {})))
 
     @property
     def _engine(self) -> DirectEngine | None:
@@ -137,12 +180,22 @@ class Cycle:
         assert self.leader is not None, "only the leader talks to the engine"
         return self.leader
 
+    def _rows(self, step: int) -> list[dict[str, Any]]:
+        """The samples of `_rollout` as JSON; when it fails, neither prompts nor begun rollouts are used up."""
+        prompts, begun = self._lead.prompts.state(), self._lead.rollout.state()
+        try:
+            return [asdict(sample) for sample in self._rollout(step)]
+        except MegatronSglangError:
+            self._lead.prompts.restore(prompts)
+            self._lead.rollout.restore(begun)
+            raise
+
     def _rollout(self, step: int) -> list[TrainSample]:
         lead = self._lead
         with lead.log.span("rollout"):
-            groups = lead.rollout.collect(lead.prompts.next_batch(), step)
+            groups = lead.rollout.batch(lead.prompts, step)
         lead.log.rollouts(step, groups, prompt_text=lambda prompt: lead.rollout.decode(prompt.token_ids_T))
-        self.add(rollout.rollout_metrics(groups))
+        self.add(lead.rollout.metrics(groups))
         advantages = group_advantages(self._rewards(groups, step), *ESTIMATORS[self.algo.advantage])
         return rollout.to_samples(groups, advantages.advantages_PG)
 

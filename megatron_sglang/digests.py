@@ -11,7 +11,7 @@ duplicated words are noticed. Not a cryptographic hash: it guards against faults
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -24,28 +24,34 @@ CHUNK_WORDS = 1 << 20
 
 def digest(tensor: torch.Tensor) -> int:
     """Of a tensor's bytes in logical (row-major) order; any one changed bit changes it. Waits for the device."""
-    return int(digest_of(tensor).item())
+    return int(digests_of([tensor]).item())
 
 
 def digests(tensors: Iterable[torch.Tensor]) -> list[int]:
     """The same for many tensors of one device, waiting once."""
-    found = [digest_of(tensor) for tensor in tensors]
-    return torch.stack(found).tolist() if found else []
+    found = list(tensors)
+    return digests_of(found).tolist() if found else []
 
 
-def digest_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The same as a 0-dim int64 tensor on the tensor's device."""
+def digests_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The same as int64 [len(tensors)] on the tensors' device, in one kernel on a GPU."""
+    words = [_words(tensor) for tensor in tensors]
+    if words[0].is_cuda and (kernel := _kernel()) is not None:
+        return kernel(words, [tensor.numel() for tensor in tensors], MIX_1, MIX_2)
+    totals = [part.new_full((), tensor.numel()) for part, tensor in zip(words, tensors, strict=True)]
+    for part, total in zip(words, totals, strict=True):
+        for start in range(0, part.numel(), CHUNK_WORDS):
+            total += _mixed_sum(part[start : start + CHUNK_WORDS], start)
+    return torch.stack(totals)
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bytes as int64, padded with zeros; at least one."""
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     padding = -data.numel() % 8
     if padding or data.storage_offset() % 8:  # 8-byte words need an 8-byte boundary
         data = torch.cat([data, data.new_zeros(padding)])
-    words = data.view(torch.int64) if data.numel() else data.new_zeros(1, dtype=torch.int64)
-    if words.is_cuda and (kernel := _kernel()) is not None:
-        return kernel(words, MIX_1, MIX_2) + tensor.numel()
-    total = words.new_full((), tensor.numel())
-    for start in range(0, words.numel(), CHUNK_WORDS):
-        total += _mixed_sum(words[start : start + CHUNK_WORDS], start)
-    return total
+    return data.view(torch.int64) if data.numel() else data.new_zeros(1, dtype=torch.int64)
 
 
 def _mixed_sum(words: torch.Tensor, start: int) -> torch.Tensor:
@@ -55,10 +61,10 @@ def _mixed_sum(words: torch.Tensor, start: int) -> torch.Tensor:
 
 
 @functools.cache
-def _kernel() -> Callable[[torch.Tensor, int, int], torch.Tensor] | None:
-    """The same sum as one Triton kernel, which reads each word once; None where Triton is missing."""
+def _kernel() -> Callable[[Sequence[torch.Tensor], Sequence[int], int, int], torch.Tensor] | None:
+    """The same sums as one Triton kernel, which reads each word once; None where Triton is missing."""
     try:
-        from megatron_sglang.digest_kernel import mixed_sum
+        from megatron_sglang.digest_kernel import mixed_sums
     except ImportError:
         return None
-    return mixed_sum
+    return mixed_sums

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sglang.errors import SandboxError
+from megatron_sglang.errors import SandboxError, SetupError
+from megatron_sglang.placement import choose_mode
 
 GIB = 2**30
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -101,6 +102,37 @@ def check_device() -> Iterator[Finding]:
         yield Finding("warn" if crowded else "ok", f"cuda:{index}", observed, remedy)
 
 
+def check_modes() -> Iterator[Finding]:
+    """Which mode "auto" would choose, by how many trainer ranks torchrun starts here."""
+    import torch
+
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for ranks in sorted({max(1, devices // 2), max(1, devices)}):
+        choice = choose_mode("auto", devices=devices, trainer_ranks=ranks)
+        yield Finding("ok", "rollout mode", f"{choice.mode} with --nproc-per-node {ranks}: {choice.why}")
+
+
+def check_engine_environment() -> Iterator[Finding]:
+    """The engine's own environment, where there is one, and whether it goes with this one."""
+    from megatron_sglang.engine.options import ENVIRONMENT, find_python
+    from megatron_sglang.engine.server import check_version, version_in
+
+    python = find_python()
+    if python == sys.executable:
+        return
+    try:
+        check_version(python)
+    except SetupError as error:
+        yield Finding("bad", str(ENVIRONMENT.parts[0]), "is found and would be used for the engine", str(error))
+        return
+    ours, theirs = (version_in(one, "torch") for one in (sys.executable, python))
+    if ours.split("+")[0] == theirs.split("+")[0]:
+        yield Finding("ok", str(ENVIRONMENT.parts[0]), f"the engine's own environment: torch {theirs}")
+    else:
+        remedy = "on a GPU, use sync.method=broadcast or disk: torch's CUDA handles belong to one version"
+        yield Finding("warn", str(ENVIRONMENT.parts[0]), f"torch {theirs}, here {ours}", remedy)
+
+
 def check_sandbox() -> Iterator[Finding]:
     from megatron_sglang.rewards.sandbox import Sandbox
 
@@ -160,6 +192,8 @@ def check_environment() -> Iterator[Finding]:
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_versions,
     check_device,
+    check_modes,
+    check_engine_environment,
     check_sandbox,
     check_network,
     check_resources,

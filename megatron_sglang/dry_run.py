@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
-from pathlib import Path
-
-from safetensors import safe_open
 
 from megatron_sglang import buckets, config_load
 from megatron_sglang.config import RunConfig
+from megatron_sglang.hf_files import ITEMSIZE, tensor_shapes
 from megatron_sglang.placement import Placement, engines
-
-_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def describe(config: RunConfig) -> str:
@@ -32,26 +29,24 @@ def describe(config: RunConfig) -> str:
 
 
 def engine_table(config: RunConfig) -> str:
-    """One line for each engine: the trainer ranks beside it."""
+    """One line for each engine: the trainer ranks beside it, its address, or how many ranks it has of its own."""
+    if config.engine.external:
+        return "\n".join(f"engine {number}: {url}" for number, url in enumerate(config.engine.external))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    found = engines(local, config.engine.tp_size or local)
+    tp_size = config.engine.tp_size or local
+    if config.rollout.mode == "split":
+        return f"engines of {tp_size} ranks on the devices that do not train"
     lines = (
-        f"engine {number}: beside trainer ranks {', '.join(map(str, ranks))}" for number, ranks in enumerate(found)
+        f"engine {number}: beside trainer ranks {', '.join(map(str, ranks))}"
+        for number, ranks in enumerate(engines(local, tp_size))
     )
     return "\n".join(lines)
 
 
 def bucket_plan(config: RunConfig) -> str:
     """What each bucket of the generic path holds, from the headers of the model's safetensors files."""
-    itemsize = _BYTES[config.model.dtype]
-    sizes: dict[str, int] = {}
-    for path in sorted(Path(config.model.hf_path).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                elements = 1
-                for extent in file.get_slice(name).get_shape():
-                    elements *= extent
-                sizes[name] = elements * itemsize
+    itemsize = ITEMSIZE[config.model.dtype]
+    sizes = {name: math.prod(shape) * itemsize for name, shape in tensor_shapes(config.model.hf_path).items()}
     plan = buckets.plan(sizes, config.sync.bucket_bytes)
     lines = []
     for index, names in enumerate(plan):

@@ -47,6 +47,14 @@ class Engine(Protocol):
         """Give back the memory of weights and caches; the next update brings them back."""
         ...
 
+    def why_dead(self) -> str | None:
+        """None while it runs; else what is known of its end."""
+        ...
+
+    def restart(self) -> None:
+        """End what is left of a dead engine and start it anew, without weights."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -32,6 +32,38 @@ from megatron_sglang.types import (
 )
 
 Decode = Callable[[Sequence[int]], str]
+
+
+class Source(Protocol):
+    """Where prompts come from; see `prompts.source.PromptSource`."""
+
+    @property
+    def prompts_per_batch(self) -> int: ...
+
+    def draw(self, count: int) -> tuple[Prompt, ...]: ...
+
+
+class Sampler(Protocol):
+    """What the cycle knows of a rollout: `Rollout` below, or `agents.rollout.AgentRollout`."""
+
+    @property
+    def decode(self) -> Decode: ...
+
+    def batch(self, source: Source, step: int) -> tuple[RolloutGroup, ...]:
+        """The scored groups of rollout batch `step`, `source.prompts_per_batch` of them."""
+        ...
+
+    def evaluate(self, prompts: Sequence[Prompt]) -> tuple[tuple[RolloutGroup, ...], dict[str, Metric]]: ...
+
+    def metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
+        """Of the last batch, which gave `groups`."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold, in JSON values."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +84,20 @@ class Rollout:
     seed: int
     span: Callable[[str], AbstractContextManager[Any]] = nullcontext
     """Measures the phases "generate" and "reward"; e.g. `RunLog.span`."""
+
+    def batch(self, source: Source, step: int) -> tuple[RolloutGroup, ...]:
+        """`collect` of the next prompts of `source`."""
+        return self.collect(source.draw(source.prompts_per_batch), step)
+
+    def metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
+        """See `rollout_metrics`."""
+        return rollout_metrics(groups)
+
+    def state(self) -> dict[str, Any]:
+        """Nothing is carried from one batch to the next."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None: ...
 
     def collect(self, prompts: Sequence[Prompt], step: int) -> tuple[RolloutGroup, ...]:
         """`group_size` scored completions of each prompt, in the prompts' order.
@@ -83,7 +129,7 @@ class Rollout:
         self._check_completions(asked, completions)
         with self.span("reward"):
             scores = self.reward.score(list(zip(asked, completions, strict=True)))
-        _check_scores(asked, scores)
+        check_scores(asked, scores)
 
         starts = range(0, len(asked), members)
         return tuple(
@@ -143,18 +189,24 @@ def to_samples(groups: Sequence[RolloutGroup], advantages_PG: torch.Tensor) -> l
     ]
 
 
+def sampled_tokens(completion: Completion) -> int:
+    """Tokens that the policy sampled, and the loss counts."""
+    return sum(completion.loss_mask_T) if completion.loss_mask_T else len(completion.token_ids_T)
+
+
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
     """rollout/*: means over completions; of informative_groups over groups; of unique, distinct completions of a prompt
-    over its completions."""
+    over its completions. Tokens are those the policy sampled."""
     completions = [completion for group in groups for completion in group.completions_G]
     scores = [score for group in groups for score in group.scores_G]
     distinct = sum(len({completion.token_ids_T for completion in group.completions_G}) for group in groups)
+    tokens = sum(map(sampled_tokens, completions))
     informative = sum(len({score.value for score in group.scores_G}) > 1 for group in groups)
     return {
         "rollout/reward": Mean(math.fsum(score.value for score in scores), len(scores)),
         "rollout/pass_rate": Mean(sum(score.passed for score in scores), len(scores)),
-        "rollout/response_length": Mean(sum(len(item.token_ids_T) for item in completions), len(completions)),
-        "rollout/tokens": Sum(float(sum(len(item.token_ids_T) for item in completions))),
+        "rollout/response_length": Mean(tokens, len(completions)),
+        "rollout/tokens": Sum(float(tokens)),
         "rollout/truncated": Mean(sum(item.finish_reason == "length" for item in completions), len(completions)),
         "rollout/informative_groups": Mean(informative, len(groups)),
         "rollout/unique": Mean(distinct, len(completions)),
@@ -176,7 +228,8 @@ def evaluation_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
     return metrics
 
 
-def _check_scores(asked: Sequence[Prompt], scores: Sequence[Score]) -> None:
+def check_scores(asked: Sequence[Prompt], scores: Sequence[Score]) -> None:
+    """`RewardError` unless there is one finite score for each."""
     if len(scores) != len(asked):
         raise RewardError(f"reward function returned {len(scores)} scores for {len(asked)} completions")
     for prompt, score in zip(asked, scores, strict=True):

@@ -10,14 +10,16 @@ digest as the generic one for the same weights.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 
 from megatron_sglang import layout, transfer
+from megatron_sglang.buckets import Bucket
 from megatron_sglang.copies import Copy
 from megatron_sglang.errors import MegatronSglangError, WeightSyncError
 from megatron_sglang.interfaces import Comm, DirectEngine, Engine, Weights
@@ -45,12 +47,33 @@ class Path(Protocol):
         ...
 
 
+class TakesBuckets(Protocol):
+    def load(self, bucket: Bucket) -> None: ...
+
+
+@runtime_checkable
+class OwnSteps(Protocol):
+    """A path whose update is another transaction than the engine's own (`sync_methods.py`)."""
+
+    def prepare(self, version: int) -> None:
+        """While the engine still serves. Collective."""
+        ...
+
+    def begin(self, version: int) -> None:
+        """In place of `begin_update`; on the leader."""
+        ...
+
+    def commit(self, version: int, buckets: int) -> str:
+        """In place of `commit_update`; on the leader."""
+        ...
+
+
 class GenericPath:
     """Full tensors in buckets, handed over by the leader."""
 
     name = "generic"
 
-    def __init__(self, comm: Comm, weights: Weights, engine: Engine | None) -> None:
+    def __init__(self, comm: Comm, weights: Weights, engine: TakesBuckets | None) -> None:
         self.comm, self.weights, self.engine = comm, weights, engine
         self.fidelity = weights.fidelity
 
@@ -62,9 +85,17 @@ class GenericPath:
         return Sent(tensors, count, size)
 
 
-class Delivery(Protocol):
-    """What one rank hands to the engine rank beside it (`weights/direct.py`)."""
+class BroadcastPath(GenericPath):
+    """The same buckets through a process group of the leader and all engine ranks. engine: `engine/broadcast.py`."""
 
+    name = "broadcast"
+
+
+class Delivery(Protocol):
+    """What one rank hands to an engine rank (`weights/direct.py`)."""
+
+    @property
+    def target(self) -> int: ...
     @property
     def index(self) -> int: ...
     @property
@@ -84,6 +115,7 @@ class Sender(Protocol):
 
     buckets: Sequence[Sequence[transfer.Piece]]
     dtype: torch.dtype
+    rounds: Sequence[int]
 
     def deliveries(self, free: Callable[[int], None]) -> Iterator[Delivery]: ...
 
@@ -105,10 +137,11 @@ class Line(Protocol):
 
 
 class DirectPath:
-    """Each trainer rank hands over what the engine rank beside it needs, on a line of their own.
+    """Each trainer rank hands over what its engine ranks need, on a line to each of them.
 
     The lines are pipelined: while the engine copies one delivery, the trainer makes the next one in its other buffer.
-    open_line: (the engine's call, rank) -> a line, of the engine room.
+    open_line: (the engine's call, engine rank) -> a line, of the engine room. hosts: trainer ranks that have lines, the
+    first ones (`transfer.host_of`); None: all.
     """
 
     name = "direct"
@@ -120,9 +153,12 @@ class DirectPath:
         engine: DirectEngine | None,
         engine_ranks: int,
         open_line: Callable[[Mapping[str, Any], int], Line],
+        hosts: int | None = None,
     ) -> None:
         self.comm, self.sender, self.engine = comm, sender, engine
         self.engine_ranks, self.open_line = engine_ranks, open_line
+        hosts = hosts or comm.world_size
+        self._mine = [rank for rank in range(engine_ranks) if transfer.host_of(rank, hosts) == comm.rank]
         self.fidelity = sender.fidelity
         pieces = [piece for bucket in sender.buckets for piece in bucket]
         self._sent = Sent(
@@ -130,21 +166,24 @@ class DirectPath:
             buckets=len(sender.buckets),
             bytes=sum(piece.size for piece in pieces) * sender.dtype.itemsize,
         )
+        self.exchanges = len(sender.buckets) * len(sender.rounds)
+        """All-to-alls of one version."""
 
     def send(self, version: int) -> Sent:
         call = self.comm.from_leader(lambda: _lead(self.engine).open_stream(version))
         gave_up = True
         try:
             with contextlib.ExitStack() as stack:
-                line, failure = None, None
-                if self.comm.rank < self.engine_ranks:
-                    try:
-                        line = stack.enter_context(self.open_line(call, self.comm.rank))
-                    except OSError as error:
-                        failure = WeightSyncError(f"version {version}: cannot listen for the engine rank: {error}")
+                lines: dict[int, Line] = {}
+                failure = None
+                try:
+                    for rank in self._mine:
+                        lines[rank] = stack.enter_context(self.open_line(call, rank))
+                except OSError as error:
+                    failure = WeightSyncError(f"version {version}: cannot listen for the engine rank: {error}")
                 self.comm.agree(failure)  # every rank listens before any engine rank connects
                 self.comm.from_leader(lambda: _lead(self.engine).start_stream(call))
-                for _ in agreed(self.comm, self._handed_over(line)):
+                for _ in agreed(self.comm, self._handed_over(lines)):
                     pass
             gave_up = False
         finally:
@@ -154,32 +193,52 @@ class DirectPath:
             torch.cuda.ipc_collect()  # every rank has lent memory, and the engine has given it back
         return self._sent
 
-    def _handed_over(self, line: Line | None) -> Iterator[bool]:
+    def _handed_over(self, lines: Mapping[int, Line]) -> Iterator[bool]:
         dtype = str(self.sender.dtype).removeprefix("torch.")
-        for delivery in self.sender.deliveries(line.wait if line is not None else lambda _index: None):
-            if line is not None:
+
+        def free(index: int) -> None:
+            for line in lines.values():
+                line.wait(index)
+
+        for delivery in self.sender.deliveries(free):
+            if (line := lines.get(delivery.target)) is not None:
                 header = {"index": delivery.index, "lengths": delivery.lengths, "digests": delivery.digests}
                 line.send({**header, "dtype": dtype}, delivery.slot, delivery.memory, delivery.data)
             yield True
-        if line is not None:
+        for line in lines.values():
             line.finish()
 
 
 def publish(comm: Comm, engine: Engine | None, path: Path, version: int) -> SyncReport:
     """Give the engine weight version `version`, whole, or raise `WeightSyncError` on all ranks and leave it stale."""
+    own = path if isinstance(path, OwnSteps) else None
     began = time.perf_counter()
-    comm.from_leader(lambda: _lead(engine).begin_update(version))
+    if own is not None:
+        with _whole_or_stale(engine, version):
+            own.prepare(version)
+    prepared = time.perf_counter()
+    comm.from_leader(lambda: own.begin(version) if own is not None else _lead(engine).begin_update(version))
     opened = time.perf_counter()
-    try:
+    with _whole_or_stale(engine, version):
         sent = path.send(version)
         loaded = time.perf_counter()
-        digest = comm.from_leader(lambda: _lead(engine).commit_update(version, sent.buckets))
+        commit = own.commit if own is not None else lambda *what: _lead(engine).commit_update(*what)
+        digest = comm.from_leader(lambda: commit(version, sent.buckets))
+    seconds = {"begin": opened - prepared, "load": loaded - opened, "verify": time.perf_counter() - loaded}
+    if own is not None:
+        seconds["prepare"] = prepared - began
+    return SyncReport(version, sent.tensors, sent.buckets, sent.bytes, seconds, path.fidelity(), digest)
+
+
+@contextlib.contextmanager
+def _whole_or_stale(engine: Engine | None, version: int) -> Iterator[None]:
+    """What goes wrong is a failed update, also of an engine that has not noticed."""
+    try:
+        yield
     except MegatronSglangError as error:
         if engine is not None:
             engine.fail_update(str(error))
         raise WeightSyncError(f"version {version} was not published: {error}") from error
-    seconds = {"begin": opened - began, "load": loaded - opened, "verify": time.perf_counter() - loaded}
-    return SyncReport(version, sent.tensors, sent.buckets, sent.bytes, seconds, path.fidelity(), digest)
 
 
 WITNESS_GAP = {torch.float32: 0.05, torch.bfloat16: 0.5}
@@ -205,18 +264,18 @@ def plan_for(
     shapes: Mapping[str, tuple[int, ...]],
     find_shards: Callable[[], list[transfer.Region]],
     limit: int,
+    hosts: int | None = None,
 ) -> list[list[transfer.Piece]]:
     """The transfer plan, installed in the engine; the same on all ranks.
 
-    find_shards: this rank's shards. limit: elements that an engine rank may receive in one delivery.
+    find_shards: this rank's shards. limit: elements that an engine rank may receive in one delivery. hosts: trainer
+    ranks that can hand over, the first ones; None: all.
     Raises `WeightSyncError` on all ranks where the direct path does not apply, with the reason.
     """
-    if engine_ranks > comm.world_size:
-        raise WeightSyncError(
-            f"the engine has {engine_ranks} ranks, the trainer {comm.world_size}; each needs one beside it"
-        )
     texts = comm.from_leader(lambda: [found.to_json() for found in _lead(engine).layout(shapes)])
     layouts = [layout.RankLayout.from_json(text) for text in texts]
+    if len(layouts) != engine_ranks:
+        raise WeightSyncError(f"the engine described {len(layouts)} ranks, expected {engine_ranks}")
     if reasons := layout.problems(layouts, shapes):
         raise WeightSyncError("; ".join(reasons[:3]))
     mine, failure = [], None
@@ -227,7 +286,9 @@ def plan_for(
     comm.agree(failure)
     everyone = [transfer.region_from(row) for rows in comm.gather(mine) for row in rows]
     slots = [slot for found in layouts for slot in transfer.slots_of(found, shapes)]
-    buckets = transfer.cut(transfer.make_plan(everyone, slots), limit)
+    machines = comm.gather(int(os.environ.get("GROUP_RANK", "0")))  # torchrun's number of the node
+    pieces = transfer.make_plan(everyone, slots, hosts or comm.world_size, machines)
+    buckets = transfer.cut(pieces, limit)
     comm.from_leader(lambda: _lead(engine).install_plan([receipt_of(found, buckets) for found in layouts]))
     return buckets
 

@@ -22,6 +22,12 @@ from megatron_sglang.copies import Copy, Rectangle, fold
 from megatron_sglang.errors import WeightSyncError
 from megatron_sglang.layout import RankLayout, Write
 
+SLOTS = 2
+"""Receive buffers: the engine reads one while the next bucket is merged and exchanged into the other."""
+
+CHUNK_BYTES = 32 << 20
+"""Each of a merge's half dozen fp32 temporaries holds at most this much, or one expert."""
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
@@ -126,11 +132,20 @@ def _slot(rank: int, write: Write, shape: tuple[int, ...]) -> Region:
     return Region(rank, write.source, Box(row, col, extents["row"], extents["col"]), place)
 
 
-def make_plan(shards: Iterable[Region], slots: Sequence[Region]) -> list[Piece]:
+def host_of(target: int, hosts: int) -> int:
+    """The trainer rank that hands over to engine rank `target`, of the first `hosts` ranks: those that can reach it."""
+    return target % hosts
+
+
+def make_plan(
+    shards: Iterable[Region], slots: Sequence[Region], hosts: int | None = None, machines: Sequence[int] = ()
+) -> list[Piece]:
     """Every element of every slot from exactly one source, in `transfer_order`, then by target.
 
-    Of several replicas the one on the target's own device (the same rank) is taken, else the one that sends least so
-    far. Raises `WeightSyncError` for a slot whose elements no trainer rank, or more than one kind of shard, holds.
+    Of several replicas the one that hands over to the target itself is taken (`host_of`; hosts None: the same rank),
+    else of those on its machine, or of all where it has none, the one that sends least so far. machines: that of each
+    trainer rank; empty: there is one. Raises `WeightSyncError` for a slot whose elements no trainer rank, or more than
+    one kind of shard, holds.
     """
     holders: defaultdict[str, defaultdict[Box, dict[int, Place]]] = defaultdict(lambda: defaultdict(dict))
     for shard in shards:
@@ -143,10 +158,12 @@ def make_plan(shards: Iterable[Region], slots: Sequence[Region]) -> list[Piece]:
             common = box.meet(slot.box)
             if common is None:
                 continue
-            source = slot.rank if slot.rank in replicas else min(replicas, key=lambda rank: (sent[rank], rank))
+            host = slot.rank if hosts is None else host_of(slot.rank, hosts)
+            near = [rank for rank in replicas if machines and machines[rank] == machines[host]]
+            source = host if host in replicas else min(near or replicas, key=lambda rank: (sent[rank], rank))
             here, there = replicas[source].part(box, common), slot.place.part(slot.box, common)
             pieces.append(Piece(slot.name, source, slot.rank, common.rows, common.cols, here, there))
-            sent[source] += common.size if source != slot.rank else 0
+            sent[source] += common.size if source != host else 0
             covered += common.size
         if covered != slot.box.size:
             raise WeightSyncError(

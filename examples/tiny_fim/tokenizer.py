@@ -7,6 +7,7 @@ alone, blanks and words are separate chunks, so that a hole after a blank begins
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 from problems import corpus
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,6 +21,11 @@ _CHUNK = r"\d|[A-Za-z_]+| +|\n *|[^\sA-Za-z0-9_]"
 
 def train(seed: int, drafts: int = 6000) -> PreTrainedTokenizerFast:
     """Train on the right answers of `drafts` training drafts; the same seed gives the same tokenizer."""
+    return train_on(draft.prefix + draft.meaning.gold + draft.after for draft in itertools.islice(corpus(seed), drafts))
+
+
+def train_on(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train on `texts`."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -28,7 +34,6 @@ def train(seed: int, drafts: int = 6000) -> PreTrainedTokenizerFast:
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    texts = (draft.prefix + draft.meaning.gold + draft.after for draft in itertools.islice(corpus(seed), drafts))
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=SPECIAL,

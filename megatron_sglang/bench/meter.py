@@ -43,18 +43,60 @@ def counting() -> Iterator[Traffic]:
         dist.all_to_all_single = original
 
 
+@contextlib.contextmanager
+def device_peak() -> Iterator[list[int]]:
+    """One number: bytes that this process allocated on its device at most in the block, beyond what it had before."""
+    found = [0]
+    if not torch.cuda.is_initialized():
+        yield found
+        return
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    yield found
+    found[0] = torch.cuda.max_memory_allocated() - before
+
+
+@contextlib.contextmanager
+def profiled(path: Path | None) -> Iterator[None]:
+    """Writes where the block's time went, by torch's profiler; None: not on this rank."""
+    if path is None:
+        yield
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    cuda = torch.cuda.is_available()
+    if cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        yield
+    averages = profiler.key_averages()
+    orders = ["self_cuda_time_total", "self_cpu_time_total"] if cuda else ["self_cpu_time_total"]
+    path.write_text("\n".join(averages.table(sort_by=order, row_limit=40) for order in orders))
+
+
+EXCHANGE_BYTES = 1 << 30
+
+
 def all_to_all_seconds(sizes: Sequence[Sequence[int]], device: torch.device, repeats: int) -> float:
     """Median seconds of exchanging these bytes and doing nothing else: the limit of any path. sizes: [source][target]
-    bytes, the same on all ranks. Collective."""
+    bytes, the same on all ranks. In rounds of at most EXCHANGE_BYTES a rank, since a model does not fit twice beside
+    itself. Collective."""
     rank = dist.get_rank()
-    out, into = list(sizes[rank]), [row[rank] for row in sizes]
-    send = torch.zeros(sum(out), dtype=torch.uint8, device=device)
-    receive = torch.empty(sum(into), dtype=torch.uint8, device=device)
+    largest = max(map(sum, [*sizes, *zip(*sizes, strict=True)]))
+    rounds = max(1, -(-largest // EXCHANGE_BYTES))
+
+    def part(size: int, number: int) -> int:
+        return size * (number + 1) // rounds - size * number // rounds
+
+    outs = [[part(size, number) for size in sizes[rank]] for number in range(rounds)]
+    intos = [[part(row[rank], number) for row in sizes] for number in range(rounds)]
+    send = torch.zeros(max(map(sum, outs)), dtype=torch.uint8, device=device)
+    receive = torch.empty(max(map(sum, intos)), dtype=torch.uint8, device=device)
     seconds = []
     for _ in range(repeats + 1):
         dist.barrier()
         with timed() as took:
-            dist.all_to_all_single(receive, send, into, out)
+            for out, into in zip(outs, intos, strict=True):
+                dist.all_to_all_single(receive[: sum(into)], send[: sum(out)], into, out)
         seconds.append(took[0])
     return statistics.median(seconds[1:])
 

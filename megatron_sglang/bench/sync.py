@@ -1,23 +1,27 @@
 """`megatron-sglang bench sync`: the paths of a weight update side by side, in one run, on the same weights.
 
+    stock     what Megatron-Bridge and SGLang ship, without any proof (`stock.py`)
+    generic   `sync.method=generic`
+    direct    `sync.method=auto`, where it applies
+
     torchrun --nproc-per-node 4 .venv/bin/megatron-sglang bench sync --hf-model MODEL --expert-model-parallel-size 4 \\
         --engine-tp 4 --syncs 20 --output sync.json
 
-Every version has other weights. Each path publishes it in turn, and the engine must then hold the same bits. What the
-direct path moved is counted where it leaves, and must be what the plan says, to the byte.
+Every version has other weights. Each path publishes it in turn, and SGLang's own /weights_checker says what the engine
+then holds: the same for both of ours, or there is no result. Where stock's weights differ (Bridge's merge mixes up
+experts with SequentialMLP and EP > 1) the result says by how much. What the direct path moved is counted where it
+leaves, and must be what the plan says, to the byte.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +34,15 @@ from megatron_sglang.weights.convert import SIZES
 from megatron_sglang.weights.progress import is_leader
 
 if TYPE_CHECKING:
+    from megatron_sglang.bench.stock import Held
     from megatron_sglang.interfaces import Comm
     from megatron_sglang.sync import DirectPath
-    from megatron_sglang.sync import Path as SyncPath
     from megatron_sglang.types import SyncReport
     from megatron_sglang.weights.standalone import Model
 
-PACKAGES = ("torch", "sglang", "megatron-core", "megatron-bridge")
+PATHS = ("stock", "generic", "direct")
+MAX_TOTAL_TOKENS = 4096
+"""Hardly a token is sampled here, and an update empties the KV cache: 27 ms for one of a third of a CPU's memory."""
 
 
 class BenchError(MegatronSglangError):
@@ -45,17 +51,23 @@ class BenchError(MegatronSglangError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
-    sync = kinds.add_parser("sync", help="weight updates, generic and direct path side by side")
+    sync = kinds.add_parser("sync", help="weight updates, path by path side by side")
     sync.add_argument("--hf-model", type=Path, required=True, help="folder of the model")
     sync.add_argument("--random-weights", action="store_true", help="config.json is enough")
     sync.add_argument("--engine-tp", type=int, default=1, help="ranks of the engine (1)")
     sync.add_argument("--engine-ep", type=int, default=1, help="expert parallelism inside the engine (1)")
     sync.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     sync.add_argument("--lora-rank", type=int, default=32)
-    sync.add_argument("--bucket-bytes", type=int, default=SyncConfig.bucket_bytes)
+    sync.add_argument("--bucket-bytes", type=int, default=SyncConfig().bucket_bytes)
     sync.add_argument("--syncs", type=int, default=5, help="measured versions (5)")
     sync.add_argument("--warm-up", type=int, default=2, help="versions before them (2)")
-    sync.add_argument("--paths", choices=("both", "direct"), default="both")
+    sync.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="which to measure (all)")
+    sync.add_argument("--methods", metavar="A,B", help="measure these sync methods instead (bench/methods.py)")
+    sync.add_argument("--lora-targets", metavar="A,B", default="", help="with --methods: as lora.targets (its default)")
+    memory = EngineOptions("").mem_fraction
+    sync.add_argument("--mem-fraction", type=float, default=memory, help=f"as engine.mem_fraction ({memory})")
+    sync.add_argument("--moe-grouped-gemm", action="store_true", help="as Megatron's: grouped experts, on GPUs")
+    sync.add_argument("--profile", type=Path, help="text file: what one more direct update's time went to, on rank 0")
     sync.add_argument("--output", type=Path, help="JSON file with configuration, versions, phases, spread, memory")
     for name in SIZES:
         sync.add_argument(f"--{name}", type=int, default=1, metavar="N")
@@ -63,78 +75,155 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run on every rank of torchrun, or alone; the leader prints and writes the result."""
+    from megatron_sglang.bench import result
     from megatron_sglang.weights import standalone
 
     sizes = {name: getattr(args, name.replace("-", "_")) for name in SIZES}
-    options = EngineOptions(
-        model_path=str(args.hf_model), tp_size=args.engine_tp, ep_size=args.engine_ep, dtype=args.dtype
-    )
+    if args.moe_grouped_gemm:
+        sizes["moe-grouped-gemm"] = True
+    options = _engine_options(args)
+    if args.methods:
+        from megatron_sglang.bench import methods
+
+        methods.run(args, options, sizes)
+        return
     leads = is_leader()
     with contextlib.ExitStack() as stack:
         engine = create_engine(options) if leads else None
         if engine is not None:
             stack.callback(engine.close)
             engine.start()
+            if options.resolved_device() == "cuda":
+                # SGLang sizes its cache by the memory that is free before and after it loads, so nothing may grow then.
+                engine.wait_ready()
         lora = LoraConfig(rank=args.lora_rank, alpha=2.0 * args.lora_rank)
         base = not args.random_weights
         model = stack.enter_context(standalone.adapted_model(args.hf_model, lora, args.dtype, sizes, base))
-        model.comm.from_leader(lambda: engine and engine.wait_ready())
-        result = _measure(args, model, engine)
+        if options.resolved_device() == "cpu":
+            model.comm.from_leader(lambda: engine and engine.wait_ready())
+        found = _measure(args, model, engine)
     standalone.leave()
     if leads:
-        text = json.dumps(result, indent=2)
+        text = json.dumps(found, indent=2)
         if args.output is not None:
             args.output.write_text(text + "\n")
-        print(_table(result), file=sys.stderr)
+        print(result.table(found), file=sys.stderr)
         print(text)
+
+
+def _engine_options(args: argparse.Namespace) -> EngineOptions:
+    options = EngineOptions(
+        model_path=str(args.hf_model),
+        tp_size=args.engine_tp,
+        ep_size=args.engine_ep,
+        dtype=args.dtype,
+        mem_fraction=args.mem_fraction,
+        max_total_tokens=MAX_TOTAL_TOKENS,
+    )
+    if options.resolved_device() == "cpu":
+        return options
+    # No token is sampled here: nothing to compile or capture for.
+    return replace(options, extra={"attention_backend": "triton", "disable_cuda_graph": True})
+
+
+@dataclass(slots=True)
+class Findings:
+    """What the measured versions gave, by path."""
+
+    reports: dict[str, list[SyncReport]] = field(default_factory=dict)
+    device_peaks: dict[str, int] = field(default_factory=dict)
+    """Bytes that this rank allocated on its device at most, beyond what it had before the update."""
+    checker_seconds: list[float] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
+    """Parameters in which stock's weights are not those of our paths."""
+    parameters: int = 0
+    """How many were compared, each on each rank."""
 
 
 def _measure(args: argparse.Namespace, model: Model, engine: Any) -> dict[str, Any]:
     import torch
 
-    from megatron_sglang.bench import meter
+    from megatron_sglang.bench import meter, result, stock
     from megatron_sglang.sync import publish
+    from megatron_sglang.training import lora
     from megatron_sglang.training.paths import Paths
 
-    shapes = hub_shapes(args.hf_model)
+    comm, dtype = model.comm, getattr(torch, args.dtype)
     made = Paths(
-        comm=model.comm,
+        comm=comm,
         bridge=model.bridge,
         model_chunks=model.chunks,
-        dtype=getattr(torch, args.dtype),
+        dtype=dtype,
         bucket_bytes=args.bucket_bytes,
-        shapes=shapes,
+        shapes=hub_shapes(args.hf_model),
         engine=engine,
         engine_ranks=args.engine_tp,
     )
     generic = made.generic()
-    publish(model.comm, engine, generic, 1)
+    publish(comm, engine, generic, 1)
     direct = made.direct()
-    paths: list[SyncPath] = [generic, direct] if args.paths == "both" else [direct]
+    http = stock.connect(engine) if engine is not None else None
+    stocks = stock.StockPath(comm, model.bridge, model.chunks, dtype, args.bucket_bytes, http, args.engine_tp)
+    publishers: dict[str, Callable[[int], SyncReport]] = {
+        "stock": stocks.publish,
+        "generic": lambda version: publish(comm, engine, generic, version),
+        "direct": lambda version: publish(comm, engine, direct, version),
+    }
     pairs = _bytes_by_pair(direct)
-    reports: dict[str, list[SyncReport]] = {path.name: [] for path in paths}
-    held: list[dict[str, int]] = []
+    found, held = Findings({name: [] for name in args.paths}), []
     for number, version in enumerate(range(2, 2 + args.warm_up + args.syncs)):
-        _change_adapters(model.chunks, version)
-        digests = set()
-        for path in paths:
-            with meter.counting() as traffic:
-                report = publish(model.comm, engine, path, version)
-            digests.add(report.engine_digest)
-            if path is direct:
-                _check_traffic(model.comm, pairs, len(direct.sender.buckets), traffic)
+        lora.vary(model.chunks, version)
+        states: dict[str, Held] = {}
+        for name in args.paths:
+            with meter.counting() as traffic, meter.device_peak() as peak:
+                report = publishers[name](version)
+            if name == "direct":
+                _check_traffic(comm, pairs, direct.exchanges, traffic)
             if number >= args.warm_up:
-                reports[path.name].append(report)
-        if len(digests) != 1:
-            raise BenchError(f"version {version}: the paths left different weights, {sorted(digests)}; report this")
-        held.append(_holdings(model.comm, engine))
-    ranks = range(model.comm.world_size)
+                found.reports[name].append(report)
+                found.device_peaks[name] = max(found.device_peaks.get(name, 0), peak[0])
+            if len(args.paths) > 1:
+                answer = comm.from_leader(lambda: http and asdict(stock.held_by(http)))
+                states[name] = stock.Held(**answer)
+        _compare(version, states, found)
+        held.append(_holdings(comm, engine))
+    difference = stock.difference(stocks, model) if found.odd else None
+    if args.profile is not None:
+        with meter.profiled(args.profile if comm.rank == 0 else None):
+            publishers["direct"](2 + args.warm_up + args.syncs)
+    ranks = range(comm.world_size)
+    moved = _by_host(pairs, comm.world_size)
     limit = meter.all_to_all_seconds(
-        [[pairs.get((source, target), 0) for target in ranks] for source in ranks],
+        [[moved.get((source, target), 0) for target in ranks] for source in ranks],
         next(model.chunks[0].parameters()).device,
         args.syncs,
     )
-    return _result(args, model.comm, reports, held, limit, pairs)
+    peaks = comm.gather(found.device_peaks)
+    found.device_peaks = {name: max(one[name] for one in peaks) for name in args.paths}
+    return result.of(args, comm.world_size, found, difference, held, limit, moved)
+
+
+def _compare(version: int, states: Mapping[str, Held], found: Findings) -> None:
+    """Raises `BenchError` if generic and direct path left different weights; notes where stock did."""
+    found.checker_seconds += [state.seconds for state in states.values()]
+    ours = [states[name] for name in ("generic", "direct") if name in states]
+    if len(ours) == 2 and (odd := ours[0].differs_from(ours[1])):
+        raise BenchError(
+            f"version {version}: by SGLang's checksums {len(odd)} parameters differ after generic and direct path, "
+            f"{odd[0]} first; report this"
+        )
+    if "stock" in states and ours:
+        found.odd = sorted({*found.odd, *states["stock"].differs_from(ours[-1])})
+        found.parameters = len(ours[-1].parameters)
+
+
+def _by_host(pairs: Mapping[tuple[int, int], int], ranks: int) -> dict[tuple[int, int], int]:
+    """Bytes by (trainer rank, trainer rank that hands them over)."""
+    moved: dict[tuple[int, int], int] = {}
+    for (source, target), size in pairs.items():
+        pair = source, transfer.host_of(target, ranks)
+        moved[pair] = moved.get(pair, 0) + size
+    return moved
 
 
 def _bytes_by_pair(direct: DirectPath) -> dict[tuple[int, int], int]:
@@ -142,31 +231,17 @@ def _bytes_by_pair(direct: DirectPath) -> dict[tuple[int, int], int]:
     return transfer.traffic(pieces, direct.sender.dtype.itemsize)
 
 
-def _check_traffic(comm: Comm, pairs: Mapping[tuple[int, int], int], buckets: int, traffic: Any) -> None:
-    planned = {target: size for (source, target), size in pairs.items() if source == comm.rank and size}
+def _check_traffic(comm: Comm, pairs: Mapping[tuple[int, int], int], exchanges: int, traffic: Any) -> None:
+    moved = _by_host(pairs, comm.world_size)
+    planned = {target: size for (source, target), size in moved.items() if source == comm.rank and size}
     sent = {target: size for target, size in traffic.sent.items() if size}
     error = None
-    if sent != planned or traffic.calls != buckets:
+    if sent != planned or traffic.calls != exchanges:
         error = BenchError(
             f"rank {comm.rank} sent {sent} bytes by target in {traffic.calls} calls; the plan says {planned} in "
-            f"{buckets}"
+            f"{exchanges}"
         )
     comm.agree(error)
-
-
-def _change_adapters(chunks: list[Any], version: int) -> None:
-    """Other values in each version, the same on all ranks that hold copies of a weight: names decide, not ranks."""
-    import zlib
-
-    import torch
-
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if ".adapter." in name:
-                seed = zlib.crc32(f"{version} {name}".encode())
-                generator = torch.Generator(device=parameter.device).manual_seed(seed)
-                values = torch.randn(parameter.shape, generator=generator, device=parameter.device)
-                parameter.data.copy_(values * 0.02)
 
 
 def _holdings(comm: Comm, engine: Any) -> dict[str, int]:
@@ -188,81 +263,3 @@ def _holdings(comm: Comm, engine: Any) -> dict[str, int]:
         "engine_resident": theirs["resident"],
         "engine_descriptors": theirs["descriptors"],
     }
-
-
-def _result(
-    args: argparse.Namespace,
-    comm: Comm,
-    reports: Mapping[str, list[SyncReport]],
-    held: list[dict[str, int]],
-    limit: float,
-    pairs: Mapping[tuple[int, int], int],
-) -> dict[str, Any]:
-    from megatron_sglang.bench import meter
-
-    found = {name: _of_path(of_path) for name, of_path in reports.items()}
-    measured = held[args.warm_up :]
-    return {
-        "command": "megatron-sglang " + " ".join(sys.argv[1:]),
-        "versions": {"python": platform.python_version(), **dict(_versions())},
-        "device": _device(),
-        "ranks": comm.world_size,
-        "warm_up": args.warm_up,
-        "syncs": args.syncs,
-        "paths": found,
-        "generic_over_direct": (
-            found["generic"]["seconds"]["total"]["median"] / found["direct"]["seconds"]["total"]["median"]
-            if len(found) == 2
-            else None
-        ),
-        "all_to_all_limit_s": limit,
-        "direct_over_limit": found["direct"]["seconds"]["total"]["median"] / limit if limit else None,
-        "planned_bytes": sum(pairs.values()),
-        "crossing_bytes": sum(size for (source, target), size in pairs.items() if source != target),
-        "bytes_moved_as_planned": True,
-        "p99_over_median": {
-            name: value["seconds"]["total"]["p99"] / value["seconds"]["total"]["median"]
-            for name, value in found.items()
-        },
-        "held": {name: meter.spread([one[name] for one in measured]) for name in measured[0]},
-        "held_first_and_last": [measured[0], measured[-1]],
-    }
-
-
-def _of_path(reports: list[SyncReport]) -> dict[str, Any]:
-    from megatron_sglang.bench import meter
-
-    phases = {name: meter.spread([report.seconds[name] for report in reports]) for name in reports[0].seconds}
-    total = meter.spread([sum(report.seconds.values()) for report in reports])
-    last = reports[-1]
-    return {
-        "seconds": {"total": total, **phases},
-        "buckets": last.buckets,
-        "bytes": last.bytes,
-        "cast_loss": last.fidelity.cast_loss,
-        "update_norm": last.fidelity.update_norm,
-    }
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield package, importlib.metadata.version(package)
-
-
-def _device() -> str:
-    import torch
-
-    if torch.cuda.is_initialized():
-        return torch.cuda.get_device_name()
-    return f"CPU, {os.cpu_count()} cores"
-
-
-def _table(result: Mapping[str, Any]) -> str:
-    lines = [f"{'path':8} {'buckets':>8} {'MB':>10} {'min s':>8} {'median':>8} {'p99':>8} {'max':>8}"]
-    for name, found in result["paths"].items():
-        total = found["seconds"]["total"]
-        numbers = " ".join(f"{total[key]:8.3f}" for key in ("min", "median", "p99", "max"))
-        lines.append(f"{name:8} {found['buckets']:8} {found['bytes'] / 1e6:10.1f} {numbers}")
-    lines.append(f"all_to_all alone {result['all_to_all_limit_s']:.4f} s; bytes and calls as planned")
-    return "\n".join(lines)

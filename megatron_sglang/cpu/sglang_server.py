@@ -57,11 +57,13 @@ def install(model_path: str, seeded_sampling: bool) -> None:
     _tolerate_remote_experts()
     exact_matmul.install()
     _attend_exactly()
+    _check_weights()
+    _collect_little()
+    _pin_nothing()
     if seeded_sampling:
         _sample_by_seed()
     gc.enable()
-    # Every flush collects garbage (platforms/cpu.py:95), which takes 0.6 s with SGLang's modules in the heap.
-    gc.freeze()
+    gc.freeze()  # see _collect_little
 
 
 def _import_less(model_path: Path) -> None:
@@ -128,6 +130,50 @@ def _attend_exactly() -> None:
         return original(query.double(), key.double(), value.double(), **options).float()
 
     torch_native_backend.scaled_dot_product_attention = attention
+
+
+def _check_weights() -> None:
+    """/weights_checker waits for the GPU before and after it sums (utils/weight_checker.py:124), which torch refuses
+    where there is none."""
+    import torch
+
+    torch.cuda.synchronize = lambda *_: None
+
+
+def _collect_little() -> None:
+    """Every flush collects garbage (platforms/cpu.py:95), and an update begins with one: 0.6 s with SGLang's modules in
+    the heap, 45 ms with what a scheduler's start leaves there. The first flush takes both out of later ones' way."""
+    from sglang.srt.platforms.cpu import CpuDeviceMixin
+
+    frozen: list[bool] = []
+
+    def empty_cache(_self: Any) -> None:
+        gc.collect()
+        if not frozen:
+            frozen.append(True)
+            gc.freeze()
+
+    CpuDeviceMixin.empty_cache = empty_cache
+
+
+def _pin_nothing() -> None:
+    """LoRA pins host memory without asking whether there is a driver (lora/layers.py:457,
+    lora/backend/torch_backend.py:225). Pinning changes no value."""
+    import torch
+    from sglang.srt.lora import layers
+    from sglang.srt.lora.backend import torch_backend
+
+    class Unpinned:
+        """torch, but for `pin_memory`."""
+
+        def __getattr__(self, name: str) -> Any:
+            found = getattr(torch, name)
+            if name not in ("tensor", "zeros", "empty", "arange"):
+                return found
+            return lambda *args, pin_memory=False, **named: found(*args, **named)
+
+    torch.Tensor.pin_memory = lambda self, *_args: self  # type: ignore[method-assign]
+    layers.torch = torch_backend.torch = Unpinned()  # type: ignore[assignment]
 
 
 def _sample_by_seed() -> None:

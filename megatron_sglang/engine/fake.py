@@ -5,8 +5,10 @@ our own `loader.py` with one parameter dictionary per engine rank, so updates ar
 
     extra = {"vocab_size": 512, "faults": [{"path": "/flush_cache", "do": "status", "status": 400, "times": 2}]}
 
+    extra = {"token_s": 0.01}    # each token takes so long
+
 Tokens depend on prompt, seed, position and weights. Faults fire on the `after`-th and later calls of a path, `times`
-times; "start" is the path of the start itself. POST /script replaces the faults of a running engine.
+times; "start" is the path of the start itself. POST /script replaces faults and pace of a running engine.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pickle
@@ -22,17 +23,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-if TYPE_CHECKING:
-    import torch
+from megatron_sglang.engine.fake_model import Parameters, Sampler, grouped
 
 _OPEN_ROUTES = ("/health",)
-_USER_ROUTES = ("/generate", "/server_info")
+_USER_ROUTES = ("/generate", "/server_info", "/model_info", "/v1/models")
 
 
 @dataclass(slots=True)
@@ -67,18 +67,30 @@ class FakeEngine:
         self.keys = {False: f"Bearer {spec['api_key']}", True: f"Bearer {spec['admin_key']}"}
         self.vocab_size = int(script.get("vocab_size", 512))
         self.faults = [Fault(**fault) for fault in script.get("faults", [])]
-        self.models = [_Parameters() for _ in range(spec["tp_size"])]
+        self.described = dict(script.get("server_info", {}))
+        """What /server_info says otherwise."""
+        self.models = [Parameters(spec.get("model_folder")) for _ in range(spec["tp_size"])]
         self.version = "default"
         self.released: set[str] = set()
         self.running = 0
+        self.frozen = False  # paused, with requests kept where they are
+        self.token_s = float(script.get("token_s", 0.0))
+        self.rids: set[str] = set()
+        self.aborted: set[str] = set()
+        self.adapters: set[str] = set()
         self.lock = threading.Lock()
         self.awake = threading.Event()
         self.awake.set()
         self.routes: dict[str, Callable[[dict[str, Any], dict[str, Fault]], tuple[int, Any]]] = {
             "/script": self.rewrite,
             "/health": self.info,
-            "/server_info": self.info,
+            "/server_info": self.server_info,
+            "/model_info": self.model_info,
             "/generate": self.generate,
+            "/abort_request": self.abort,
+            "/load_lora_adapter": self.load_adapter,
+            "/unload_lora_adapter": self.unload_adapter,
+            "/v1/models": self.list_models,
             "/pause_generation": self.pause,
             "/continue_generation": self.resume,
             "/flush_cache": self.flush,
@@ -88,7 +100,7 @@ class FakeEngine:
             "/resume_memory_occupation": self.resume_memory,
         }
 
-    def suffer(self, path: str) -> dict[str, Fault]:
+    def suffer(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Fault]:
         """Faults due on this call of `path`, by kind; death and delay happen here."""
         due = {}
         with self.lock:
@@ -104,54 +116,79 @@ class FakeEngine:
         if "sleep" in due:
             ends = time.monotonic() + due["sleep"].seconds
             # A sleeping generation ends early when it is aborted, as a long one in SGLang does.
-            while time.monotonic() < ends and (path != "/generate" or self.awake.is_set()):
+            while time.monotonic() < ends and (
+                path != "/generate" or (self.awake.is_set() and (body or {}).get("rid") not in self.aborted)
+            ):
                 time.sleep(0.01)
         return due
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path not in self.routes:
             return 404, {"error": f"no route {path}"}
-        with self._counted(path):
-            due = self.suffer(path)
+        with self.counted(path, body):
+            due = self.suffer(path, body)
             if "status" in due:
                 return due["status"].status, {"error": "scripted"}
             return self.routes[path](body, due)
 
     @contextlib.contextmanager
-    def _counted(self, path: str) -> Iterator[None]:
+    def counted(self, path: str, body: dict[str, Any]) -> Iterator[None]:
         """Generations wait while paused and count as running; everything else passes."""
         if path != "/generate":
             yield
             return
-        self.awake.wait()
+        rid = body.get("rid", "")
         with self.lock:
-            self.running += 1
+            self.rids.add(rid)
         try:
-            yield
+            self.awake.wait()
+            with self.lock:
+                self.running += 1
+            try:
+                yield
+            finally:
+                with self.lock:
+                    self.running -= 1
         finally:
             with self.lock:
-                self.running -= 1
+                self.rids.discard(rid)
+                self.aborted.discard(rid)
 
     def info(self, *_: Any) -> tuple[int, Any]:
         return 200, {"version": self.version}
 
+    def server_info(self, *_: Any) -> tuple[int, Any]:
+        from megatron_sglang.engine.options import LOADER
+        from megatron_sglang.engine.server import SGLANG_VERSION
+
+        sizes = {"tp_size": len(self.models), "ep_size": 1, "dp_size": 1, "pp_size": 1, "dtype": "auto"}
+        return 200, {"version": SGLANG_VERSION, "custom_weight_loader": [LOADER], **sizes, **self.described}
+
+    def model_info(self, *_: Any) -> tuple[int, Any]:
+        return 200, {"weight_version": self.version}
+
     def rewrite(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
         with self.lock:
             self.faults = [Fault(**fault) for fault in body["faults"]]
+            self.token_s = body.get("token_s", 0.0)
         return 200, {}
 
-    def pause(self, *_: Any) -> tuple[int, Any]:
+    def pause(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
+        self.frozen = body.get("mode", "abort") != "abort"
         self.awake.clear()
         return 200, {}
 
     def resume(self, *_: Any) -> tuple[int, Any]:
         self.awake.set()
+        self.frozen = False
         return 200, {}
 
     def flush(self, *_: Any) -> tuple[int, Any]:
         return (400 if self.running else 200), {}
 
     def set_version(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
+        if "new_version" not in body:
+            return 422, {"error": "new_version is missing"}
         self.version = body["new_version"]
         return 200, {"success": True}
 
@@ -168,64 +205,113 @@ class FakeEngine:
         return 200, None
 
     def generate(self, body: dict[str, Any], due: dict[str, Fault]) -> tuple[int, Any]:
-        version = "999" if "wrong_version" in due else self.version
-        pairs = zip(body["input_ids"], body["sampling_params"], strict=True)
-        return 200, [self.complete(prompt, sampling, version) for prompt, sampling in pairs]
+        if isinstance(body["sampling_params"], list):
+            listed = ("input_ids", "sampling_params", "top_logprobs_num", "lora_path")
+            bodies = [
+                {key: body[key][number] for key in listed if body.get(key)} for number in range(len(body["input_ids"]))
+            ]
+            replies = [self._finished(one, due) for one in bodies]
+            return next((reply for reply in replies if reply[0] != 200), (200, [reply for _, reply in replies]))
+        return self._finished(body, due)
 
-    def complete(self, prompt: list[int], sampling: dict[str, Any], version: str) -> dict[str, Any]:
-        seed = sampling["sampling_seed"] if sampling["temperature"] > 0 else None
-        ids: list[int] = []
-        logprobs: list[tuple[float, int, None]] = []
-        finish: dict[str, Any] = {"type": "length"}
-        for position in range(sampling["max_new_tokens"]):
-            if not self.awake.is_set():
-                finish = {"type": "abort"}
-                break
-            drawn = hashlib.sha256(f"{prompt} {seed} {position} {self.models[0].salt}".encode()).digest()
-            ids.append(int.from_bytes(drawn[:8]) % self.vocab_size)
-            logprobs.append((-1.0 - drawn[8] / 256, ids[-1], None))
-            if ids[-1] in sampling["stop_token_ids"]:
-                finish = {"type": "stop", "matched": ids[-1]}
-                break
-        meta = {"finish_reason": finish, "output_token_logprobs": logprobs, "weight_version": version}
-        return {"output_ids": ids, "meta_info": meta}
+    def _finished(self, body: dict[str, Any], due: dict[str, Fault]) -> tuple[int, Any]:
+        """All of one completion in one reply."""
+        if refusal := self.refusal(body):
+            return refusal
+        [whole] = grouped(self.events(body, due), None)
+        return 200, whole
+
+    def refusal(self, body: dict[str, Any]) -> tuple[int, Any] | None:
+        """What SGLang would not serve."""
+        sampling = body["sampling_params"]
+        if body.get("rid") in self.aborted:
+            return 499, {"error": {"message": f"Request {body['rid']} was aborted"}}
+        if sampling.get("stop") or sampling.get("min_new_tokens"):
+            return 400, {"error": {"message": "unavailable when skip_tokenizer_init=True"}}
+        if body.get("lora_path") and body["lora_path"] not in self.adapters:
+            return 400, {"error": {"message": f"LoRA adapter {body['lora_path']} is not loaded"}}
+        return None
+
+    def events(self, body: dict[str, Any], due: dict[str, Fault]) -> Iterator[dict[str, Any]]:
+        """One completion, token by token; only what is new in each, as with incremental_streaming_output."""
+        sampling = body["sampling_params"]
+        ended = set() if sampling.get("ignore_eos") else set(sampling.get("stop_token_ids") or ())
+        sampler = Sampler(self.vocab_size, self.models[0].salt, body)
+        finish: dict[str, Any] | None = None
+        count = 0
+        while finish is None:
+            row: list[Any] = []
+            top: list[list[Any]] = []
+            time.sleep(self.token_s)
+            if self.frozen:
+                self.awake.wait()
+            if not self.awake.is_set() or body.get("rid") in self.aborted:
+                finish = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+            else:
+                row, top = sampler.draw()
+                count += 1
+                if row[1] in ended:
+                    finish = {"type": "stop", "matched": row[1]}
+                elif count >= sampling["max_new_tokens"]:
+                    finish = {"type": "length", "length": count}
+            meta = {
+                "finish_reason": finish,
+                "completion_tokens": count,
+                "output_token_logprobs": [row] if row else [],
+                "output_top_logprobs": [top] if top else [],
+                "weight_version": "999" if "wrong_version" in due else self.version,
+            }
+            yield {"output_ids": [row[1]] if row else [], "meta_info": meta}
+
+    def abort(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
+        """SGLang ends every request whose id starts with this one, and knows of no others."""
+        with self.lock:
+            rid = body.get("rid") or ""
+            hit = {one for one in self.rids if body.get("abort_all") or (rid and one.startswith(rid))}
+            self.aborted |= hit
+        return 200, None
+
+    def load_adapter(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
+        name = body["lora_name"]
+        if name in self.adapters:
+            return 400, {"success": False, "error_message": f"LoRA adapter {name} is already loaded"}
+        self.adapters.add(name)
+        for model in self.models:
+            model.load_adapter(name, body["lora_path"])
+        return 200, {"success": True}
+
+    def list_models(self, *_: Any) -> tuple[int, Any]:
+        cards = [{"id": "base", "parent": None}, *({"id": name, "parent": "base"} for name in sorted(self.adapters))]
+        return 200, {"object": "list", "data": cards}
+
+    def unload_adapter(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
+        known = body["lora_name"] in self.adapters
+        self.adapters.discard(body["lora_name"])
+        for model in self.models:
+            model.adapters.pop(body["lora_name"], None)
+        return (200 if known else 400), {"success": known}
 
     def update(self, body: dict[str, Any], due: dict[str, Fault]) -> tuple[int, Any]:
+        from concurrent.futures import ThreadPoolExecutor
+
         from megatron_sglang.engine import loader
 
-        for model, payload in zip(self.models, body["serialized_named_tensors"], strict=True):
-            if "no_answer" in due:
-                continue
+        def rank(model: Parameters, payload: str) -> None:
             # Only the holder of the admin key gets here, and that is the trainer that started us.
             [(envelope, data)] = pickle.loads(base64.b64decode(payload))
             if "flip_bit" in due and data.numel():
                 data[data.numel() // 2] ^= 1
             loader.load(model, [(envelope, data)])
-        self.models[0].salt = hashlib.sha256(repr(sorted(self.models[0].digests().items())).encode()).hexdigest()
+
+        if "no_answer" not in due:
+            with ThreadPoolExecutor(len(self.models)) as ranks:  # in a broadcast they wait for each other
+                list(ranks.map(rank, self.models, body["serialized_named_tensors"]))
+        self.models[0].renew_salt()
         return 200, {"success": True, "message": "Success"}
 
 
-class _Parameters:
-    """The least that `loader.load` asks of a model: any name is a parameter of that name."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.salt = ""
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.tensors.items()
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.tensors.update((name, tensor.clone()) for name, tensor in weights)
-
-    def digests(self) -> dict[str, int]:
-        from megatron_sglang.digests import digest
-
-        return {name: digest(tensor) for name, tensor in self.tensors.items()}
-
-
 class _Server(ThreadingHTTPServer):
-    request_queue_size = 128
+    request_queue_size = 1024
 
     def __init__(self, engine: FakeEngine) -> None:
         super().__init__(("127.0.0.1", 0), _Handler, bind_and_activate=False)
@@ -235,6 +321,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # headers and body in one packet
+    disable_nagle_algorithm = True  # each event of a stream at once, not after 40 ms
 
     def do_GET(self) -> None:
         self._respond()
@@ -250,7 +337,11 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in _OPEN_ROUTES and self.headers.get("Authorization") != wanted:
             status, reply = 401, {"error": "Unauthorized"}
         else:
-            status, reply = engine.answer(path, json.loads(body) if body else {})
+            value = json.loads(body) if body else {}
+            if path == "/generate" and value.get("stream"):
+                self._stream(engine, value)
+                return
+            status, reply = engine.answer(path, value)
         content = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -258,5 +349,34 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
+    def _stream(self, engine: FakeEngine, body: dict[str, Any]) -> None:
+        """Server-sent events; a listener that leaves ends the request, as it does in SGLang."""
+        with engine.counted("/generate", body), contextlib.suppress(ConnectionError):
+            due = engine.suffer("/generate", body)
+            if "status" in due:
+                self.send_error(due["status"].status)
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            refusal = engine.refusal(body)
+            every = body["sampling_params"].get("stream_interval") or 1
+            events = grouped(engine.events(body, due), every) if refusal is None else [_stream_error(*refusal)]
+            for event in events:
+                self._chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
+            self._chunk(b"data: [DONE]\n\n")
+            self._chunk(b"")
+            return
+        self.close_connection = True
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self.wfile.flush()
+
     def log_message(self, format: str, *args: Any) -> None:
         """Silent: requests are the client's to log."""
+
+
+def _stream_error(status: int, reply: dict[str, Any]) -> dict[str, Any]:
+    return {"error": {**reply["error"], "code": status}}

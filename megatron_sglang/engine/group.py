@@ -12,16 +12,22 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from megatron_sglang.buckets import Bucket
 from megatron_sglang.engine import wire
 from megatron_sglang.engine.background import side_by_side
+from megatron_sglang.engine.beacon import Announced
+from megatron_sglang.engine.controls import Controls, client_of
 from megatron_sglang.engine.http_engine import HttpEngine
 from megatron_sglang.engine.options import EngineOptions
 from megatron_sglang.errors import ConfigError, MegatronSglangError, WeightSyncError, from_text
 from megatron_sglang.layout import RankLayout
 from megatron_sglang.types import Completion, GenerateRequest
+
+if TYPE_CHECKING:
+    from megatron_sglang.engine.client import Address, EngineClient
+    from megatron_sglang.stops import Decode
 
 
 def spread(options: EngineOptions, count: int) -> list[EngineOptions]:
@@ -51,17 +57,38 @@ def blocks(requests: Sequence[GenerateRequest], count: int) -> list[Sequence[Gen
     return [requests[start:end] for start, end in itertools.pairwise(cuts)]
 
 
-class EngineGroup:
+def _require_alike(options: Sequence[EngineOptions]) -> None:
+    if len(sizes := {(one.tp_size, one.ep_size) for one in options}) != 1:
+        raise ConfigError(
+            f"a group of {len(options)} engines has (tp_size, ep_size) {sorted(sizes)}, expected one pair for "
+            "all; engines that share a trainer must be alike"
+        )
+
+
+class EngineGroup(Announced):
     """One engine for each of `options`, which have the same sizes. Errors name the engine and are of its class."""
 
     def __init__(self, options: Sequence[EngineOptions]) -> None:
-        if len(sizes := {(one.tp_size, one.ep_size) for one in options}) != 1:
-            raise ConfigError(
-                f"a group of {len(options)} engines has (tp_size, ep_size) {sorted(sizes)}, expected one pair for "
-                "all; engines that share a trainer must be alike"
-            )
+        _require_alike(options)
         self.engines = [HttpEngine(one) for one in options]
-        self._ranks_each = options[0].tp_size
+        for engine in self.engines[1:]:  # whoever may ask one may ask all; each has an admin key of its own
+            engine.server.api_key = self.engines[0].server.api_key
+
+    @classmethod
+    def of(cls, engines: Sequence[HttpEngine]) -> Self:
+        """Of engines that were made already, such as external ones, whose sizes are known when they are connected."""
+        group = cls([engine.options for engine in engines])
+        group.engines = list(engines)
+        return group
+
+    @property
+    def unproved(self) -> str:
+        """See `external.ExternalEngine`."""
+        return "; ".join(engine.unproved for engine in self.engines if engine.unproved)
+
+    @property
+    def _ranks_each(self) -> int:
+        return self.engines[0].options.tp_size
 
     # ---- life ----
 
@@ -76,9 +103,23 @@ class EngineGroup:
         """Block until all answer. If one does not come up, all are closed and the others not waited for."""
         with self._all_or_none():
             self._each(lambda _, engine: engine.wait_ready(), until_first_error=True)
+            _require_alike([engine.options for engine in self.engines])
+        self.stale = next((engine.stale for engine in self.engines if engine.stale), "")
+
+    def why_dead(self) -> str | None:
+        """None while all run; else what is known of those that do not."""
+        reasons = ((number, engine.why_dead()) for number, engine in enumerate(self.engines))
+        return "; ".join(f"{self._name(number)}{reason}" for number, reason in reasons if reason) or None
+
+    def restart(self) -> None:
+        """Start those that died anew; none serves until the next update."""
+        dead = [engine for engine in self.engines if engine.why_dead()]
+        self.fail_update("an engine beside it died")
+        self._each(lambda _, engine: engine.restart() if engine in dead else None, until_first_error=True)
 
     def close(self) -> None:
         """End every process of all engines, also if that fails for one of them; idempotent, safe at any point."""
+        self._withdraw()
         self._each(lambda _, engine: engine.close())
 
     def __enter__(self) -> Self:
@@ -97,9 +138,26 @@ class EngineGroup:
         answers = self._each(lambda number, engine: engine.generate(parts[number]), until_first_error=True)
         return [completion for answer in answers for completion in answer]
 
+    @property
+    def addresses(self) -> list[Address]:
+        """See `HttpEngine.addresses`."""
+        return [address for engine in self.engines for address in engine.addresses]
+
+    def client(self, decode: Decode | None = None, **more: Any) -> EngineClient:
+        """For many requests at once; a session stays with one engine, anything else goes where least runs."""
+        return client_of(self.engines, lambda: self.stale, decode, more)
+
+    def on_each[T](self, ask: Callable[[Controls], T]) -> list[T]:
+        """Ask all engines at the same time for what they do between updates: sleep, pause, adapters (`controls.py`)."""
+        try:
+            return self._each(lambda _, engine: ask(engine))
+        finally:
+            self.stale = next((engine.stale for engine in self.engines if engine.stale), self.stale)
+
     # ---- weights ----
 
     def begin_update(self, version: int) -> None:
+        self.stale = f"an update to version {version} is under way"
         with self._as_one():
             self._each(lambda _, engine: engine.begin_update(version))
 
@@ -140,14 +198,17 @@ class EngineGroup:
             )
             self.fail_update(reason)
             raise WeightSyncError(reason)
+        self.stale = ""
         return digests[0]
 
     def fail_update(self, reason: str) -> None:
         """See `HttpEngine.fail_update`. An engine that has committed already may not serve either."""
+        self.stale = f"the last update failed: {reason}"
         for engine in self.engines:
             engine.fail_update(reason)
 
     def release(self) -> None:
+        self.stale = "its memory is released"
         self._each(lambda _, engine: engine.release())
 
     def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:

@@ -26,11 +26,13 @@ _retry_connect = tenacity.retry(
 class Http:
     """Thread-safe client. `why_dead` gives the reason if the server's process has ended, else None."""
 
-    def __init__(self, port: int, api_key: str, admin_key: str, why_dead: Callable[[], str | None]) -> None:
+    def __init__(
+        self, port: int, api_key: str, admin_key: str, why_dead: Callable[[], str | None], *, url: str = ""
+    ) -> None:
         self._keys = {False: {"Authorization": f"Bearer {api_key}"}, True: {"Authorization": f"Bearer {admin_key}"}}
         self._why_dead = why_dead
         # trust_env would send loopback traffic through a proxy.
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False)
+        self._client = httpx.Client(base_url=url or f"http://127.0.0.1:{port}", trust_env=False)
 
     def get(self, path: str, timeout_s: float, admin: bool = False, **query: Any) -> httpx.Response:
         """Any status; the caller judges it."""

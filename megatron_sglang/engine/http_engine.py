@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -27,19 +26,19 @@ import torch
 from megatron_sglang.buckets import Bucket, pack
 from megatron_sglang.engine import line, wire
 from megatron_sglang.engine.background import Background
+from megatron_sglang.engine.controls import Controls
 from megatron_sglang.engine.http import Http
 from megatron_sglang.engine.options import LOADER, EngineOptions
 from megatron_sglang.engine.server import Server
-from megatron_sglang.errors import EngineError, EngineStaleError, EngineTimeoutError, WeightSyncError
+from megatron_sglang.errors import EngineError, WeightSyncError
 from megatron_sglang.layout import RankLayout
-from megatron_sglang.types import Completion, FinishReason, GenerateRequest
-
-_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-_MEMORY_TAGS = ("kv_cache", "weights")
 
 
-class HttpEngine:
+class HttpEngine(Controls):
     """One rollout engine, SGLang or the fake; see `interfaces.Engine`. Raises `EngineError` and `WeightSyncError`."""
+
+    unproved = ""
+    """What is not proved of its weights (`external.py`)."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
@@ -48,7 +47,6 @@ class HttpEngine:
         """Published weight version, None before the first."""
         self._http: Http | None = None
         self.stale = "no weights were published yet"
-        """Why it must not serve; empty while it may."""
         self._updating: int | None = None
         self._released: set[str] = set()
         self._message_ids = itertools.count()
@@ -68,8 +66,24 @@ class HttpEngine:
             self._message("weights from disk", {"command": "adopt"})
             self._publish(0)
 
+    def why_dead(self) -> str | None:
+        """None while its processes run; else its last log lines."""
+        return self.server.why_dead()
+
+    def restart(self) -> None:
+        """End what is left of it and start it anew; stale until the next update, which begins from nothing."""
+        self._end()
+        self.stale, self._updating, self.version = "it was started again", None, None
+        self._released.clear()
+        self.start()
+        self.wait_ready()
+
     def close(self) -> None:
         """End every process of the engine; idempotent, safe at any point."""
+        self._withdraw()
+        self._end()
+
+    def _end(self) -> None:
         if self._http is not None:
             self._http.close()
             self._http = None
@@ -87,44 +101,18 @@ class HttpEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # ---- generation ----
-
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """One completion per request, in order; all go out in one HTTP call, so that they are batched alike each time.
-
-        Besides `stop_token_ids`, the model's own eos tokens stop a completion. Logprobs are those of the
-        temperature-scaled distribution before top_p and top_k. An update elsewhere ends requests with "abort".
-        """
-        if self.stale:
-            raise EngineStaleError(f"engine must not serve: {self.stale}; publish a weight version first")
-        if not requests:
-            return []
-        body = {
-            "input_ids": [list(request.token_ids_T) for request in requests],
-            "sampling_params": [_sampling(request) for request in requests],
-            "return_logprob": True,
-        }
-        version = self.version
-        replies = self._connected.post("/generate", body, self.options.request_timeout_s, admin=False)
-        if not isinstance(replies, list) or len(replies) != len(requests):
-            raise EngineError(f"engine answered {len(requests)} requests with {str(replies)[:200]}, not a list of them")
-        return [_completion(reply, version) for reply in replies]
-
-    def info(self) -> dict[str, Any]:
-        """SGLang's /server_info: resolved arguments, sizes, version."""
-        return self._connected.get("/server_info", self.options.update_timeout_s).json()
-
     # ---- weights ----
 
-    def begin_update(self, version: int) -> None:
-        """Abort running requests, empty the caches and open `version` on every engine rank; stale from here on."""
+    def begin_update(self, version: int, *, command: str = "begin") -> None:
+        """Abort running requests, empty the caches and open `version` on every engine rank; stale from here on.
+        command: how the loader opens it."""
         self.stale = f"an update to version {version} is under way"
         self._updating = None
         with self._failing_as(what := f"weight version {version}, begin"):
             self._quiesce()
             if "weights" in self._released:
                 self._memory("resume", "weights")
-            self._message(what, {"command": "begin", "version": version})
+            self._message(what, {"command": command, "version": version})
         self._updating = version
 
     def load(self, bucket: Bucket) -> None:
@@ -174,15 +162,6 @@ class HttpEngine:
         self._updating = None
         self.stale = f"the last update failed: {reason}"
 
-    def release(self) -> None:
-        """Give back the memory of weights and KV cache (a no-op for bytes on a CPU); stale until the next update."""
-        self.stale = "its memory is released"
-        self._updating = None
-        self._quiesce()
-        tags = [tag for tag in _MEMORY_TAGS if tag not in self._released]
-        if tags:
-            self._memory("release", *tags)
-
     # ---- layout ----
 
     def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:
@@ -214,32 +193,6 @@ class HttpEngine:
     def _refuse_released(self, what: str) -> None:
         if "weights" in self._released:
             raise EngineError(f"{what}: the engine's weights are released; ask before release() or in an update")
-
-    @property
-    def _connected(self) -> Http:
-        if self._http is None:
-            raise EngineError("engine is not connected; call start() and wait_ready() first")
-        return self._http
-
-    def _quiesce(self) -> None:
-        """No request alive, no cached prefix, and none can start until continue_generation."""
-        timeout = self.options.update_timeout_s
-        self._connected.post("/pause_generation", {"mode": "abort"}, timeout)
-        deadline = time.monotonic() + timeout
-        while True:
-            response = self._connected.get("/flush_cache", timeout, admin=True, timeout=min(10.0, timeout))
-            if response.status_code == 200:
-                return
-            if time.monotonic() > deadline:
-                raise EngineTimeoutError(
-                    f"engine refused for {timeout:g} s to flush its caches ({response.status_code}: "
-                    f"{response.text[:200]}); a request may be stuck: restart the engine"
-                )
-            time.sleep(0.05)
-
-    def _memory(self, action: str, *tags: str) -> None:
-        self._connected.post(f"/{action}_memory_occupation", {"tags": list(tags)}, self.options.update_timeout_s)
-        (self._released.update if action == "release" else self._released.difference_update)(tags)
 
     def _publish(self, version: int) -> None:
         timeout = self.options.update_timeout_s
@@ -287,32 +240,3 @@ class HttpEngine:
             reason = str(error) if isinstance(error, WeightSyncError) else f"{what}: {type(error).__name__}: {error}"
             self.fail_update(reason)
             raise WeightSyncError(reason) from error
-
-
-def _sampling(request: GenerateRequest) -> dict[str, Any]:
-    sampling = request.sampling
-    return {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "max_new_tokens": sampling.max_new_tokens,
-        "stop_token_ids": list(sampling.stop_token_ids),
-        "sampling_seed": sampling.seed,
-    }
-
-
-def _completion(reply: dict[str, Any], version: int | None) -> Completion:
-    meta = reply["meta_info"]
-    reason = _FINISH.get((meta["finish_reason"] or {}).get("type", ""))
-    if reason is None:
-        raise EngineError(f"engine ended a request with {meta['finish_reason']}, expected one of {', '.join(_FINISH)}")
-    ids = tuple(reply["output_ids"])
-    logprobs = meta.get("output_token_logprobs") or []
-    if ids != tuple(token for _, token, *_ in logprobs):
-        raise EngineError(f"engine returned {len(ids)} tokens but logprobs of {len(logprobs)} or of other tokens")
-    if any(logprob is None for logprob, *_ in logprobs):
-        raise EngineError("engine returned logprobs that are not finite; its weights or its arithmetic are broken")
-    served = meta["weight_version"]
-    if served != str(version):
-        raise EngineError(f"engine generated with weight version {served}, expected the published {version}")
-    return Completion(ids, tuple(logprob for logprob, *_ in logprobs), reason, int(served))

@@ -232,10 +232,11 @@ def receive(
                 if "end" in header:
                     return
                 if "handle" in header:
-                    slots[header["slot"]] = open_handle(header["handle"], device)
-                memory = slots.get(header["slot"], room.memory)
+                    slots[header["slot"]] = open_handle(header["handle"])
+                memory = slots.get(header["slot"], room.memory)[: header["bytes"]]
                 try:
-                    handle(header, memory[: header["bytes"]])
+                    # From another GPU of the node one copy; from the CPU (and on it) `handle` takes it from there.
+                    handle(header, memory.to(device) if memory.is_cuda else memory)
                 except Exception as error:
                     end.send({"index": header["index"], "error": str(error)})
                     raise
@@ -298,14 +299,15 @@ def handle_of(flat: torch.Tensor) -> dict[str, Any]:
     return {"size": size, "offset": offset, "device": uuid, **found}
 
 
-def open_handle(handle: Mapping[str, Any], device: torch.device) -> torch.Tensor:
-    """The tensor of another process, as a view of its memory. ValueError if it is not on `device`."""
+def open_handle(handle: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor of another process, as a view of its memory. ValueError if no GPU that is visible here has it."""
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-    if (mine := str(torch.cuda.get_device_properties(device).uuid)) != handle["device"]:
-        raise ValueError(f"the trainer's memory is on GPU {handle['device']}, this engine rank on {mine}")
+    visible = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+    if handle["device"] not in visible:
+        raise ValueError(f"the trainer's memory is on GPU {handle['device']}, which this engine rank cannot see")
     rest = [base64.b64decode(handle[name]) if name in _BYTES else handle[name] for name in _FIELDS]
     size = torch.Size([handle["size"]])
-    storage, dtype, index = torch.storage.TypedStorage, torch.uint8, torch.device(device).index
+    storage, dtype, index = torch.storage.TypedStorage, torch.uint8, visible.index(handle["device"])
     # By position: SGLang puts a function without names in its place (utils/patch_torch.py:81).
     return rebuild_cuda_tensor(torch.Tensor, size, (1,), handle["offset"], storage, dtype, index, *rest)

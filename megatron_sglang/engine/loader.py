@@ -12,13 +12,20 @@ SGLang drops its return value; so every message is answered by a JSON file in th
                rank (line.py); checks each, writes it, reads it back
     adopt      the same check of weights that SGLang loaded from disk itself   "digests": {parameter: digest}
     layout     traces model.load_weights (trace_loader.py); changes nothing    "layout": RankLayout as JSON
+    join       broadcast: enters the group of the leader and all engine ranks  -
+    receive    "load" of bytes that come through that group (process_group.py) -
+    leave      broadcast: leaves the group                                     -
     self_test  loads one bucket both ways and compares; weights are lost       "report" (self_test.py)
+    disk       loads every bucket of a folder (weight_folder.py), as load does -
+    merge_*    merges adapters into its own base (merge_on_engine.py)          there
+    adapter    proves what SGLang's LoRA holds of an adapter (adapters.py)     "bound", "digests"
 
 Once a message of a version failed, all later ones of that version fail, until the next begin.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -30,9 +37,10 @@ from typing import Any
 
 import torch
 
+from megatron_sglang import weight_folder
 from megatron_sglang.buckets import Bucket
 from megatron_sglang.digests import digest, digests
-from megatron_sglang.engine import direct, line
+from megatron_sglang.engine import adapters, direct, line, merge_on_engine, process_group, seeded_min_p
 from megatron_sglang.engine.live_model import floating, poison, tie_head
 from megatron_sglang.engine.options import MAILBOX_VARIABLE
 from megatron_sglang.engine.wire import reply_name, write_reply
@@ -46,18 +54,22 @@ class _Session:
     buckets: int = 0
     direct: bool = False
     """Deliveries by plan, not buckets through the model's loader."""
+    merge: merge_on_engine.Merge | None = None
+    """Buckets of adapters, merged here."""
     received: dict[str, tuple[int, ...]] = field(default_factory=dict)
     broken: str = ""
 
 
 _open: dict[int, _Session] = {}
 _plans: dict[int, direct.Plan] = {}
+_bases: dict[int, merge_on_engine.Base] = {}
 _committed: dict[int, dict[str, tuple[int, ...]]] = {}
 """By rank: names and shapes of the last committed version; every later version must bring the same."""
 
 
 def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     """Entry point named in ServerArgs. `named_tensors` is [(envelope, flat uint8 tensor)]; see `wire.py`."""
+    seeded_min_p.install()  # before anything is served: an engine without weights serves nothing
     envelope, data = named_tensors[0]
     try:
         message = json.loads(envelope)
@@ -80,6 +92,12 @@ def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
 
 def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str, Any]:
     rank, command = message["rank"], message["command"]
+    if command in process_group.COMMANDS:
+        # Whatever is wrong here, the others wait for this rank in the broadcast: first that, then the checks.
+        came = process_group.take_part(message, _device(model))
+        if came is None:
+            return {}
+        command, message, data = "load", {**message, "command": "load"}, came
     if command == "begin":
         _open[rank] = _Session(message["version"])
         poison(model)
@@ -87,6 +105,10 @@ def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str
     if command == "adopt":
         tie_head(model)
         return {"digests": _digests(model)}
+    if command == "adapter":
+        return {"bound": adapters.prove(model, message), "digests": _digests(model)}
+    if command.startswith("merge_"):
+        return _prepare_merge(model, message)
     if command in ("layout", "self_test", "plan"):
         return _examine(model, message, data)
     session = _open.get(rank)
@@ -94,19 +116,29 @@ def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str
         raise ValueError(f"{command} arrived before any begin; start a new update")
     if session.broken:
         raise ValueError(f"version {session.version} already failed here ({session.broken}); start a new update")
-    if command == "load":
-        _load_bucket(model, session, Bucket.from_header(message["bucket"], data))
-        return {}
-    if command == "stream":
-        _stream(model, session, message)
-        return {}
+    return _in_version(model, session, message, data)
+
+
+def _in_version(model: Any, session: _Session, message: dict[str, Any], data: torch.Tensor) -> dict[str, Any]:
+    """What belongs to the open version."""
+    rank, command = message["rank"], message["command"]
     if command == "commit":
         digests = _commit(model, session, message)
-        if not session.direct:
+        if not session.direct and session.merge is None:
             _committed[rank] = session.received
         del _open[rank]
         return {"digests": digests}
-    raise ValueError(f"unknown command {command!r}; expected one of those in loader.py's docstring")
+    if command == "load":
+        _load_bucket(model, session, Bucket.from_header(message["bucket"], data))
+    elif command == "disk":
+        _load_folder(model, session, message)
+    elif command == "merge":
+        _merge_bucket(model, session, message, Bucket.from_header(message["bucket"], data))
+    elif command == "stream":
+        _stream(model, session, message)
+    else:
+        raise ValueError(f"unknown command {command!r}; expected one of those in loader.py's docstring")
+    return {}
 
 
 def _examine(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str, Any]:
@@ -129,7 +161,56 @@ def _examine(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[st
     return {"layout": trace(model, specs, rank).to_json()}
 
 
+def _prepare_merge(model: Any, message: dict[str, Any]) -> dict[str, Any]:
+    """What merging here needs besides the factors: a base, the opening of a version, and what came of it."""
+    rank, command = message["rank"], message["command"]
+    base = _bases.get(rank)
+    if command == "merge_state":
+        return {"has_base": base is not None}
+    if command == "merge_base":
+        base = _bases[rank] = merge_on_engine.take_base(model, message, _digests(model))
+        return {"merges": sorted(base.slots), "bytes": sum(tensor.nbytes for tensor in base.pristine.values())}
+    if base is None:
+        raise ValueError(f"{command} arrived before any merge_base; publish again")
+    if command == "merge_begin":
+        _open[rank] = _Session(message["version"], merge=merge_on_engine.begin(model, base))
+        return {}
+    if command == "merge_witness":
+        merge_on_engine.keep_witness(model, base)
+        return {}
+    if command == "merge_compare":
+        return merge_on_engine.compare(model, base, message["tolerance"])
+    session = _open.get(rank)
+    if command != "merge_change" or session is None or session.merge is None:
+        raise ValueError(f"{command} does not fit here; expected one of those in merge_on_engine.py's docstring")
+    return {"change": {key: sums.tolist() for key, sums in session.merge.change.items()}}
+
+
+def _merge_bucket(model: Any, session: _Session, message: dict[str, Any], bucket: Bucket) -> None:
+    if session.merge is None:
+        raise ValueError("a bucket of adapters came into a version that was not opened by merge_begin")
+    _check_bucket(model, session, bucket)
+    merge_on_engine.merge(model, session.merge, bucket, message["factors"], message["scale"])
+    _taken(session, bucket)
+
+
+def _load_folder(model: Any, session: _Session, message: dict[str, Any]) -> None:
+    device = next(parameter.device for _, parameter in model.named_parameters())
+    for bucket in weight_folder.buckets(Path(message["folder"]), message["manifest"]):
+        _load_bucket(model, session, dataclasses.replace(bucket, data=bucket.data.to(device)))
+
+
 def _load_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
+    if session.merge is not None:
+        raise ValueError("a bucket of weights came into a version that was opened by merge_begin")
+    _check_bucket(model, session, bucket)
+    with torch.no_grad():
+        model.load_weights(bucket.tensors())
+    _taken(session, bucket)
+
+
+def _check_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
+    """Order, sizes, dtypes, duplicates, and every byte."""
     if (bucket.version, bucket.index) != (session.version, session.buckets):
         raise ValueError(
             f"got bucket {bucket.index} of version {bucket.version}, expected bucket {session.buckets} of version "
@@ -150,12 +231,17 @@ def _load_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
     for spec, (name, tensor) in zip(bucket.specs, bucket.tensors(), strict=True):
         if (actual := digest(tensor)) != spec.digest:
             raise ValueError(f"tensor {name} has digest {actual:#x}, its sender said {spec.digest:#x}: bytes changed")
-    with torch.no_grad():
-        model.load_weights(bucket.tensors())
+
+
+def _taken(session: _Session, bucket: Bucket) -> None:
     if bucket.data.is_cuda:
         # The sender frees or reuses the buffer as soon as it has our answer.
         torch.cuda.synchronize(bucket.data.device)
     session.buckets += 1
+
+
+def _device(model: Any) -> torch.device:
+    return next((parameter.device for _, parameter in model.named_parameters()), torch.device("cpu"))
 
 
 def _stream(model: Any, session: _Session, message: dict[str, Any]) -> None:
@@ -179,11 +265,14 @@ def _stream(model: Any, session: _Session, message: dict[str, Any]) -> None:
     line.receive(message, device, deliver)
 
 
+@torch.no_grad()
 def _digests(model: Any) -> dict[str, str]:
     """Of every parameter of this rank; refuses a model that holds anything but finite numbers."""
     parameters = dict(model.named_parameters())
-    if filled := floating(model):
-        finite = torch.stack([torch.isfinite(parameter).all() for _, parameter in filled]).tolist()
+    if filled := [(name, parameter) for name, parameter in floating(model) if parameter.numel()]:
+        # NaN passes through both ends; isfinite itself would read and write each parameter several times.
+        ends = torch.stack([end for _, parameter in filled for end in parameter.aminmax()])
+        finite = ends.isfinite().view(-1, 2).all(1).tolist()
         unfilled = [name for (name, _), good in zip(filled, finite, strict=True) if not good]
         if unfilled:
             raise ValueError(f"{len(unfilled)} parameters are unfilled or hold NaN or infinity: {_names(unfilled)}")
@@ -200,6 +289,8 @@ def _commit(model: Any, session: _Session, message: dict[str, Any]) -> dict[str,
     if session.direct:
         direct.finish(model, _plans[message["rank"]])
         return _digests(model)
+    if session.merge is not None:
+        return merge_on_engine.finish(model, session.merge, _digests)
     before = _committed.get(message["rank"])
     if before is not None and before != session.received:
         changed = sorted(name for name, _ in before.items() ^ session.received.items())

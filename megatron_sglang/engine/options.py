@@ -17,6 +17,9 @@ from megatron_sglang.errors import ConfigError
 LOADER = "megatron_sglang.engine.loader.load"
 """Where SGLang finds our weight loader; also the `load_format` of every update we send."""
 
+ENVIRONMENT = Path(".venv-sglang-server", "bin", "python")
+"""Interpreter of the engine's own environment, where the working folder has one."""
+
 MAILBOX_VARIABLE = "MEGATRON_SGLANG_MAILBOX"
 """Environment variable that tells the loader where to put its answers."""
 
@@ -107,6 +110,15 @@ class EngineOptions:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def find_python(given: str = "", folder: Path | None = None) -> str:
+    """Interpreter for the engine: the given one, that of `ENVIRONMENT` in `folder` (None: where we are), or ours."""
+    if given:
+        return str(Path(given).expanduser())
+    # Not resolved: a virtual environment's interpreter is a link, and finds its packages by where the link is.
+    own = (folder or Path.cwd()) / ENVIRONMENT
+    return str(own) if own.exists() else sys.executable
+
+
 def check_extra(extra: Mapping[str, Any]) -> None:
     """Refuse names that ServerArgs does not have (where SGLang is installed) or that this package owns."""
     known = server_args_fields()
@@ -162,6 +174,8 @@ def server_args(options: EngineOptions, port: int) -> dict[str, Any]:
         "log_level": "warning",
         "grammar_backend": "none",
         "sampling_backend": "pytorch",
+        # Otherwise each event of a stream repeats all before it.
+        "incremental_streaming_output": True,
     }
     if device == "cpu":
         defaults |= {

@@ -26,6 +26,7 @@ from megatron_sglang.errors import EngineError, EngineStartError, SetupError
 
 _TRAINER_ONLY = ("RANK", "WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
 _TRAINER_PREFIXES = ("LOCAL_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+_OLD_BALANCE, _BALANCE = "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _MODULES = {"sglang": "megatron_sglang.engine.sglang_server", "fake": "megatron_sglang.engine.fake"}
 SGLANG_VERSION = "0.5.17"
@@ -45,20 +46,37 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
         kept = [item for item in clean.pop(name, "").split(",") if item and "expandable_segments" not in item]
         if kept:
             clean[name] = ",".join(kept)
+    # SGLang 0.5.17 gives the old variable's value to the new one, which means the opposite (environ.py:1350, 1377).
+    if clean.pop(_OLD_BALANCE, "").lower() in ("1", "true", "yes", "y"):
+        clean.setdefault(_BALANCE, "false")
     return clean
 
 
-def _check_version() -> None:
-    """The loader, the routes and the CPU fixes are those of one version."""
-    try:
-        found = importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        found = "none"
+def check_version(python: str) -> None:
+    """The loader, the routes and the CPU fixes are those of one version of SGLang, which `python` must have."""
+    found = version_in(python, "sglang")
     if found != SGLANG_VERSION:
         raise SetupError(
-            f"the engine needs sglang {SGLANG_VERSION}, found {found}; install megatron-sglang[sglang], or set "
-            "engine.python to an environment that has it"
+            f"the engine needs sglang {SGLANG_VERSION}, {python} has {found or 'none'}; install it there "
+            "(megatron-sglang[sglang]), or set engine.python to the interpreter of an environment that has it"
         )
+
+
+def version_in(python: str, package: str) -> str:
+    """Of a package as an interpreter sees it; "" where it does not. SetupError if that is no interpreter."""
+    if python == sys.executable:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+        return ""
+    code = f"import importlib.metadata as m\ntry: print(m.version({package!r}))\nexcept m.PackageNotFoundError: pass"
+    try:
+        done = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SetupError(
+            f"engine.python={python} is no Python that runs: {error}; set it to the bin/python of the engine's own "
+            "environment"
+        ) from error
+    return done.stdout.strip()
 
 
 class Server:
@@ -69,6 +87,8 @@ class Server:
         self.api_key = secrets.token_urlsafe(32)
         self.admin_key = secrets.token_urlsafe(32)
         self.port = 0
+        self.incarnation = 0
+        """Starts of it so far: what a process of it was told, the next one does not know."""
         self._process: subprocess.Popen[str] | None = None
         self._folder: Path | None = None
 
@@ -94,8 +114,9 @@ class Server:
         """Spawn and return at once."""
         if self._process is not None:
             raise EngineError("engine is started already; close() it before another start()")
-        if self.options.kind == "sglang" and self.options.python == sys.executable:
-            _check_version()
+        if self.options.kind == "sglang":
+            check_version(self.options.python)
+        self.incarnation += 1
         self._folder = Path(tempfile.mkdtemp(prefix="msgl-"))
         for name in ("mailbox", "tmp"):
             (self._folder / name).mkdir(mode=0o700)
@@ -195,7 +216,8 @@ class Server:
             "deterministic": options.deterministic,
         }
         if options.kind == "fake":
-            return spec | {"tp_size": options.tp_size, "script": dict(options.extra)}
+            folder = options.model_path if options.load_format == "auto" else None
+            return spec | {"tp_size": options.tp_size, "script": dict(options.extra), "model_folder": folder}
         return spec | {"server_args": server_args(options, self.port)}
 
     def _environment(self) -> dict[str, str]:

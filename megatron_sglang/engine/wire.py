@@ -37,8 +37,13 @@ _LARGE = 1 << 16
 
 def serialize(envelope: Mapping[str, Any], data: torch.Tensor) -> str:
     """One rank's payload, base64. Call it once per rank: a CUDA IPC handle may be opened once only."""
+    return pickled([(json.dumps(envelope), data)], by_handle=data.is_cuda)
+
+
+def pickled(value: Any, *, by_handle: bool) -> str:
+    """What SGLang unpickles, base64. Flat uint8 tensors in it go by value, or as CUDA IPC handles."""
     buffer = io.BytesIO()
-    (_IpcPickler if data.is_cuda else _ByValuePickler)(buffer).dump([(json.dumps(envelope), data)])
+    (_IpcPickler if by_handle else _ByValuePickler)(buffer).dump(value)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

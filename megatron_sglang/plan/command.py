@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from megatron_sglang.config import SyncConfig
 from megatron_sglang.engine.options import EngineOptions
 from megatron_sglang.engine.trace_offline import trace_ranks
 from megatron_sglang.errors import ConfigError, WeightSyncError
+from megatron_sglang.hf_files import ITEMSIZE
 from megatron_sglang.placement import Placement
 from megatron_sglang.plan import shapes as model_shapes
 from megatron_sglang.plan.cost import H200, figures
 from megatron_sglang.plan.trainer import Trainer
 from megatron_sglang.plan.update import Update, update_of
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2}
 WIDEST_MATRIX = 16
 """Ranks up to which the bytes of each pair are printed; --json always has them."""
 
@@ -32,9 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("hf_folder", type=Path, help="model in Hugging Face format; config.json is enough")
     add("--nproc", type=_positive, default=1, help="trainer ranks")
+    add("--nproc-per-node", type=_positive, default=H200.gpus, help="of them on one machine (8), as torchrun's")
     for name in ("tensor-model", "pipeline-model", "expert-model", "context"):
         add(f"--{name}-parallel-size", type=_positive, default=1, help="as Megatron's")
-    add("--engine-tp", type=_positive, help="ranks of the engine; default: all trainer ranks")
+    add("--engine-tp", type=_positive, help="ranks of the engine; default: as many as the trainer's")
     add("--engine-ep", type=_positive, default=1, help="expert parallelism inside the engine")
     add("--dtype", choices=sorted(ITEMSIZE), default="bfloat16", help="of the engine's parameters")
     add("--bucket-bytes", type=_positive, default=SyncConfig().bucket_bytes, help="as sync.bucket_bytes")
@@ -50,11 +51,6 @@ def run(args: argparse.Namespace) -> None:
         ep=args.expert_model_parallel_size,
     )
     engine_tp = args.engine_tp or args.nproc
-    if engine_tp > args.nproc:
-        raise ConfigError(
-            f"--engine-tp={engine_tp} is more than --nproc={args.nproc}, and each engine rank needs a trainer rank "
-            "beside it; lower it"
-        )
     if args.bucket_bytes < ITEMSIZE[args.dtype]:
         raise ConfigError(f"--bucket-bytes={args.bucket_bytes} holds no element of {args.dtype}; give megabytes")
     options = EngineOptions(
@@ -65,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(shapes):,} tensors; asking SGLang for the layout of {engine_tp} engine ranks", file=sys.stderr)
     slots = engine_slots(options, shapes)
     began = time.perf_counter()
-    update = update_of(shards, slots, args.nproc, ITEMSIZE[args.dtype], args.bucket_bytes)
+    host = replace(H200, gpus=args.nproc_per_node)
+    update = update_of(shards, slots, args.nproc, ITEMSIZE[args.dtype], args.bucket_bytes, host)
     print(f"planned in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     print(json.dumps(as_json(placement, update), indent=1) if args.json else "\n".join(as_text(placement, update)))
 
@@ -89,6 +86,7 @@ def as_json(placement: Placement, update: Update) -> dict[str, Any]:
         "bytes": update.total,
         "bytes_on_device": update.stays,
         "bytes_between_devices": update.total - update.stays,
+        "bytes_between_machines": update.far,
         "pairs": [
             {"trainer_rank": source, "engine_rank": target, "bytes": size}
             for (source, target), size in sorted(update.pairs.items())
@@ -112,6 +110,9 @@ def as_text(placement: Placement, update: Update) -> Iterator[str]:
     yield f"{update.tensors:,} tensors, {_mb(update.total)} MB in {update.pieces:,} rectangles"
     yield f"stays on its device: {_mb(update.stays)} MB ({update.stays / total:.0%})"
     yield f"must cross: {_mb(update.total - update.stays)} MB, at most {_mb(_busiest(update))} MB out of one rank"
+    if update.far:
+        most = max(load.sent_far for load in update.loads)
+        yield f"must leave its machine: {_mb(update.far)} MB of it, at most {_mb(most)} MB out of one rank"
     yield from ("", "# buckets")
     yield (
         f"{update.buckets} buckets; the largest has {_mb(update.largest)} MB, "
@@ -123,7 +124,7 @@ def as_text(placement: Placement, update: Update) -> Iterator[str]:
     yield (
         f"rank {rank}: {_mb(memory.total)} MB = send buffer {_mb(memory.send)} + two receive buffers "
         f"{_mb(memory.receive)} + merged weights {_mb(memory.merged)} + fp32 temporaries of a merge "
-        f"{_mb(memory.temporaries)}"
+        f"{_mb(memory.temporaries)} + the engine's reading back {_mb(memory.read_back)}"
     )
     yield from ("", f"# predicted seconds of one update on {H200.name}")
     for name, figure in figures().items():

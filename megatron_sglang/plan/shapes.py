@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 from megatron_sglang.errors import DataError
+from megatron_sglang.hf_files import tensor_shapes
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -22,7 +22,7 @@ def hub_shapes(folder: Path) -> Shapes:
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder} has no config.json; give a folder in Hugging Face format (weights are not needed)")
     built = _built(folder)
-    if stored := _stored(folder):
+    if stored := tensor_shapes(folder):
         odd = sorted(name for name in built.keys() | stored.keys() if built.get(name) != stored.get(name))
         if odd:
             raise DataError(
@@ -65,16 +65,3 @@ def _built(folder: Path) -> Shapes:
     for name, tensor in model.state_dict(keep_vars=True).items():
         first.setdefault(id(tensor), (name, tensor))
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, dict(first.values())).items()}
-
-
-def _stored(folder: Path) -> Shapes:
-    """From the headers of the safetensors files (8 bytes of length, then JSON); empty without files."""
-    found: Shapes = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(*struct.unpack("<Q", file.read(8))))
-        except (ValueError, OSError, struct.error, OverflowError, MemoryError) as error:
-            raise DataError(f"{path} has no readable safetensors header ({error}); fetch the file again") from error
-        found |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return found

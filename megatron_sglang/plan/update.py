@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_sglang import transfer
 from megatron_sglang.plan.cost import H200, Host, Load, Prediction, predict
 from megatron_sglang.plan.trainer import is_adapted
-from megatron_sglang.transfer import Piece, Region
+from megatron_sglang.transfer import CHUNK_BYTES, SLOTS, Piece, Region
 
 DIGESTS_SENT, DIGESTS_RECEIVED = 1, 2
 """How often a byte is digested: where it is packed; on arrival, and when it is read back from the parameters."""
@@ -18,10 +18,7 @@ DIGESTS_SENT, DIGESTS_RECEIVED = 1, 2
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+\.")
 """What tells the experts of a layer apart; grouped, they are one unit."""
 
-RECEIVE_BUFFERS = 2
-"""The engine reads one while the next bucket comes into the other (`weights/direct.py`)."""
-
-MERGE_TEMPORARIES, CHUNK_BYTES, FP32 = 6, 32 << 20, 4
+MERGE_TEMPORARIES, FP32 = 6, 4
 """A merge takes its weights in fp32 chunk by chunk, a weight at least (`weights/merge.py`)."""
 
 
@@ -35,10 +32,12 @@ class Memory:
     """Of one unit that is merged in one go, and of those that the next bucket needs again; engine's dtype."""
     temporaries: int
     """Of the merge, in fp32."""
+    read_back: int
+    """Of the engine ranks that it hands over to, in their processes: what they have written, read again."""
 
     @property
     def total(self) -> int:
-        return self.send + self.receive + self.merged + self.temporaries
+        return self.send + self.receive + self.merged + self.temporaries + self.read_back
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,14 @@ class Update:
 
     @property
     def stays(self) -> int:
-        """Bytes whose trainer rank sits on the device of their engine rank."""
-        return sum(size for (source, target), size in self.pairs.items() if source == target)
+        """Bytes that the trainer rank beside their engine rank has itself."""
+        ranks = len(self.loads)
+        return sum(size for (source, target), size in self.pairs.items() if source == transfer.host_of(target, ranks))
+
+    @property
+    def far(self) -> int:
+        """Bytes that must leave their machine."""
+        return sum(load.sent_far for load in self.loads)
 
 
 def update_of(
@@ -77,7 +82,8 @@ def update_of(
 
     Raises `WeightSyncError` for a slot that the shards do not fill.
     """
-    pieces = transfer.make_plan(shards, slots)
+    machines = [rank // host.gpus for rank in range(ranks)]
+    pieces = transfer.make_plan(shards, slots, ranks, machines)
     buckets = transfer.cut(pieces, max(1, bucket_bytes // itemsize))
     pairs = transfer.traffic(pieces, itemsize)
     sizes = adapted_sizes(shards)
@@ -98,14 +104,16 @@ def update_of(
 
 
 def loads_of(pairs: Mapping[tuple[int, int], int], merged: Mapping[int, int], ranks: int, gpus: int) -> list[Load]:
-    """One load a rank. pairs: bytes by (source, target); merged: by rank; gpus: of one machine."""
+    """One load a rank. pairs: bytes by (source, target); merged: by rank; gpus: of one machine. An engine rank's part
+    counts where it is handed over."""
     packed, sent, far, received = Counter[int](), Counter[int](), Counter[int](), Counter[int]()
     for (source, target), size in pairs.items():
+        host = transfer.host_of(target, ranks)
         packed[source] += size
-        received[target] += size
-        if source // gpus != target // gpus:
+        received[host] += size
+        if source // gpus != host // gpus:
             far[source] += size
-        elif source != target:
+        elif source != host:
             sent[source] += size
     return [
         Load(
@@ -149,6 +157,7 @@ def _memory(
     buckets: Sequence[Sequence[Piece]], sizes: Mapping[tuple[int, str], int], ranks: int, itemsize: int
 ) -> list[Memory]:
     send, receive, merged, largest = Counter[int](), Counter[int](), Counter[int](), Counter[int]()
+    largest_part = Counter[int]()
     needs = [_units(bucket, sizes) for bucket in buckets]
     for bucket, units, later in zip(buckets, needs, [*needs[1:], {}], strict=True):
         held, kept = Counter[int](), Counter[int]()
@@ -158,14 +167,17 @@ def _memory(
             kept[rank] += size if (rank, unit) in later else 0
             largest[rank] = max(largest[rank], *(sizes[rank, name] * FP32 for name in params))
         send |= _by(bucket, "source", itemsize)
-        receive |= _by(bucket, "target", itemsize)
+        largest_part |= _by(bucket, "target", itemsize)
         merged |= held + kept
+    for target, size in largest_part.items():  # each engine rank that a rank hands over to has buffers of its own
+        receive[transfer.host_of(target, ranks)] += size
     return [
         Memory(
             send=send[rank],
-            receive=RECEIVE_BUFFERS * receive[rank],
+            receive=SLOTS * receive[rank],
             merged=merged[rank],
             temporaries=MERGE_TEMPORARIES * min(max(CHUNK_BYTES, largest[rank]), merged[rank] // itemsize * FP32),
+            read_back=receive[rank],
         )
         for rank in range(ranks)
     ]

@@ -220,12 +220,25 @@ class PromptSource:
         self._shuffle = shuffle
         self._start(epoch=0, position=0)
 
+    @property
+    def prompts_per_batch(self) -> int:
+        return self._prompts_per_batch
+
     def next_batch(self) -> tuple[Prompt, ...]:
         """The next `prompts_per_batch` prompts, all different."""
-        if self._position + self._prompts_per_batch > len(self._prompts):
+        return self.draw(self._prompts_per_batch)
+
+    def draw(self, count: int) -> tuple[Prompt, ...]:
+        """The next `count` prompts, all different; `ConfigError` for more than there are."""
+        if count > len(self._prompts):
+            raise ConfigError(
+                f"{count} prompts are wanted at once, the data set has {len(self._prompts)}; "
+                "lower rollout.prompts_per_batch or rollout.over_sampling"
+            )
+        if self._position + count > len(self._prompts):
             self._start(self._epoch + 1, 0)
-        chosen = self._order[self._position : self._position + self._prompts_per_batch]
-        self._position += self._prompts_per_batch
+        chosen = self._order[self._position : self._position + count]
+        self._position += count
         return tuple(self._prompts[index] for index in chosen)
 
     def state(self) -> dict[str, Any]:

@@ -11,12 +11,16 @@ import io
 import sys
 import traceback
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_sglang import config_check
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.errors import ConfigError, DataError, SetupError
+from megatron_sglang.plan.shapes import hub_shapes
 from megatron_sglang.training import hf_folder
 
 MEGATRON_CORE = "0.19.2"
@@ -75,12 +79,24 @@ def load_bridge(hf_path: str) -> Any:
 
     hf_folder.check(hf_path, weights=False)
     try:
-        return AutoBridge.from_hf_pretrained(hf_path, trust_remote_code=False)
+        bridge = AutoBridge.from_hf_pretrained(hf_path, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise DataError(
             f"Megatron-Bridge cannot read {hf_path}: {type(error).__name__}: {error}; "
             "expected a model of a family that it knows (docs of Megatron-Bridge 0.6.2)"
         ) from error
+    if not any(Path(hf_path).glob("*.safetensors")):
+        _tell_names(bridge, Path(hf_path))
+    return bridge
+
+
+def _tell_names(bridge: Any, folder: Path) -> None:
+    """Bridge asks the weights' files for the names of tensors, to export too; for random weights there are no files."""
+    from megatron.bridge.models.hf_pretrained.state import DictStateSource, StateDict
+
+    with contextlib.suppress(DataError):  # transformers does not know the model; Bridge's own error says more
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in hub_shapes(folder).items()}
+        bridge.hf_pretrained._state_dict_accessor = StateDict(DictStateSource(tensors))
 
 
 def architecture_flags(provider: Any) -> list[str]:

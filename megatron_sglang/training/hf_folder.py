@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sglang.errors import DataError
+from megatron_sglang.hf_files import read_header
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 Shapes = dict[str, tuple[int, ...]]
@@ -52,18 +53,11 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _header(path: Path) -> Shapes:
-    """Name -> shape. The format: length of the header (8 bytes), header (JSON), tensors one after the other."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length if length < path.stat().st_size else 0))
-        except ValueError as error:
-            raise DataError(f"{path} has no readable safetensors header ({error}); fetch the file again") from error
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    """Name -> shape, of a file that is not cut off."""
+    entries, expected = read_header(path)
     if (size := path.stat().st_size) != expected:
         raise DataError(f"{path} has {size} bytes, its header says {expected}; fetch the file again")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return {name: tuple(entry["shape"]) for name, entry in entries.items()}
 
 
 def _compare(config: Mapping[str, Any], shapes: Shapes, folder: Path) -> None:

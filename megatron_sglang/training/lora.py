@@ -111,3 +111,14 @@ def disabled(model_chunks: list[torch.nn.Module]) -> Iterator[None]:
     finally:
         for wrapper in wrappers:
             wrapper.enable_adapter_layers()
+
+
+def vary(model_chunks: list[torch.nn.Module], version: int) -> None:
+    """Other values in each version and each adapter, for measuring; the same on ranks that hold copies."""
+    for adapter in adapters(model_chunks):
+        shard = 0 if adapter.expert is not None else mpu.get_tensor_model_parallel_rank()
+        for name, parameter in adapter.wrapper.adapter.named_parameters():
+            key = f"{version} {adapter.layer} {adapter.expert} {adapter.module} {shard} {name}"
+            generator = torch.Generator(device=parameter.device).manual_seed(zlib.crc32(key.encode()))
+            values = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+            parameter.data.copy_(values * 0.02)

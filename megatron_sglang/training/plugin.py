@@ -29,7 +29,7 @@ from megatron_sglang.config import RunConfig
 from megatron_sglang.cycle import Cycle
 from megatron_sglang.errors import SetupError
 from megatron_sglang.sync import require_agreement
-from megatron_sglang.training import checkpoint, logprobs, lora
+from megatron_sglang.training import checkpoint, logprobs, lora, rates
 from megatron_sglang.training.guard import FiniteGuard
 from megatron_sglang.training.step import PolicyStep
 
@@ -61,6 +61,8 @@ class Plugin:
         self.guard: FiniteGuard | None = None
         self.rollout_step = 0
         """Rollout batches collected so far."""
+        self.learning_rate: float | None = None
+        """That came with the current rollout batch; None: Megatron's schedule."""
         self.pending: list[list[MicroBatch]] = []
         """Micro-batches of the train steps that the current rollout batch still feeds."""
 
@@ -113,6 +115,10 @@ class Plugin:
         cycle = self.cycle or self._start(model, optimizer, iteration)
         if not self.pending:
             self.pending = self._next_rollout(cycle)
+            self.learning_rate = cycle.learning_rate()
+        if self.learning_rate is not None:
+            rates.set_learning_rate(optimizer, self.learning_rate)
+            cycle.add({"train/learning_rate": metrics.Last(self.learning_rate)})
         assert self.guard is not None
         with cycle.span("train"):
             result = original(
@@ -187,7 +193,9 @@ class Plugin:
         parts = self.step.take_metrics() if mpu.get_tensor_model_parallel_rank() == 0 else []
         rows = cycle.comm.gather([metrics.to_rows(part) for part in parts])
         merged = metrics.merge(metrics.from_rows(row) for rank in rows for row in rank)
-        if (gap := merged.get("train/logprob_gap_mean")) is not None and self.config.rollout.engine != "fake":
+        # Tokens that older weights sampled are not expected to agree with this version's.
+        alike = self.config.rollout.engine != "fake" and self.config.rollout.stragglers != "resume"
+        if (gap := merged.get("train/logprob_gap_mean")) is not None and alike:
             require_agreement(gap.value(), getattr(torch, self.config.model.dtype))
         cycle.add(merged | ({} if grad_norm is None else {"train/grad_norm": metrics.Mean(grad_norm)}))
 

@@ -14,23 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sglang import placement, rewards, rollout
+from megatron_sglang import agents, rewards
 from megatron_sglang.comm import Board, TorchComm
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.cycle import Cycle, Leader
-from megatron_sglang.engine import EngineOptions, create_engines
+from megatron_sglang.engine import EngineOptions
+from megatron_sglang.engine.options import find_python
 from megatron_sglang.errors import DataError
+from megatron_sglang.feed.sampler import Feed
 from megatron_sglang.prompts import source
 from megatron_sglang.report import write_report
+from megatron_sglang.rollout import Rollout
 from megatron_sglang.trace import METRICS, RunLog, read_lines
-from megatron_sglang.training import console, hf_folder
+from megatron_sglang.training import console, hf_folder, modes
 from megatron_sglang.types import Prompt, SamplingParams
 
 SIZES = {
     "mem_fraction_static": "mem_fraction",
     "max_total_tokens": "max_total_tokens",
     "max_running_requests": "max_running_requests",
+    "context_length": "context_length",
 }
 """SGLang's options that the engine room knows by a name of its own."""
 
@@ -64,16 +68,18 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
     from megatron_sglang.training.model import ModelRecipe
     from megatron_sglang.training.paths import Paths
     from megatron_sglang.training.plugin import Plugin
+    from megatron_sglang.training.shared import SharedCycle, SharedPlugin, StagedPath
     from megatron_sglang.training.step import PolicyStep
     from megatron_sglang.weights.merge import in_place
 
     recipe = ModelRecipe(config)
-    shapes = _shapes(config)
+    shapes, mode = _shapes(config), modes.choose(config).mode
 
     def make_cycle(model_chunks: list[Any], resume_after: int | None) -> Cycle:
         comm = TorchComm()
         leader = station.lead(resume_after) if station is not None else None
-        comm.from_leader(lambda: station and station.engine.wait_ready())
+        if mode != "shared":  # there it has been up, and has made room
+            comm.from_leader(lambda: station and modes.wait_ready(station.engine, station.show))
         paths = Paths(
             comm=comm,
             bridge=recipe.bridge,
@@ -82,14 +88,24 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
             bucket_bytes=config.sync.bucket_bytes,
             shapes=shapes,
             engine=leader.engine if leader is not None else None,
-            engine_ranks=engines_of(config)[-1].stop,
+            engine_ranks=comm.from_leader(lambda: leader and modes.ranks_of(leader.engine)),
+            hosts=modes.trainer_ranks(),
+            hf_path=config.model.hf_path,
+            home=str(Path(config.log.run_dir, "weights")),
+            lora=config.lora,
+            on_disk=not config.model.random_weights,
+            say=leader.log.say if leader is not None else lambda _: None,
         )
-        wanted = config.sync.method == "auto" and shapes is not None
-        return Cycle(comm, paths.generic(), leader, config.algo, config.seed, paths.direct if wanted else None)
+        if mode == "shared":
+            staged: Any = StagedPath(comm, paths.generic().weights, paths.engine)
+            return SharedCycle(comm, staged, leader, config.algo, config.seed, None)
+        path, better = paths.of(config.sync.method)
+        return Cycle(comm, path, leader, config.algo, config.seed, better)
 
     options = LossOptions.of(config.algo, config.rollout.max_new_tokens)
     step = PolicyStep(config.algo.loss, options, config.rollout.temperature)
-    plugin = Plugin(config, step, make_cycle, lambda chunks: in_place(recipe.bridge, chunks))
+    make_plugin = SharedPlugin if mode == "shared" else Plugin
+    plugin = make_plugin(config, step, make_cycle, lambda chunks: in_place(recipe.bridge, chunks))
     plugin.register()
     board.meet()
     with checkpoint.reading(recipe.args.load):
@@ -106,11 +122,11 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
 
 def _shapes(config: RunConfig) -> dict[str, tuple[int, ...]] | None:
     """Of all tensors that the engine must get; None for random weights of a model that transformers does not know."""
+    from megatron_sglang.hf_files import tensor_shapes
     from megatron_sglang.plan.shapes import hub_shapes
-    from megatron_sglang.weights.export import hf_shapes
 
     if not config.model.random_weights:
-        return hf_shapes(config.model.hf_path)
+        return tensor_shapes(config.model.hf_path)
     with contextlib.suppress(DataError):
         return hub_shapes(Path(config.model.hf_path))
     return None
@@ -131,19 +147,27 @@ class Station:
     config: RunConfig
     cleanup: contextlib.ExitStack
     engine: Any
-    rollout: rollout.Rollout
-    prompts: source.PromptSource
+    rollout: Rollout | agents.AgentRollout | Feed
+    prompts: source.PromptSource | Feed
     held_out: tuple[Prompt, ...]
     show: Callable[[str], None]
     """Prints a line on the console."""
 
     @staticmethod
     def open(config: RunConfig, cleanup: contextlib.ExitStack, show: Callable[[str], None]) -> Station:
-        count = len(engines_of(config))
-        engine = create_engines(engine_options(config), count)
+        if not (fed := Feed.asked_for(config)):
+            agents.Environments.of(config.rollout.environment)  # an error there must not wait for an engine
+        engine = modes.create(config, engine_options(config), show)
         cleanup.callback(engine.close)
         engine.start()
+        modes.announce(config, engine)
+        modes.make_room(config, engine)
         tokenizer = source.load_tokenizer(config.model.hf_path)
+        if fed:
+            feed: Any = Feed.open(config, engine, tokenizer.decode)
+            cleanup.callback(feed.door.close)
+            show(f"{config.model.hf_path}: batches come through {feed.door.path}")
+            return Station(config, cleanup, engine, feed, feed, (), show)
         train, held_out = (_prompts(config, path, tokenizer) for path in (config.data.train, config.data.eval))
         held_out = held_out[: config.rollout.eval_samples or None]
         reward = rewards.create_reward(
@@ -158,6 +182,7 @@ class Station:
             lean_project=config.reward.lean_project or None,
         )
         cleanup.callback(reward.close)
+        count = len(modes.members(engine))
         engines = "engine" if count == 1 else f"{count} engines"
         show(
             f"{config.model.hf_path}: {len(train)} training and {len(held_out)} held-out problems, "
@@ -170,8 +195,15 @@ class Station:
             max_new_tokens=config.rollout.max_new_tokens,
             stop_token_ids=(tokenizer.eos_token_id,),
         )
-        members = config.rollout.samples_per_prompt
-        sampler = rollout.Rollout(engine, reward, tokenizer.decode, sampling, members, config.seed)
+        sampler = agents.create_rollout(
+            config.rollout,
+            engine=engine,
+            reward=reward,
+            tokenizer=tokenizer,
+            sampling=sampling,
+            seed=config.seed,
+            say=show,
+        )
         prompts = source.PromptSource(
             train, config.rollout.prompts_per_batch, seed=config.seed, shuffle=config.data.shuffle
         )
@@ -214,14 +246,9 @@ def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]
     return loaded.prompts
 
 
-def engines_of(config: RunConfig) -> list[range]:
-    """By engine, the trainer ranks beside it; `config.engine.tp_size` is resolved."""
-    return placement.engines(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), config.engine.tp_size or 1)
-
-
 def engine_options(config: RunConfig) -> EngineOptions:
     """How the first engine is started for `config`; `create_engines` derives the others."""
-    extra = dict(config.sglang)
+    extra = modes.extra_of(config) | config.sglang | modes.lora_of(config)
     sizes = {ours: extra.pop(theirs) for theirs, ours in SIZES.items() if theirs in extra}
     return EngineOptions(
         model_path=config.model.hf_path,
@@ -229,12 +256,14 @@ def engine_options(config: RunConfig) -> EngineOptions:
         tp_size=config.engine.tp_size or 1,
         ep_size=config.engine.ep_size,
         dtype=config.model.dtype,
+        load_format="auto" if config.sync.method == "adapter" and not config.model.random_weights else "dummy",
         start_timeout_s=config.engine.start_timeout_s,
         request_timeout_s=config.engine.request_timeout_s,
         update_timeout_s=config.engine.update_timeout_s,
         log_path=str(Path(config.log.run_dir) / "engine.log"),
         seed=config.seed,
         deterministic=config.engine.deterministic,
+        python=find_python(config.engine.python),
         extra=extra,
         **sizes,
     )

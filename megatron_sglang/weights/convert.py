@@ -13,20 +13,18 @@ import argparse
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import ConfigError, DataError
+from megatron_sglang.hf_files import tensor_shapes
 from megatron_sglang.weights.progress import is_leader, progress
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_sglang.weights.peft_format import AdapterFolder
     from megatron_sglang.weights.shard_folder import ShardFolder
-    from megatron_sglang.weights.sites import Site
     from megatron_sglang.weights.standalone import Model, Stored
 
 Dtype = Literal["float32", "bfloat16"]
@@ -110,10 +108,8 @@ def export_merged(
     source = _source(hf_model, stored)
     shard_folder.require_continuable(output, source)
     with standalone.adapted_model(hf_model, stored.lora, stored.dtype, sizes or {}, base=True) as model:
-        from megatron_sglang.weights.export import hf_shapes  # Megatron needs the CPU room where it is used
-
         standalone.load_adapters(model, stored.folder)
-        expected = hf_shapes(str(hf_model))
+        expected = tensor_shapes(hf_model)
         with _of_leader(model, lambda: shard_folder.continued(output, source, shard_bytes)) as folder:
             write_merged(model, expected, stored.dtype, folder, min(shard_bytes, BUCKET_BYTES))
             model.comm.from_leader(lambda: write.copy_all_but_weights(hf_model, folder.path, stored.dtype))
@@ -214,61 +210,31 @@ def write_adapter(model: Model, stored: Stored, folder: Path, base: str) -> int:
     """Write the adapters of all ranks to `folder`, a layer at a time; the number of adapted modules. Collective."""
     import torch
 
+    from megatron_sglang.weights.adapters import Gathered
     from megatron_sglang.weights.peft_format import AdapterWriter
 
-    local, lora, dtype = _sites(model), stored.lora, getattr(torch, stored.dtype)
-    own = {
-        layer: {name: pair for site in sites if site.is_first_copy for name, pair in site.shapes().items()}
-        for layer, sites in local.items()
-    }
-    listed = model.comm.gather(own)
-    layers = sorted({layer for found in listed for layer in found}, key=_natural)
-    shapes = {name: pair for layer in layers for found in listed for name, pair in found.get(layer, {}).items()}
-    total = sum(math.prod(shape) for pair in shapes.values() for shape in pair) * dtype.itemsize
+    lora, dtype = stored.lora, getattr(torch, stored.dtype)
+    gathered = Gathered(model.bridge, model.chunks, model.comm, dtype)
+    total = sum(math.prod(shape) for pair in gathered.shapes.values() for shape in pair) * dtype.itemsize
 
     def open_file() -> Any:
-        writer = AdapterWriter(folder, shapes, dtype, rank=lora.rank, alpha=lora.alpha, base=base)
+        writer = AdapterWriter(folder, gathered.shapes, dtype, rank=lora.rank, alpha=lora.alpha, base=base)
         return contextlib.closing(writer)
 
     with _of_leader(model, open_file) as writer, progress("collecting", total) as advance:
-        for layer in layers:
-            found = [of_rank.get(layer, {}) for of_rank in listed]
-            held = _to_leader(model, local.get(layer, []), found, dtype)
+        for held in gathered.layers():
             model.comm.from_leader(lambda held=held: writer.extend(held))
             advance(sum(factor.nbytes for pair in held.values() for factor in pair))
-    return len(shapes)
-
-
-def _to_leader(
-    model: Model, sites: list[Site], listed: list[dict[str, list[list[int]]]], dtype: torch.dtype
-) -> dict[str, Sequence[torch.Tensor]]:
-    """Module name -> (A, B) of one layer, on rank 0 those of all ranks. `listed`: by rank, the shapes it holds."""
-    import torch
-
-    comm = model.comm
-    held: dict[str, Sequence[torch.Tensor]] = {}
-    for site in sites:
-        factors = site.read()
-        held |= factors if site.is_first_copy else {}
-    if comm.rank != 0:
-        for name in listed[comm.rank]:
-            for factor in held[name]:
-                torch.distributed.send(factor.contiguous(), 0)
-        return held
-    for rank, shapes in enumerate(listed[1:], start=1):
-        for name, pair in shapes.items():
-            received = [torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()) for shape in pair]
-            for factor in received:
-                torch.distributed.recv(factor, rank)
-            held[name] = received
-    return held
+    return len(gathered.shapes)
 
 
 def _from_folder(model: Model, adapter: AdapterFolder, options: LoraConfig, dtype: Dtype) -> None:
     """Set the adapters of all ranks. DataError where `adapter` has a module that the model lacks."""
     import torch
 
-    local = [site for sites in _sites(model).values() for site in sites]
+    from megatron_sglang.weights.adapters import agreed_sites
+
+    local = [site for sites in agreed_sites(model.bridge, model.chunks, model.comm).values() for site in sites]
     nbytes = [
         sum(math.prod(shape) for pair in site.shapes().values() for shape in pair) * getattr(torch, dtype).itemsize
         for site in local
@@ -293,24 +259,6 @@ def _from_folder(model: Model, adapter: AdapterFolder, options: LoraConfig, dtyp
             f"{adapter.folder} adapts {len(unused)} modules that the model does not have, {min(unused)} first; "
             "give the model that the adapter was trained on"
         )
-
-
-def _sites(model: Model) -> dict[str, list[Site]]:
-    """`find_sites`, with its error on all ranks."""
-    from megatron_sglang.weights.sites import find_sites
-
-    found, failure = {}, None
-    try:
-        found = find_sites(model.bridge, model.chunks)
-    except DataError as error:
-        failure = error
-    model.comm.agree(failure)
-    return found
-
-
-def _natural(name: str) -> list[int | str]:
-    """Sort key: numbers by their value."""
-    return [int(part) if part.isdigit() else part for part in name.split(".")]
 
 
 def _source(hf_model: Path, stored: Stored) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""The direct path's sending side: merge what is owned, pack what travels, one all-to-all for each bucket.
+"""The direct path's sending side: merge what is owned, pack what travels, one all-to-all for each bucket and round.
 
-After it, trainer rank k holds exactly the bytes that engine rank k needs, in one flat tensor on the device they share.
-Every element travels once, and no rank ever holds a full tensor that it does not own. The plan depends on placement
-alone, so what each rank does with each bucket is worked out once (`_Part`).
+After it, trainer rank k holds exactly the bytes that engine rank k needs, in one flat tensor, on the device they share
+if they share one. Where there are more engine ranks than trainer ranks beside them (`hosts`), round j is for engine
+ranks j * hosts .. j * hosts + hosts - 1. Every element travels once, and no rank ever holds a full tensor that it does
+not own. The plan depends on placement alone, so what each rank does with each bucket is worked out once (`_Part`).
 """
 
 from __future__ import annotations
@@ -17,23 +18,21 @@ import torch.distributed as dist
 
 from megatron_sglang import transfer
 from megatron_sglang.copies import Copy, fold
-from megatron_sglang.digests import digest_of
-from megatron_sglang.transfer import Piece
+from megatron_sglang.digests import digests_of
+from megatron_sglang.transfer import SLOTS, Piece
 from megatron_sglang.types import MergeFidelity
 from megatron_sglang.weights.merge import MergeStats, Unit, merged, units_of
-
-SLOTS = 2
-"""Receive buffers: the engine reads one while the next bucket is merged and exchanged into the other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What one rank hands to the engine rank beside it: `data` [elements] in the engine's dtype, one segment from each
+    """What one rank hands to engine rank `target`: `data` [elements] in the engine's dtype, one segment from each
     trainer rank in rank order, with the segments' lengths in elements and their digests, computed at the source.
 
-    memory: buffer `slot`, with which `data` begins; the same for every delivery in that slot.
+    memory: buffer `slot`, with which `data` begins; the same for every delivery to this target in that slot.
     """
 
+    target: int
     index: int
     slot: int
     memory: torch.Tensor
@@ -44,19 +43,23 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """This rank's part of one bucket. Sizes are in elements, by rank."""
+    """This rank's part of one bucket. Sizes are in elements, by round and trainer rank."""
 
     units: dict[int, list[Copy]]
     """Number of a unit to be merged -> copies from its merged weights into the send buffer; in an order that all ranks
     of a TP group share."""
-    send_sizes: list[int]
-    receive_sizes: list[int]
+    send_sizes: list[list[int]]
+    receive_sizes: list[list[int]]
+
+    def sent(self, rounds: int) -> int:
+        """Elements in the send buffer before those of round `rounds`."""
+        return sum(sum(sizes) for sizes in self.send_sizes[:rounds])
 
 
 class DirectSender:
     """Sends weight versions by a plan. Collective: all ranks iterate together.
 
-    buckets: the plan, cut; the same on all ranks.
+    buckets: the plan, cut; the same on all ranks. hosts: trainer ranks that hand over, the first ones; None: all.
     """
 
     def __init__(
@@ -65,9 +68,12 @@ class DirectSender:
         model_chunks: list[torch.nn.Module],
         buckets: Sequence[Sequence[Piece]],
         dtype: torch.dtype,
+        hosts: int | None = None,
     ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.dtype, self.buckets = dtype, buckets
+        self.dtype, self.buckets, self.hosts = dtype, buckets, hosts or self.world_size
+        last = max((piece.target for bucket in buckets for piece in bucket), default=0)
+        self.rounds: Sequence[int] = range(last // self.hosts + 1)
         self.stats = MergeStats()
         self._units = units_of(bridge, model_chunks)
         self._where = {
@@ -77,18 +83,23 @@ class DirectSender:
         sources: defaultdict[str, set[int]] = defaultdict(set)
         for piece in (piece for bucket in buckets for piece in bucket):
             sources[piece.here.tensor].add(piece.source)
-        self._shares = [self._share(unit, sources) for unit in self._units]
+        self._shares = [
+            torch.tensor(self._share(unit, sources), dtype=torch.float64, device=self._device) for unit in self._units
+        ]
         self._parts = [self._part(bucket) for bucket in buckets]
 
     @torch.no_grad()
     def deliveries(self, free: Callable[[int], None]) -> Iterator[Delivery]:
-        """One delivery for each bucket, on every rank (empty where no engine rank sits).
+        """One delivery for each bucket and round, on every rank (empty where no engine rank is handed anything).
 
-        free: returns when delivery number n has been taken, so that its buffer may be overwritten.
+        free: returns when delivery number n of every round has been taken, so that its buffers may be overwritten.
         """
         self.stats = MergeStats()
-        send = self._buffer(max(sum(part.send_sizes) for part in self._parts))
-        slots = [self._buffer(max(sum(part.receive_sizes) for part in self._parts)) for _ in range(SLOTS)]
+        send = self._buffer(max(part.sent(len(self.rounds)) for part in self._parts))
+        slots = [
+            [self._buffer(max(sum(part.receive_sizes[number]) for part in self._parts)) for _ in range(SLOTS)]
+            for number in self.rounds
+        ]
         counted: set[int] = set()
         kept: dict[int, torch.Tensor] = {}
         for index, part in enumerate(self._parts):
@@ -101,7 +112,8 @@ class DirectSender:
                     kept[number] = weights
             if index >= SLOTS:
                 free(index - SLOTS)
-            yield self._exchange(index, send, slots[index % SLOTS])
+            for number in self.rounds:
+                yield self._exchange(index, number, send, slots[number][index % SLOTS])
 
     def fidelity(self) -> MergeFidelity:
         """See `interfaces.Weights`."""
@@ -126,11 +138,11 @@ class DirectSender:
         copies: defaultdict[int, list[Copy]] = defaultdict(list)
         for copy in fold(rectangles):
             copies[int(copy.tensor)].append(copy)
-        send_sizes, receive_sizes = Counter[int](), Counter[int]()
+        send_sizes, receive_sizes = Counter[int](), Counter[tuple[int, int]]()
         for piece in mine:
             send_sizes[piece.target] += piece.size
-        for piece in transfer.incoming(bucket, self.rank):
-            receive_sizes[piece.source] += piece.size
+        for piece in bucket:
+            receive_sizes[piece.target, piece.source] += piece.size
         # The factors of a dense layer are gathered over TP: all who hold it take part, whoever sends.
         touched = {self._where[piece.here.tensor][0] for piece in bucket if piece.here.tensor in self._where}
         joint = {number for number in touched if self._units[number].is_collective}
@@ -138,9 +150,15 @@ class DirectSender:
         ranks = range(self.world_size)
         return _Part(
             units={number: copies[number] for number in ordered},
-            send_sizes=[send_sizes[rank] for rank in ranks],
-            receive_sizes=[receive_sizes[rank] for rank in ranks],
+            send_sizes=[[send_sizes[self._target(number, rank)] for rank in ranks] for number in self.rounds],
+            receive_sizes=[
+                [receive_sizes[self._target(number, self.rank), rank] for rank in ranks] for number in self.rounds
+            ],
         )
+
+    def _target(self, number: int, rank: int) -> int:
+        """Engine rank that trainer rank `rank` hands over to in round `number`; -1: none."""
+        return number * self.hosts + rank if rank < self.hosts else -1
 
     def _merge(self, number: int, counted: set[int]) -> torch.Tensor:
         """A unit's merged weights, flat. A unit may be merged for several buckets; its change counts once."""
@@ -148,13 +166,15 @@ class DirectSender:
         counted.add(number)
         return merged(self._units[number], self.dtype, stats, self._shares[number]).contiguous().view(-1)
 
-    def _exchange(self, index: int, send: torch.Tensor, memory: torch.Tensor) -> Delivery:
+    def _exchange(self, index: int, number: int, send: torch.Tensor, memory: torch.Tensor) -> Delivery:
         part = self._parts[index]
-        outgoing, incoming = send[: sum(part.send_sizes)], memory[: sum(part.receive_sizes)]
-        dist.all_to_all_single(incoming, outgoing, part.receive_sizes, part.send_sizes)
-        digests = torch.stack([digest_of(segment) for segment in outgoing.split(part.send_sizes)])
+        send_sizes, receive_sizes = part.send_sizes[number], part.receive_sizes[number]
+        outgoing, incoming = send[part.sent(number) : part.sent(number + 1)], memory[: sum(receive_sizes)]
+        dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes)
+        digests = digests_of(outgoing.split(send_sizes))
         received_digests = torch.empty_like(digests)
         dist.all_to_all_single(received_digests, digests)
         # Reading the digests waits for everything before them: the delivery is complete on its device.
-        lengths, found = tuple(part.receive_sizes), tuple(received_digests.tolist())
-        return Delivery(index, index % SLOTS, memory, incoming, lengths, found)
+        lengths, found = tuple(receive_sizes), tuple(received_digests.tolist())
+        target = self._target(number, self.rank)
+        return Delivery(target, index, index % SLOTS, memory, incoming, lengths, found)

@@ -11,11 +11,9 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from megatron_sglang import buckets
 from megatron_sglang.errors import WeightSyncError
@@ -26,8 +24,9 @@ from megatron_sglang.weights.merge import MergeStats, Unit, merged, units_of
 class MergedWeights:
     """`interfaces.Weights`: merged weights as buckets of at most `bucket_bytes`, checked to be complete.
 
-    expected: HF name -> shape of everything the engine must get (`hf_shapes`); None: not checked against a folder.
-    stats: what merging changed in the last version, of this rank's shards.
+    expected: HF name -> shape of everything the engine must get (`hf_files.tensor_shapes`); None: not checked against
+    a folder.
+    stats: what merging changed in the last version, of this rank's shards. merge: False gives the base alone.
     """
 
     def __init__(
@@ -37,8 +36,10 @@ class MergedWeights:
         bucket_bytes: int,
         dtype: torch.dtype,
         expected: Mapping[str, tuple[int, ...]] | None,
+        *,
+        merge: bool = True,
     ) -> None:
-        self.bridge, self.model_chunks = bridge, model_chunks
+        self.bridge, self.model_chunks, self.merge = bridge, model_chunks, merge
         self.bucket_bytes, self.dtype, self.expected = bucket_bytes, dtype, expected
         self.stats = MergeStats()
 
@@ -63,7 +64,7 @@ class MergedWeights:
 
     def _checked(self, version: int, seen: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors in the engine's dtype; their names are added to `seen`."""
-        for layer in hf_layers(self.bridge, self.model_chunks, self.stats, self.dtype):
+        for layer in hf_layers(self.bridge, self.model_chunks, self.stats, self.dtype, self.merge):
             for name, tensor in layer:
                 if name in seen:
                     raise WeightSyncError(f"version {version}: {name} was exported twice; expected every name once")
@@ -74,15 +75,6 @@ class MergedWeights:
                         f"the HF model has {self.expected.get(name, 'no such tensor')}"
                     )
                 yield name, tensor.detach().to(self.dtype)
-
-
-def hf_shapes(hf_path: str) -> dict[str, tuple[int, ...]]:
-    """HF name -> shape of every tensor in a folder's safetensors files; reads headers only."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(Path(hf_path).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return shapes
 
 
 @torch.no_grad()

@@ -19,10 +19,8 @@ from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
+from megatron_sglang.transfer import CHUNK_BYTES
 from megatron_sglang.types import MergeFidelity
-
-CHUNK_BYTES = 32 << 20
-"""Each of a merge's half dozen fp32 temporaries holds at most this much, or one expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +69,10 @@ class MergeStats:
     ) -> None:
         """base, delta, whole = base + delta: [n, out, in] fp32; cast: `whole` in the engine's dtype. shares [n]: 1 /
         number of ranks that count the same shard, so that the sum over all ranks is the sum over the model."""
-        kept = cast.float()
-        lost = whole - kept
-        changed = kept != base.to(cast.dtype).float()
-        sums = [delta.square().sum((1, 2)), lost.square().sum((1, 2)), changed.sum((1, 2))]
+        norms = [torch.linalg.vector_norm(part, dim=(1, 2)).double().square() for part in (delta, whole - cast)]
+        changed = (cast != base.to(cast.dtype)).sum((1, 2)).double()
         elements = torch.full_like(shares, float(math.prod(delta.shape[1:])))
-        found = torch.stack([*(part.double() for part in sums), elements]) @ shares
+        found = torch.stack([*norms, changed, elements]) @ shares
         self._sums[layer] = self._sums[layer] + found if layer in self._sums else found
 
     def fidelity(self) -> MergeFidelity:
@@ -131,10 +127,13 @@ def adapted_weights(model_chunks: list[torch.nn.Module]) -> dict[int, tuple[Adap
     return found
 
 
-def merged(unit: Unit, dtype: torch.dtype, stats: MergeStats | None, shares: Sequence[float]) -> torch.Tensor:
+def merged(
+    unit: Unit, dtype: torch.dtype, stats: MergeStats | None, shares: Sequence[float] | torch.Tensor
+) -> torch.Tensor:
     """The effective weights of a unit, [n, out, in] in `dtype`; fresh memory if it has an adapter.
 
-    stats: where the change is counted (None: it was already), each weight with its share (see `MergeStats.add`).
+    stats: where the change is counted (None: it was already), each weight with its share (see `MergeStats.add`; shares
+    that are on the device already spare a copy for which the host waits).
     Collective over the adapter's TP group: both factors are sharded, and each rank needs one of them whole.
     """
     if unit.wrapper is None:
@@ -143,7 +142,7 @@ def merged(unit: Unit, dtype: torch.dtype, stats: MergeStats | None, shares: Seq
     down, up = _factors(adapter)
     first, device = unit.bases[0], unit.bases[0].device
     result = torch.empty((len(unit.bases), *first.shape), dtype=dtype, device=device)
-    weights = torch.tensor(shares, dtype=torch.float64, device=device)
+    weights = torch.as_tensor(shares, dtype=torch.float64, device=device)
     step = max(1, CHUNK_BYTES // (first.numel() * 4))
     for start in range(0, len(unit.bases), step):
         some = slice(start, start + step)

@@ -27,8 +27,9 @@ import torch
 from safetensors import SafetensorError
 
 from megatron_sglang.errors import DataError
+from megatron_sglang.hf_files import tensor_entries
 from megatron_sglang.weights.progress import progress
-from megatron_sglang.weights.write import RECORD, partial_name, require_new, save_tensors, tensor_entries
+from megatron_sglang.weights.write import RECORD, partial_name, require_new, save_tensors
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"

@@ -176,7 +176,8 @@ def _config(
                 f"--{name}={sizes.get(name, 1)} with {stages} pipeline stages needs {needed} ranks or a multiple, "
                 f"there are {world}; start that many with torchrun --nproc-per-node"
             )
-    megatron = dict(sizes) | {"micro-batch-size": 1}
+    # Nothing is trained; and without APEX Megatron refuses to build layers that would fuse it.
+    megatron = dict(sizes) | {"micro-batch-size": 1, "no-gradient-accumulation-fusion": True}
     if sizes.get("tensor-model-parallel-size", 1) > 1:
         megatron["sequence-parallel"] = True  # Megatron demands it for experts; weights are the same without
     config = RunConfig(

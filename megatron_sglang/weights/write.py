@@ -68,13 +68,6 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {"dtype", "shape", "data_offsets": [begin, end] in bytes} of a safetensors file, from its header."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
-
-
 class TensorFile:
     """A safetensors file that takes its tensors one by one, in any order, so that none of them is held.
 

@@ -78,8 +78,8 @@ def fake_options(**changes: object) -> EngineOptions:
     return EngineOptions("unused", **(common | changes))  # pyright: ignore[reportArgumentType]
 
 
-def script(engine: HttpEngine, *faults: dict[str, Any]) -> None:
-    """Replace the faults of a running fake engine."""
+def script(engine: HttpEngine, *faults: dict[str, Any], token_s: float = 0.0) -> None:
+    """Replace the faults of a running fake engine, and its seconds for each token."""
     headers = {"Authorization": f"Bearer {engine.server.admin_key}"}
     url = f"http://127.0.0.1:{engine.server.port}/script"
-    httpx.post(url, json={"faults": faults}, headers=headers, trust_env=False).raise_for_status()
+    httpx.post(url, json={"faults": faults, "token_s": token_s}, headers=headers, trust_env=False).raise_for_status()

@@ -32,6 +32,16 @@ def test_direct_beats_generic_at_equal_result(tmp_path: Path) -> None:
     assert found["planned_bytes"] == found["paths"]["direct"]["bytes"] == 4_500_480
     assert found["paths"]["direct"]["buckets"] == 3
     assert found["generic_over_direct"] > 1.2, found["paths"]
+    assert found["paths"]["stock"]["bytes"] == found["paths"]["generic"]["bytes"]
+    # Bridge merges experts' adapters by their local numbers where they are split over ranks: every expert of the last
+    # three ranks is wrong, by as much as an update changes it, and nothing else is.
+    checked = found["weights_checker"]
+    assert checked["generic_equals_direct"] is True
+    assert checked["stock_equals_ours"] is False
+    difference = checked["stock_difference"]
+    assert difference["different"] == 4 * 6 * 3, difference
+    assert all(".experts." in name for name in difference["first"])
+    assert 0.5 < difference["largest"] / difference["largest_update"] < 3, difference
     before, after = found["held_first_and_last"]
     assert after["trainer_descriptors"] <= before["trainer_descriptors"]
     assert after["engine_descriptors"] <= before["engine_descriptors"]

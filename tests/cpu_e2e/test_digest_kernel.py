@@ -13,12 +13,13 @@ pytestmark = pytest.mark.cpu_e2e
 CHECK_KERNEL = """
 import torch
 from megatron_sglang import digests
-from megatron_sglang.digest_kernel import mixed_sum
+from megatron_sglang.digest_kernel import mixed_sums
 
-for count in (1, 7, 4095, 4096, 4097, 30_000):
-    words = torch.randint(-(2**62), 2**62, (count,)) * 2 + 1
-    found = mixed_sum(words, digests.MIX_1, digests.MIX_2).item()
-    assert found == digests._mixed_sum(words, 0).item(), count
+counts = (1, 7, 4095, 4096, 4097, 30_000, 1)
+many = [torch.randint(-(2**62), 2**62, (count,)) * 2 + 1 for count in counts]
+found = mixed_sums(many, counts, digests.MIX_1, digests.MIX_2)
+for count, words, sum_of in zip(counts, many, found.tolist()):
+    assert sum_of == digests._mixed_sum(words, 0).item() + count, count
 print("equal")
 """
 

@@ -29,6 +29,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_sglang import batching, config_check
 from megatron_sglang.config import DataConfig, LoraConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_sglang.hf_files import tensor_shapes
 from megatron_sglang.losses import LossOptions
 from megatron_sglang.training import lora
 from megatron_sglang.training.model import ModelRecipe
@@ -54,9 +55,7 @@ def make_config(hf: str, layout: dict[str, Any], random_weights: bool = False) -
     return config_check.resolve(config, local_world_size=world)
 
 
-def set_up(
-    hf: str, layout: dict[str, Any], random_weights: bool = False
-) -> tuple[ModelRecipe, list[Any], Any, Any]:
+def set_up(hf: str, layout: dict[str, Any], random_weights: bool = False) -> tuple[ModelRecipe, list[Any], Any, Any]:
     """Megatron's own set-up of model, optimizer and schedule."""
     recipe = ModelRecipe(make_config(hf, layout, random_weights))
     training.initialize_megatron()
@@ -229,17 +228,17 @@ def run(argv: list[str], kill_at: int | None = None, bad_steps: tuple[int, ...] 
     return ""
 
 
-def direct(hf: str, layout: dict[str, Any], engine_ranks: int, limit: int) -> dict[str, Any]:
+def direct(hf: str, layout: dict[str, Any], engine_ranks: int, limit: int, hosts: int | None = None) -> dict[str, Any]:
     """Send to engine ranks that each want a strange rectangle of every tensor; compare with the generic export."""
     from megatron_sglang.digests import digests
     from megatron_sglang.transfer import Box, Place, Region, cut, incoming, make_plan
     from megatron_sglang.weights import shards
     from megatron_sglang.weights.direct import DirectSender
-    from megatron_sglang.weights.export import hf_layers, hf_shapes
+    from megatron_sglang.weights.export import hf_layers
 
     recipe, model, _, _ = set_up(hf, layout)
     randomize(model, 0.2)
-    shapes = hf_shapes(hf)
+    shapes = tensor_shapes(hf)
     mine = shards.of_this_rank(recipe.bridge, model, shapes)
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
@@ -250,21 +249,21 @@ def direct(hf: str, layout: dict[str, Any], engine_ranks: int, limit: int) -> di
             cut_at = [rows * part // (engine_ranks + 1) for part in range(engine_ranks + 2)]
             box = Box(cut_at[rank], cols // 3 * (rank % 2), cut_at[rank + 2] - cut_at[rank], cols - cols // 3)
             slots.append(Region(rank, name, box, Place(f"engine.{name}", 0, box.cols, 1)))
-    plan = make_plan([shard for part in everyone for shard in part], slots)
+    plan = make_plan([shard for part in everyone for shard in part], slots, hosts or len(everyone))
     full = {name: tensor.clone() for layer in hf_layers(recipe.bridge, model) for name, tensor in layer}
-    sender = DirectSender(recipe.bridge, model, cut(plan, limit), torch.float32)
+    sender = DirectSender(recipe.bridge, model, cut(plan, limit), torch.float32, hosts)
     wrong, elements = 0, 0
-    rank = torch.distributed.get_rank()
-    received: dict[str, torch.Tensor] = {}
-    boxes = {slot.name: slot.box for slot in slots if slot.rank == rank}
+    rank, ranks = torch.distributed.get_rank(), hosts or len(everyone)
+    received: dict[tuple[int, str], torch.Tensor] = {}
+    boxes = {(slot.rank, slot.name): slot.box for slot in slots if slot.rank % ranks == rank}
     freed: list[int] = []
-    for delivery, bucket in zip(sender.deliveries(freed.append), sender.buckets, strict=True):
+    for delivery in sender.deliveries(freed.append):
         # The buffer two deliveries back is the one that was overwritten, and it was asked for first.
         assert freed == list(range(delivery.index - 1)), (freed, delivery.index)
         at = 0
-        for piece in incoming(bucket, rank):
-            box = boxes[piece.name]
-            target = received.setdefault(piece.name, torch.full((box.rows, box.cols), math.nan))
+        for piece in incoming(sender.buckets[delivery.index], delivery.target):
+            box = boxes[key := (delivery.target, piece.name)]
+            target = received.setdefault(key, torch.full((box.rows, box.cols), math.nan))
             strides = (piece.there.row_stride, piece.there.col_stride)
             view = target.view(-1).as_strided((piece.rows, piece.cols), strides, piece.there.offset)
             wrong += int((~view.isnan()).sum())
@@ -273,10 +272,10 @@ def direct(hf: str, layout: dict[str, Any], engine_ranks: int, limit: int) -> di
         assert at == delivery.data.numel()
         assert tuple(digests(delivery.data.split(delivery.lengths))) == delivery.digests
         elements += at
-    for name, box in boxes.items():
+    for (target, name), box in boxes.items():
         whole = full[name] if full[name].dim() == 2 else full[name][:, None]
         expected = whole[box.row : box.row + box.rows, box.col : box.col + box.cols]
-        wrong += int((received[name] != expected).sum())
+        wrong += int((received[target, name] != expected).sum())
     return {
         "wrong": wrong,
         "elements": elements,
@@ -289,10 +288,9 @@ def shards_of_this_rank(hf: str, layout: dict[str, Any]) -> list[list[Any]]:
     """What a real Megatron model holds, as rows of regions."""
     from megatron_sglang.transfer import row_of
     from megatron_sglang.weights import shards
-    from megatron_sglang.weights.export import hf_shapes
 
     recipe, model, _, _ = set_up(hf, layout)
-    return [row_of(shard) for shard in shards.of_this_rank(recipe.bridge, model, hf_shapes(hf))]
+    return [row_of(shard) for shard in shards.of_this_rank(recipe.bridge, model, tensor_shapes(hf))]
 
 
 def grouped_merge(experts: int, chunk: int) -> dict[str, Any]:
@@ -354,12 +352,14 @@ def merged_in_place(hf: str, layout: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def drawn_weights(hf: str, layout: dict[str, Any]) -> dict[str, int]:
-    """Digests of the base weights that this rank drew at random."""
+def drawn_weights(hf: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """Digests of the base weights that this rank drew at random, and the names of what is exported."""
     from megatron_sglang.digests import digest
+    from megatron_sglang.weights.export import hf_layers
 
-    _, model, _, _ = set_up(hf, layout, random_weights=True)
-    return {name: digest(weight) for name, weight in model[0].named_parameters() if ".adapter." not in name}
+    recipe, model, _, _ = set_up(hf, layout, random_weights=True)
+    drawn = {name: digest(weight) for name, weight in model[0].named_parameters() if ".adapter." not in name}
+    return {"drawn": drawn, "exported": sorted(name for layer in hf_layers(recipe.bridge, model) for name, _ in layer)}
 
 
 def mixed_merge(experts: int) -> dict[str, Any]:

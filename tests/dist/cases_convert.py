@@ -19,10 +19,10 @@ import torch
 from megatron_sglang import cli, weights
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import MegatronSglangError
+from megatron_sglang.hf_files import tensor_shapes
 from megatron_sglang.training import checkpoint
 from megatron_sglang.weights import convert as converter
 from megatron_sglang.weights import shard_folder, standalone
-from megatron_sglang.weights.export import hf_shapes
 
 M_MMAP_THRESHOLD = -3
 """Of malloc.h."""
@@ -95,7 +95,7 @@ def growths(
     stored = standalone.find_checkpoint(Path(load), None)
     with standalone.adapted_model(Path(hf), stored.lora, stored.dtype, layout, base=True) as model:
         standalone.load_adapters(model, stored.folder)
-        expected, merged = hf_shapes(hf), 0
+        expected, merged = tensor_shapes(hf), 0
         for name in ("warm", "merged"):  # the first one loads code
             new = Path(output, name)
             with converter._of_leader(model, lambda new=new: shard_folder.continued(new, {}, shard_bytes)) as folder:

@@ -17,17 +17,20 @@ BASE = [
 
 
 def test_several_engines_train_as_one_does(run_ranks, tmp_path: Path) -> None:
-    """Other samples than one engine's would mean that a seed, a weight or the order was lost on the way."""
+    """Other samples than one engine's would mean that a seed, a weight or the order was lost on the way. One of the
+    several is killed while it generates: it must come back with the weights that it had, and the batch be the same."""
     runs = {}
     for tp_size in (1, 2):
         folder = tmp_path / f"tp{tp_size}"
         argv = [*BASE, f"log.run_dir={folder}", f"engine.tp_size={tp_size}"]
-        console = run_ranks(2, "cases_engines.shown", timeout_s=300, argv=argv)[0]
+        kill_in = 2 if tp_size == 1 else None
+        console = run_ranks(2, "cases_engines.shown", timeout_s=300, argv=argv, kill_in=kill_in)[0]
         assert re.search(r"the direct path, .* engine digest \w{16}, as by the generic path", console), console
         assert ("2 engines sglang tp=1" in console) == (tp_size == 1), console
         samples = (folder / "rollouts.jsonl").read_text()
         assert samples.count("\n") == 2 * 16 * 4
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert sum(record.get("engine/deaths", 0) for record in records) == (tp_size == 1), console
         trained = [record for record in records if "train/loss" in record]
         assert len(trained) == 2
         assert trained[1]["sync/update_norm"] > 0, "the second batch must be sampled from other weights"

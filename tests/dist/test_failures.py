@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sglang.trace import METRICS, read_lines
+
 pytestmark = pytest.mark.dist
 
 MODEL = Path("examples/tiny_fim/model")
@@ -36,6 +38,14 @@ def fails(run_ranks, run_dir: Path, *more: str, **case: object) -> str:
     assert len(re.findall(r"^rank \d: ", console, re.MULTILINE)) == 1, f"expected one message:\n{console}"
     assert "Traceback" not in console, console
     return messages[0]
+
+
+def completes(run_ranks, run_dir: Path, **case: object) -> list[dict[str, float]]:
+    """Run two ranks to the end; their records."""
+    ranks = run_ranks(2, "cases_failures.outcome", argv=[*BASE, f"log.run_dir={run_dir}"], **case)
+    assert [rank["code"] for rank in ranks] == [0, 0], ranks
+    assert not any(rank["left"] or rank["children"] for rank in ranks), ranks
+    return list(read_lines(run_dir / METRICS))
 
 
 def edited(folder: Path, **changes: object) -> Path:
@@ -143,12 +153,27 @@ def test_engine_that_dies_at_its_start(run_ranks, tmp_path):
     assert "fake engine: scripted death at start" in text, "its last log lines"
 
 
-@pytest.mark.parametrize("path", ["/generate", "/update_weights_from_tensor"])
-def test_engine_that_dies_in_a_run(run_ranks, tmp_path, path):
-    """In the second rollout batch, while it generates or takes weights."""
-    text = fails(run_ranks, tmp_path / "run", faults=[{"path": path, "do": "die", "after": 2}])
-    assert f"died during {path}: exit code" in text
+def test_engine_that_dies_whatever_it_is_asked(run_ranks, tmp_path):
+    """Each time it is started again it dies of the same: that ends the run."""
+    text = fails(run_ranks, tmp_path / "run", faults=[{"path": "/generate", "do": "die"}])
+    assert "died during /generate: exit code" in text
     assert "fake engine: scripted death" in text, "its last log lines"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_ranks, tmp_path_factory) -> list[dict[str, float]]:
+    return completes(run_ranks, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.mark.parametrize(("path", "after"), [("/generate", 2), ("/update_weights_from_tensor", 8)])
+def test_engine_that_dies_in_a_run_is_started_again(run_ranks, tmp_path, undisturbed, path, after):
+    """While it generates or takes weights: the batch it died in is sampled again, from the same weights."""
+    disturbed = completes(run_ranks, tmp_path, faults=[{"path": path, "do": "die", "after": after}])
+    assert sum(record.get("engine/deaths", 0) for record in disturbed) >= 1
+    same = ("rollout/reward", "rollout/tokens", "train/loss", "train/grad_norm", "sync/version", "eval/reward")
+    assert [{name: record.get(name) for name in same} for record in disturbed] == [
+        {name: record.get(name) for name in same} for record in undisturbed
+    ]
 
 
 def test_port_that_something_else_has(run_ranks, tmp_path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from megatron_sglang.hf_files import tensor_shapes
 from megatron_sglang.placement import Placement
 from megatron_sglang.plan import shapes
 from megatron_sglang.plan.trainer import Trainer
@@ -94,6 +96,20 @@ def test_direct_path_delivers_what_the_generic_path_exports(run_ranks, name):
     assert found[0]["buckets"] == 1 if name == "tp2_sp" else found[0]["buckets"] > 3
 
 
+@pytest.mark.parametrize(
+    ("name", "engine_ranks", "hosts"), [("world1", 2, None), ("ep2", 1, None), ("ep2", 3, None), ("ep2", 3, 1)]
+)
+def test_direct_path_between_sides_of_other_sizes(run_ranks, name, engine_ranks, hosts):
+    """Split: one trainer rank hands over to several engine ranks, or to none; hosts: only those on the engine's node."""
+    ranks, layout = LAYOUTS[name]
+    found = run_ranks(
+        ranks, "direct", hf=HF, layout=layout, engine_ranks=engine_ranks, limit=100_000, hosts=hosts
+    )
+    assert [result["wrong"] for result in found] == [0] * ranks
+    assert [result["elements"] for result in found] == [result["wanted"] for result in found]
+    assert [result["wanted"] > 0 for result in found] == [rank < (hosts or engine_ranks) for rank in range(ranks)]
+
+
 def assert_planned(run_ranks, hf, ranks, layout):
     """The plan's rectangles of the trainer are those of a real model, and lie where it has them."""
     sizes = {short: layout.get(f"{flag}-parallel-size", 1) for short, flag in FLAGS.items()}
@@ -128,10 +144,13 @@ def test_the_plan_command_knows_other_models(run_ranks, model, name, tmp_path):
     assert_planned(run_ranks, str(make_model(model, tmp_path)), *LAYOUTS[name])
 
 
-def test_random_weights_are_the_same_on_all_copies(run_ranks):
-    """Data-parallel ranks that drew different weights train nonsense, and the engine gets one rank's or the other's."""
-    first, second = run_ranks(2, "drawn_weights", hf=HF, layout={})
+def test_random_weights_are_the_same_on_all_copies_and_need_no_files(run_ranks, tmp_path):
+    """Data-parallel ranks that drew different weights train nonsense, and the engine gets one rank's or the other's.
+    Bridge asks safetensors files for names even to export."""
+    shutil.copy(Path(HF, "config.json"), tmp_path)
+    first, second = run_ranks(2, "drawn_weights", hf=str(tmp_path), layout={})
     assert first == second
+    assert first["exported"] == sorted(tensor_shapes(HF))
 
 
 @pytest.mark.parametrize("name", ["world1", "tp2_sp", "ep2"])

@@ -40,7 +40,7 @@ def test_links_and_paths_exist(doc: Path) -> None:
     assert missing == []
 
 
-WITH_FLAGS = ("plan", "scripts", "benchmarks", ".ci", "weights", "rewards", "box")
+WITH_FLAGS = ("plan", "serve", "bench", "scripts", "benchmarks", ".ci", "weights", "rewards", "box")
 """Folders whose programs have flags of their own."""
 
 

@@ -24,17 +24,18 @@ ROOMS = {
 
 LAYERS = [
     "errors types copies digest_kernel",
-    "digests",
+    "digests stops hf_files",
     "config buckets layout placement",
-    "config_check interfaces metrics trackers advantages prompts comm",
+    "config_check interfaces weight_folder metrics trackers advantages prompts comm",
     "config_argv losses trace rewards rollout transfer",
-    "config_docs batching report cpu sync",
-    "config_load cycle doctor engine weights",
-    "dry_run plan",
+    "config_docs batching report cpu sync agents feed",
+    "sync_methods",
+    "config_load cycle engine weights",
+    "doctor dry_run plan serve",
     "training",
     "weights/standalone",
     "bench",
-    "cli",
+    "art cli",
 ]
 """Each part (module or folder) imports from lines above its own only. So `weights` and `engine` never meet."""
 

@@ -187,10 +187,12 @@ def test_a_handle_names_what_torch_wants(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(reductions, "reduce_tensor", lambda _tensor: (None, arguments))
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda *given: given)
     properties = types.SimpleNamespace(uuid="GPU-1")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    devices = [types.SimpleNamespace(uuid="GPU-0"), properties]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: devices[device if device in (0, 1) else 1])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
     handle = json.loads(json.dumps(line.handle_of(flat)))
-    opened: Any = line.open_handle(handle, torch.device("cuda", 1))
-    assert list(opened) == list(arguments)
+    opened: Any = line.open_handle(handle)
+    assert list(opened) == list(arguments), "on device 1 here, whatever its number is there"
     properties.uuid = "GPU-2"
-    with pytest.raises(ValueError, match="on GPU GPU-1, this engine rank on GPU-2"):
-        line.open_handle(handle, torch.device("cuda", 1))
+    with pytest.raises(ValueError, match="on GPU GPU-1, which this engine rank cannot see"):
+        line.open_handle(handle)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -89,11 +89,42 @@ def test_bytes_buckets_and_memory_add_up() -> None:
     memory = update.memory[0]
     assert (memory.send, memory.receive, memory.merged) == (16, 2 * 16, 16)
     assert memory.temporaries == MERGE_TEMPORARIES * 8 * 4
-    assert memory.total == 64 + memory.temporaries
+    assert memory.read_back == 16
+    assert memory.total == 80 + memory.temporaries
+
+
+def test_more_engine_ranks_than_trainer_ranks_count_where_they_are_handed_over() -> None:
+    """Split: rank 0 hands over to engine ranks 0 and 2, rank 1 to 1 and 3; nothing may fall out of the figures."""
+    placement = Placement(world_size=2, ep=2)
+    found = {UP.format(0): (4, 2), UP.format(1): (4, 2)}
+    slots = [
+        Region(rank, UP.format(expert), Box(rank, 0, 1, 2), Place(f"w{expert}", 0, 2, 1))
+        for rank in range(4)
+        for expert in (0, 1)
+    ]
+    update = update_of(Trainer(found, (1, 1), placement).shards(), slots, 2, 2, 1 << 20)
+    assert update.pairs == {(source, target): 4 for source in (0, 1) for target in range(4)}
+    assert (update.total, update.stays) == (32, 16)
+    assert update.loads == [Load(merged=16, sent=8, sent_far=0, received=16, digested=16 + 2 * 16)] * 2
+    assert update.memory[0].receive == 2 * (8 + 8)
 
 
 def test_the_plan_depends_on_nothing_but_its_inputs() -> None:
     assert asdict(small_update(16)) == asdict(small_update(16))
+
+
+def test_replicas_of_another_machine_are_left_alone() -> None:
+    """Two machines of two, an expert-parallel group and an engine on each: each must feed its own engine alone."""
+    found = {UP.format(expert): (4, 2) for expert in range(2)}
+    shards = Trainer(found, (1, 1), Placement(world_size=4, ep=2)).shards()
+    slots = [
+        Region(rank, UP.format(expert), Box(rank % 2 * 2, 0, 2, 2), Place(f"w{expert}", 0, 2, 1))
+        for rank in range(4)
+        for expert in (0, 1)
+    ]
+    update = update_of(shards, slots, 4, 2, 1 << 20, replace(H200, gpus=2))
+    assert (update.far, [load.sent for load in update.loads]) == (0, [8] * 4)
+    assert sum(load.sent_far for load in update_of(shards, slots[:4], 4, 2, 1 << 20, replace(H200, gpus=1)).loads) == 16
 
 
 def test_bytes_between_machines_count_on_the_network() -> None:
@@ -117,8 +148,6 @@ def test_arguments_that_cannot_work() -> None:
     """Refused before SGLang is imported for half a minute."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    with pytest.raises(ConfigError, match="engine-tp=2 is more than --nproc=1"):
-        command.run(parser.parse_args([str(TINY), "--engine-tp", "2"]))
     with pytest.raises(ConfigError, match="do not divide"):
         command.run(parser.parse_args([str(TINY), "--nproc", "3", "--tensor-model-parallel-size", "2"]))
     with pytest.raises(ConfigError, match="bucket-bytes=1 holds no element"):

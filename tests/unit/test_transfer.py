@@ -90,6 +90,19 @@ def test_replicas_on_the_targets_device_stay_there_and_others_share_the_work() -
     assert sent[0] == sent[1] == 12 * 64 * 2
 
 
+def test_replicas_on_the_targets_machine_come_before_those_that_send_less() -> None:
+    """A network link is a fraction of NVLink; and within the machine the work is still shared."""
+    box = Box(0, 0, 8, 8)
+    names = [f"model.layers.{layer}.mlp.experts.0.up_proj.weight" for layer in range(12)]
+    shards = [Region(rank, name, box, Place("w", 0, 8, 1)) for name in names for rank in (0, 1, 4)]
+    slots = [Region(rank, name, box, Place("p", 0, 8, 1)) for name in names for rank in (2, 3, 5, 6)]
+    pairs = traffic(make_plan(shards, slots, machines=[0, 0, 0, 0, 1, 1, 1]), itemsize=2)
+    assert {source for source, target in pairs if target in (2, 3)} == {0, 1}
+    assert {source for source, target in pairs if target in (5, 6)} == {4}
+    sent = [sum(size for (source, _), size in pairs.items() if source == rank) for rank in (0, 1, 4)]
+    assert sent == [12 * 64 * 2, 12 * 64 * 2, 24 * 64 * 2]
+
+
 @pytest.mark.parametrize(("limit", "expected"), [(70, [12, 12, 12]), (40, [6] * 6), (25, [4, 4, 4, 4, 4, 4, 4, 4, 4])])
 def test_buckets_bound_what_a_target_receives(limit: int, expected: list[int]) -> None:
     """The extra memory of an update is the size of its buckets. A layer that fits stays whole."""

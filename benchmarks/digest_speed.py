@@ -1,0 +1,83 @@
+"""Is the digest by the Triton kernel the one that torch computes, and how fast does each read?
+
+    python benchmarks/digest_speed.py [--megabytes 1024] [--output digest.json]
+
+On a GPU. TRITON_INTERPRET=1 runs the kernel on a CPU, slowly: it shows that this program works, nothing of speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from megatron_sglang import digests  # noqa: E402
+from megatron_sglang.digest_kernel import mixed_sums  # noqa: E402
+
+REPEATS = 5
+
+
+def by_kernel(tensors: list[torch.Tensor]) -> list[int]:
+    words = [digests._words(tensor) for tensor in tensors]
+    return mixed_sums(words, [tensor.numel() for tensor in tensors], digests.MIX_1, digests.MIX_2).tolist()
+
+
+def by_torch(tensors: list[torch.Tensor]) -> list[int]:
+    found = []
+    for tensor in tensors:
+        words = digests._words(tensor)
+        starts = range(0, words.numel(), digests.CHUNK_WORDS)
+        parts = [digests._mixed_sum(words[start : start + digests.CHUNK_WORDS], start) for start in starts]
+        found.append((torch.stack(parts).sum() + tensor.numel()).item())
+    return found
+
+
+def seconds(compute: Callable[[list[torch.Tensor]], list[int]], tensors: list[torch.Tensor]) -> float:
+    """Median, the first call (which compiles) left out."""
+    took = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        compute(tensors)
+        took.append(time.perf_counter() - began)
+    return statistics.median(took[1:])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=1024)
+    parser.add_argument("--output", type=Path)
+    chosen = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    elements = chosen.megabytes * 10**6 // 2
+    torch.manual_seed(0)
+    flat = torch.randn(elements, device=device).bfloat16()
+    cases = {
+        "one tensor": [flat],
+        "400 tensors": list(flat.tensor_split(400)),
+        "odd sizes and places": [flat[1:5], flat[3:4], flat[:0], flat[7:8200], flat.view(-1, 10)[:, ::2]],
+    }
+    found: dict[str, object] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU"}
+    equal = True
+    for name, tensors in cases.items():
+        same = by_kernel(tensors) == by_torch(tensors)
+        equal &= same
+        size = sum(tensor.nbytes for tensor in tensors)
+        kernel, torch_s = seconds(by_kernel, tensors), seconds(by_torch, tensors)
+        found[name] = {"equal": same, "kernel_s": kernel, "torch_s": torch_s, "kernel_GB_s": size / kernel / 1e9}
+        print(f"{name:22} equal={same} kernel {kernel:.5f} s ({size / kernel / 1e9:.0f} GB/s), torch {torch_s:.5f} s")
+    if chosen.output is not None:
+        chosen.output.write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Rollouts of several turns: an environment answers the model, and what it says joins the tokens (docs/agents.md).
+
+`create_rollout` is the door; `environment.py` says what an environment is, `loop.py` how a trajectory grows,
+`rollout.py` how a batch is made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_sglang.agents.environment import Environments
+from megatron_sglang.agents.rollout import AgentRollout
+from megatron_sglang.config import RolloutConfig
+from megatron_sglang.interfaces import Reward
+from megatron_sglang.rollout import Rollout
+from megatron_sglang.types import SamplingParams
+
+
+def create_rollout(
+    config: RolloutConfig,
+    *,
+    engine: Any,
+    reward: Reward,
+    tokenizer: Any,
+    sampling: SamplingParams,
+    seed: int,
+    say: Callable[[str], None],
+) -> Rollout | AgentRollout:
+    """`Rollout` where a completion is one turn and a batch is what was started; `AgentRollout` for all else.
+
+    engine: `interfaces.Engine` with `client()`. Raises `ConfigError` for an environment that does not exist.
+    """
+    if not config.environment and config.over_sampling == 1 and not config.dynamic_sampling:
+        return Rollout(engine, reward, tokenizer.decode, sampling, config.samples_per_prompt, seed)
+    return AgentRollout(
+        connect=engine.client,
+        reward=reward,
+        environments=Environments.of(config.environment),
+        decode=tokenizer.decode,
+        encode=plain_encoder(tokenizer),
+        sampling=sampling,
+        group_size=config.samples_per_prompt,
+        seed=seed,
+        over_sampling=config.over_sampling,
+        stragglers=config.stragglers,
+        dynamic_sampling=config.dynamic_sampling,
+        say=say,
+    )
+
+
+def plain_encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
+    """Text to token ids of a Hugging Face tokenizer; what looks like a special token in it is text as well."""
+    return lambda text: tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))

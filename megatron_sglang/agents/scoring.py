@@ -1,0 +1,44 @@
+"""The run's verifier for many trajectories at once: whatever waits is scored together, in a thread, one call at a time.
+
+A verifier need not be safe for threads, and the sandbox behind it works best on several completions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from megatron_sglang.errors import RewardError
+from megatron_sglang.interfaces import Reward
+from megatron_sglang.rollout import check_scores
+from megatron_sglang.types import Completion, Prompt, Score
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    prompt: Prompt
+    completion: Completion
+    score: Score | None = None
+
+
+class Scorer:
+    """Of one event loop. `await scorer(prompt, completion)`; raises what the verifier raises."""
+
+    def __init__(self, reward: Reward) -> None:
+        self._reward = reward
+        self._waiting: list[_Item] = []
+        self._busy = asyncio.Lock()
+
+    async def __call__(self, prompt: Prompt, completion: Completion) -> Score:
+        item = _Item(prompt, completion)
+        self._waiting.append(item)
+        async with self._busy:
+            if item in self._waiting:  # else it went along with another's call
+                items, self._waiting = self._waiting, []
+                scores = await asyncio.to_thread(self._reward.score, [(one.prompt, one.completion) for one in items])
+                check_scores([one.prompt for one in items], scores)
+                for one, score in zip(items, scores, strict=True):
+                    one.score = score
+        if item.score is None:
+            raise RewardError(f"completion of {prompt.id!r} was not scored: the call that it was part of failed")
+        return item.score

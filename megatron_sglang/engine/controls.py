@@ -1,0 +1,271 @@
+"""What an engine does between weight updates: it serves, sleeps, pauses. The half of `HttpEngine` beside `begin_update`
+to `commit_update`.
+
+    call                 running requests                        afterwards
+    generate, client     their own                               -
+    pause(mode)          abort: end, with what they have         requests wait in the engine
+                         retract, in_place: stop where they are
+    resume               go on                                   serving; refused while the engine is stale
+    abort_requests       end, with what they have                serving
+    reset_prefix_cache   are waited for                          serving, without cached prefixes
+    sleep                end; or get `drain_s` to finish first   stale, memory free
+    wake_up, release     (there are none)                        stale until the next update is committed
+    load_adapter,        go on; unload waits for those of the    serving
+    unload_adapter       adapter
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_sglang.engine import answers
+from megatron_sglang.engine.beacon import Announced
+from megatron_sglang.engine.http import Http
+from megatron_sglang.engine.options import EngineOptions
+from megatron_sglang.engine.server import Server
+from megatron_sglang.errors import ConfigError, DataError, EngineError, EngineStaleError, EngineTimeoutError
+from megatron_sglang.types import Completion, GenerateRequest
+
+if TYPE_CHECKING:
+    from megatron_sglang.engine.client import Address, EngineClient
+    from megatron_sglang.stops import Decode
+
+MEMORY_TAGS = ("kv_cache", "weights")
+"""What an engine's memory holds, in the order in which it is released."""
+
+PauseMode = Literal["abort", "retract", "in_place"]
+
+
+class Controls(Announced):
+    """See `HttpEngine`. Every call has a deadline, `update_timeout_s` unless it is given one, and raises
+    `EngineError`."""
+
+    options: EngineOptions
+    server: Server
+    version: int | None
+    adapter: str = ""
+    """Name of the adapter that serves requests which name none; empty: the weights as they are."""
+    _http: Http | None
+    _updating: int | None
+    _released: set[str]
+
+    # ---- generation ----
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where it serves, with its keys: do not print or pass on."""
+        from megatron_sglang.engine.client import Address
+
+        server = self.server
+        return [Address(f"http://127.0.0.1:{server.port}", server.api_key, server.admin_key)]
+
+    def client(self, decode: Decode | None = None, **more: Any) -> EngineClient:
+        """For many requests at once, in an event loop; refuses while the engine is stale. more: of `EngineClient`."""
+        return client_of([self], lambda: self.stale, decode, more)
+
+    def on_each[T](self, ask: Callable[[Controls], T]) -> list[T]:
+        """What each engine says, at the same time; as a group of engines does it."""
+        return [ask(self)]
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """One completion per request, in order; all go out in one HTTP call, so that they are batched alike each time.
+
+        Besides `stop_token_ids`, the model's own eos tokens stop a completion. Logprobs are those of the
+        temperature-scaled distribution before top_p and top_k. An update elsewhere ends requests with "abort".
+        """
+        if self.stale:
+            raise EngineStaleError(f"engine must not serve: {self.stale}; publish a weight version first")
+        if not requests:
+            return []
+        if any(request.sampling.stop or request.sampling.min_new_tokens for request in requests):
+            raise ConfigError(
+                "requests in one call know neither stop texts nor min_new_tokens, which need to be watched one by one; "
+                "use client(decode).generate"
+            )
+        version = self.version
+        if self.adapter:
+            requests = [one if one.adapter else dataclasses.replace(one, adapter=self.adapter) for one in requests]
+        body = answers.batch_body(requests)
+        replies = self._connected.post("/generate", body, self.options.request_timeout_s, admin=False)
+        if not isinstance(replies, list) or len(replies) != len(requests):
+            raise EngineError(f"engine answered {len(requests)} requests with {str(replies)[:200]}, not a list of them")
+        return [_completion(reply, version) for reply in replies]
+
+    def info(self) -> dict[str, Any]:
+        """SGLang's /server_info: resolved arguments, sizes, version."""
+        return self._connected.get("/server_info", self.options.update_timeout_s).json()
+
+    def pause(self, mode: PauseMode = "abort") -> None:
+        """No request runs until `resume`; new ones wait. abort: running ones end. retract: they give up their cache and
+        are computed again. in_place: they keep it."""
+        self._connected.post("/pause_generation", {"mode": mode}, self.options.update_timeout_s)
+
+    def resume(self) -> None:
+        """After `pause`. Refused while the engine is stale: what waits in it would be served by unproved weights."""
+        if self.stale:
+            raise EngineStaleError(f"engine must not serve: {self.stale}; publish a weight version first")
+        self._connected.post("/continue_generation", {}, self.options.update_timeout_s)
+
+    def abort_requests(self) -> None:
+        """End all requests in the engine, whoever sent them; each answers with what it has."""
+        body = {"rid": "", "abort_all": True}
+        self._connected.post("/abort_request", body, self.options.update_timeout_s)
+
+    # ---- memory ----
+
+    def reset_prefix_cache(self, timeout_s: float | None = None) -> None:
+        """Forget all cached prefixes, when the requests that run have ended: SGLang refuses before."""
+        self._flush(timeout_s or self.options.update_timeout_s)
+
+    def sleep(
+        self,
+        tags: Iterable[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        abort_first: bool = True,
+        drain_s: float = 5.0,
+    ) -> None:
+        """Give back the memory of `tags` ("weights", "kv_cache"; None: both); stale until the next update is committed.
+
+        Running requests are aborted, without abort_first only those that do not end within `drain_s` seconds.
+        Tags that are released already are left alone. `EngineTimeoutError` if a request does not end in `timeout_s`.
+        """
+        wanted = _memory_tags(tags)
+        timeout_s = timeout_s or self.options.update_timeout_s
+        self.stale = "it sleeps"
+        self._updating = None
+        if not abort_first:
+            self._drain(drain_s)
+        self._quiesce(timeout_s)
+        if tags := [tag for tag in wanted if tag not in self._released]:
+            self._memory("release", *tags, timeout_s=timeout_s)
+
+    def wake_up(self, tags: Iterable[str] | None = None, *, timeout_s: float | None = None) -> None:
+        """Take back the memory of `tags` that is released. It holds nothing yet: the engine stays stale until the next
+        update is committed, which would also have taken it back."""
+        if tags := [tag for tag in reversed(_memory_tags(tags)) if tag in self._released]:
+            self._memory("resume", *tags, timeout_s=timeout_s)
+
+    def release(self) -> None:
+        """Give back the memory of weights and KV cache (a no-op for bytes on a CPU); stale until the next update."""
+        self.sleep()
+        self.stale = "its memory is released"
+
+    # ---- adapters ----
+
+    def load_adapter(self, name: str, path: str | Path, *, pinned: bool = False) -> None:
+        """Load a PEFT folder as adapter `name`; requests name it as `GenerateRequest.adapter`. pinned: never evicted.
+        `EngineError` where the engine was not started for adapters, or cannot use this one."""
+        body = {"lora_name": name, "lora_path": str(path), "pinned": pinned}
+        self._connected.post("/load_lora_adapter", body, self.options.update_timeout_s)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter when its requests have ended; new ones that name it are refused at once."""
+        self._connected.post("/unload_lora_adapter", {"lora_name": name}, self.options.update_timeout_s)
+
+    # ---- steps ----
+
+    @property
+    def _connected(self) -> Http:
+        if self._http is None:
+            raise EngineError("engine is not connected; call start() and wait_ready() first")
+        return self._http
+
+    def _quiesce(self, timeout_s: float | None = None) -> None:
+        """No request alive, no cached prefix, and none can start until continue_generation."""
+        timeout_s = timeout_s or self.options.update_timeout_s
+        self._connected.post("/pause_generation", {"mode": "abort"}, timeout_s)
+        self._flush(timeout_s)
+
+    def _drain(self, seconds: float) -> None:
+        """Until no request is alive, or the time is over; an engine that sleeps needs no cached prefixes."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self._try_flush(seconds).status_code != 200:
+            time.sleep(0.05)
+
+    def _flush(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while (response := self._try_flush(timeout_s)).status_code != 200:
+            if time.monotonic() > deadline:
+                raise EngineTimeoutError(
+                    f"engine refused for {timeout_s:g} s to flush its caches ({response.status_code}: "
+                    f"{response.text[:200]}); a request may be stuck: restart the engine"
+                )
+            time.sleep(0.05)
+
+    def _try_flush(self, timeout_s: float) -> Any:
+        # SGLang waits so long itself for the requests to end.
+        return self._connected.get("/flush_cache", timeout_s, admin=True, timeout=min(10.0, timeout_s))
+
+    def _memory(self, action: str, *tags: str, timeout_s: float | None = None) -> None:
+        timeout_s = timeout_s or self.options.update_timeout_s
+        self._connected.post(f"/{action}_memory_occupation", {"tags": list(tags)}, timeout_s)
+        (self._released.update if action == "release" else self._released.difference_update)(tags)
+
+
+def client_of(
+    engines: Sequence[Controls], refuse: Callable[[], str], decode: Decode | None, more: dict[str, Any]
+) -> EngineClient:
+    """A client of alike engines, that finds them again when they are restarted."""
+    from megatron_sglang.engine.client import EngineClient
+
+    options = engines[0].options
+
+    def why_dead(address: Address) -> str | None:
+        # One that is not there any more was restarted, and is another engine.
+        return next((one.server.why_dead() for one in engines if address in one.addresses), "it was started again")
+
+    known: dict[str, Any] = {
+        "timeout_s": options.request_timeout_s,
+        "refuse": refuse,
+        "why_dead": why_dead,
+        "eos_token_ids": eos_token_ids(options.model_path),
+        "adapter": lambda: engines[0].adapter,
+    }
+    addresses = lambda: [address for one in engines for address in one.addresses]  # noqa: E731
+    return EngineClient(addresses, decode=decode, **(known | more))
+
+
+def eos_token_ids(model_path: str) -> tuple[int, ...]:
+    """The tokens that end a completion whatever a request says: those of config.json and generation_config.json, as
+    SGLang takes them (configs/model_config.py, _get_hf_eos_token_id). None for a folder without these files."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = Path(model_path, name)
+        if path.exists():
+            try:
+                ids = json.loads(path.read_text()).get("eos_token_id")
+            except ValueError as error:
+                raise DataError(f"{path} is not JSON ({error}); expected a Hugging Face model's {name}") from error
+            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return tuple(sorted(found))
+
+
+def _memory_tags(tags: Iterable[str] | None) -> list[str]:
+    """In the order of release."""
+    wanted = set(MEMORY_TAGS if tags is None else tags)
+    if unknown := sorted(wanted - set(MEMORY_TAGS)):
+        raise ConfigError(f"memory tags {unknown} do not exist; expected some of {', '.join(MEMORY_TAGS)}")
+    return [tag for tag in MEMORY_TAGS if tag in wanted]
+
+
+def _completion(reply: dict[str, Any], version: int | None) -> Completion:
+    answer = answers.read(reply)
+    if answer.finish_reason is None:
+        raise EngineError("engine answered a request that has not ended; expected a finish_reason")
+    if answer.weight_version != version:
+        raise EngineError(
+            f"engine generated with weight version {answer.weight_version}, expected the published {version}"
+        )
+    return Completion(
+        answer.token_ids_T,
+        answer.logprobs_T,
+        answer.finish_reason,
+        answer.weight_version,
+        top_logprobs_T=answer.top_logprobs_T,
+    )

@@ -1,0 +1,180 @@
+"""sglang-router in front of several engines, as a process of its own that dies with the trainer. Optional.
+
+    with Router(group) as router:
+        client = EngineClient([router.address])
+
+It listens on 127.0.0.1, wants the engines' user key, and passes /generate on: token ids in, logprobs out, streams. Of
+what rollouts need it cannot do three things (version 0.3.2; docs/modes.md has the evidence): it does not know
+/abort_request (close the stream instead), takes no lists of sampling parameters, and its cache_aware policy sees no
+token ids, so that all such requests look alike to it and go to one engine. Hence the policy here is "manual": requests
+with the same X-SMG-Routing-Key go to the same engine. `EngineClient` itself chooses by session, without a hop more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import httpx
+
+from megatron_sglang.engine.client import Address
+from megatron_sglang.engine.server import CLOSE_TIMEOUT_S, LOG_LINES, clean_environment
+from megatron_sglang.errors import ConfigError, EngineError, EngineStartError, SetupError
+
+if TYPE_CHECKING:
+    from megatron_sglang.engine.group import EngineGroup
+
+SESSION_HEADER = "X-SMG-Routing-Key"
+Policy = Literal["manual", "cache_aware", "power_of_two", "round_robin", "random"]
+
+
+class Router:
+    """For a group of engines that run. An engine that is started again has another port: make a new router then.
+
+    policy: of sglang-router. log_path: None: in a temporary folder that `close` removes.
+    """
+
+    def __init__(
+        self, engines: EngineGroup, *, policy: Policy = "manual", log_path: str | None = None, timeout_s: float = 60.0
+    ) -> None:
+        addresses = engines.addresses
+        if len(keys := {address.api_key for address in addresses}) != 1:
+            raise ConfigError(f"a router knows one key for all engines; these {len(addresses)} have {len(keys)}")
+        self._urls, self._key = [address.url for address in addresses], addresses[0].api_key
+        self._policy, self._timeout_s = policy, timeout_s
+        self._given_log = log_path
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self.port = 0
+
+    @property
+    def address(self) -> Address:
+        """Without an admin key: nothing that changes state goes through it."""
+        return Address(f"http://127.0.0.1:{self.port}", self._key)
+
+    @property
+    def pid(self) -> int | None:
+        """Of its supervisor (`launch.py`)."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Spawn and return at once."""
+        assert self._process is None, "started already"
+        self._folder = Path(tempfile.mkdtemp(prefix="msgl-"))
+        with socket.socket() as listener, self._log.open("a") as log:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "megatron_sglang.engine.launch", str(listener.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=clean_environment(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])},
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+                text=True,
+            )
+        spec = {"module": __name__, "folder": str(self._folder), "key": self._key, "urls": self._urls}
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once: wait_ready says why
+            self._process.stdin.write(json.dumps(spec | {"policy": self._policy}) + "\n")
+            self._process.stdin.flush()
+
+    def wait_ready(self) -> None:
+        """Until it has found all engines; `EngineStartError` with its last log lines otherwise."""
+        deadline = time.monotonic() + self._timeout_s
+        headers = {"Authorization": f"Bearer {self._key}"}
+        with httpx.Client(base_url=self.address.url, trust_env=False, timeout=5.0, headers=headers) as client:
+            while True:
+                if reason := self.why_dead():
+                    raise EngineStartError(f"router did not come up: {reason}")
+                with contextlib.suppress(httpx.TransportError):
+                    found = client.get("/workers").json()["workers"]
+                    if sorted(one["url"] for one in found if one["is_healthy"]) == sorted(self._urls):
+                        return
+                if time.monotonic() > deadline:
+                    raise EngineStartError(f"router has not found its engines in {self._timeout_s:g} s: {self._tail()}")
+                time.sleep(0.1)
+
+    def why_dead(self) -> str | None:
+        """None while it runs; else its last log lines."""
+        if self._process is None:
+            return "it is not started"
+        if self._process.poll() is None:
+            return None
+        return f"exit code {self._process.returncode}: {self._tail()}"
+
+    def close(self) -> None:
+        """End it and wait until it is gone. Idempotent."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(CLOSE_TIMEOUT_S)
+            except subprocess.TimeoutExpired as error:
+                process.kill()
+                raise EngineError(f"the router's supervisor did not end in {CLOSE_TIMEOUT_S:g} s") from error
+            finally:
+                if process.stdin is not None:
+                    process.stdin.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+            self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _log(self) -> Path:
+        assert self._folder is not None
+        return Path(self._given_log) if self._given_log else self._folder / "router.log"
+
+    def _tail(self) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+
+def serve(spec: dict[str, Any], listener: socket.socket) -> None:
+    """In the router's process; the counterpart of `sglang_server.serve`."""
+    try:
+        from sglang_router.router import Router as SglangRouter  # its launch_router imports for half a minute more
+        from sglang_router.router_args import RouterArgs
+    except ImportError as error:
+        raise SetupError("sglang-router is not installed; install megatron-sglang[router]") from error
+    port = listener.getsockname()[1]
+    listener.close()  # it binds its own; nobody has heard of this number
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        metrics = probe.getsockname()[1]
+    arguments = RouterArgs(
+        host="127.0.0.1",
+        port=port,
+        worker_urls=spec["urls"],
+        api_key=spec["key"],
+        policy=spec["policy"],
+        prometheus_host="127.0.0.1",
+        prometheus_port=metrics,
+        log_level="warn",
+        # What runs twice is not one request: its deadline is the client's.
+        disable_retries=True,
+        disable_circuit_breaker=True,
+    )
+    SglangRouter.from_args(arguments).start()

@@ -1,0 +1,41 @@
+"""What the headers of safetensors files say: names, shapes, types, places. Reads no weights; the standard library only.
+
+file    8 bytes of header length (little endian), header as JSON, data
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from megatron_sglang.errors import DataError
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+"""Bytes of one element, by the names that our options use."""
+
+
+def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {"dtype", "shape", "data_offsets": [begin, end] in bytes} of one file. DataError if it has no header."""
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The same, and how many bytes the whole file must have."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length if length < path.stat().st_size else 0))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return entries, 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, OSError, AttributeError, KeyError, TypeError, struct.error) as error:
+        raise DataError(f"{path} has no readable safetensors header ({error}); fetch the file again") from error
+
+
+def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """HF name -> shape of every tensor in a folder's safetensors files; empty without files. DataError as above."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        shapes |= {name: tuple(entry["shape"]) for name, entry in tensor_entries(path).items()}
+    return shapes

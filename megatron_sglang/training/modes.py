@@ -1,0 +1,131 @@
+"""What the mode of a run (`placement.choose_mode`) means for its parts: engines, paths, cycle and plugin.
+
+Every rank comes to the same answers, so the nodes of a run must be alike.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_sglang import placement
+from megatron_sglang.config import RunConfig
+from megatron_sglang.engine import EngineOptions, create_engines
+from megatron_sglang.engine.beacon import NAME
+from megatron_sglang.engine.lora_options import lora_server_args
+from megatron_sglang.errors import ConfigError
+from megatron_sglang.placement import Choice
+
+
+def trainer_ranks() -> int:
+    """Of this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def devices() -> int:
+    """Visible CUDA devices; 0: a CPU."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def choose(config: RunConfig) -> Choice:
+    """The mode of this run, and why."""
+    found = devices()
+    choice = placement.choose_mode(
+        config.rollout.mode,
+        devices=found,
+        trainer_ranks=trainer_ranks(),
+        external=config.engine.external,
+        fits=_fits(config) if found == 1 else None,
+    )
+    if choice.mode == "shared" and config.sync.method not in ("auto", "generic"):
+        raise ConfigError(
+            f"sync.method={config.sync.method} in mode shared ({choice.why}): there merged weights go through the "
+            "host; leave sync.method at auto"
+        )
+    return choice
+
+
+def _fits(config: RunConfig) -> bool | None:
+    import torch
+
+    sizes = [path.stat().st_size for path in Path(config.model.hf_path).glob("*.safetensors")]
+    share = config.sglang.get("mem_fraction_static", EngineOptions.__dataclass_fields__["mem_fraction"].default)
+    return placement.both_fit(sum(sizes), torch.cuda.mem_get_info()[1], float(share)) if sizes else None
+
+
+def engines_of(config: RunConfig) -> list[range]:
+    """By engine that the run starts, its ranks, counted through; `config.engine.tp_size` is resolved."""
+    return placement.engines_in(
+        choose(config).mode, devices=devices(), trainer_ranks=trainer_ranks(), tp_size=config.engine.tp_size or 1
+    )
+
+
+def create(config: RunConfig, options: EngineOptions, show: Callable[[str], None]) -> Any:
+    """The run's engines, as one; not started yet. Says which mode, and why."""
+    choice = choose(config)
+    check_method(choice.mode, config.sync.method)
+    show(f"rollout mode: {choice.mode}, because {choice.why}")
+    if choice.mode == "external":
+        from megatron_sglang.engine.external import connect
+
+        return connect(options, config.engine.external)
+    return create_engines(options, len(engines_of(config)))
+
+
+def check_method(mode: placement.Mode, method: str) -> None:
+    """Raises `ConfigError` for a sync method that the mode cannot have."""
+    if mode == "shared" and method not in ("auto", "generic"):
+        raise ConfigError(
+            f"sync.method={method} in shared mode, where weights go through the host by the generic path; leave it out"
+        )
+    if mode == "external" and method == "restart":
+        raise ConfigError("sync.method=restart ends and starts engines, and external ones are not ours; choose another")
+
+
+def extra_of(config: RunConfig) -> dict[str, Any]:
+    """SGLang's options that follow from the mode; the user's own win."""
+    first = placement.first_device(choose(config).mode, devices=devices(), trainer_ranks=trainer_ranks())
+    return {"base_gpu_id": first} if first else {}
+
+
+def lora_of(config: RunConfig) -> dict[str, Any]:
+    """SGLang's options for serving the adapters themselves. `ConfigError` where it cannot."""
+    if config.sync.method != "adapter" or config.rollout.engine == "fake":
+        return {}
+    return lora_server_args(config.lora, config.model.hf_path, "cuda" if devices() else "cpu", config.sglang)
+
+
+def wait_ready(engine: Any, show: Callable[[str], None]) -> None:
+    """Until it answers; says what will not be proved of its weights."""
+    engine.wait_ready()
+    if engine.unproved:
+        show(f"weights: {engine.unproved}")
+
+
+def ranks_of(engine: Any) -> int:
+    """Of all engines together; of external ones known when they are connected."""
+    return sum(one.options.tp_size for one in members(engine))
+
+
+def members(engine: Any) -> list[Any]:
+    """A single engine, or those of a group."""
+    from megatron_sglang.engine.group import EngineGroup
+
+    return list(engine.engines) if isinstance(engine, EngineGroup) else [engine]
+
+
+def announce(config: RunConfig, engine: Any) -> None:
+    """Tell `megatron-sglang serve --run` where the engines are; external ones have addresses of their own."""
+    if choose(config).mode != "external":
+        engine.announce(Path(config.log.run_dir, NAME))
+
+
+def make_room(config: RunConfig, engine: Any) -> None:
+    """Shared mode: the engine gives its memory back before the trainer's model is built."""
+    if choose(config).mode == "shared":
+        engine.wait_ready()
+        engine.release()

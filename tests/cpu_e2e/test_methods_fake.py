@@ -1,0 +1,91 @@
+"""Sync methods against two scriptable engines that are updated as one: all of them serve a version, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engine_tools import fake_options, script
+from methods_tools import Alone, Drawn, Given, draw
+
+from megatron_sglang.engine.group import EngineGroup, spread
+from megatron_sglang.engine.method_calls import MethodCalls
+from megatron_sglang.errors import EngineStaleError, WeightSyncError
+from megatron_sglang.sync import GenericPath, publish
+from megatron_sglang.sync_methods import AdapterPath, DiskPath, RestartPath
+from megatron_sglang.types import GenerateRequest, SamplingParams
+from megatron_sglang.weights.disk import DiskWriter
+
+pytestmark = pytest.mark.timeout(60)
+
+WEIGHTS = {f"model.layers.{layer}.self_attn.q_proj.weight": torch.full((4, 6), 1.0 + layer) for layer in range(3)}
+REQUESTS = [GenerateRequest((1, 2, number), SamplingParams(max_new_tokens=4, seed=number)) for number in range(4)]
+
+
+@pytest.fixture
+def engine() -> Iterator[EngineGroup]:
+    with EngineGroup(spread(fake_options(tp_size=2, update_timeout_s=40.0), 2)) as running:
+        yield running
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"dtype": "float32"}')
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("kind", [DiskPath, RestartPath])
+def test_a_folder_is_served_by_all_engines_or_by_none(engine, model, tmp_path, kind):
+    """One engine that could not read its folder takes the others with it; the next version heals all."""
+    given = Given(WEIGHTS, limit=100)
+    path = kind(Alone(), DiskWriter(Alone(), given, tmp_path / "home", model, "float32"), engine, MethodCalls(engine))
+    by_buckets = publish(Alone(), engine, GenericPath(Alone(), given, engine), 1)
+    processes = [one.server.pid for one in engine.engines]
+    report = publish(Alone(), engine, path, 2)
+    assert report.engine_digest == by_buckets.engine_digest
+    assert (report.tensors, report.buckets) == (3, 3)
+    assert ([one.server.pid for one in engine.engines] != processes) == (kind is RestartPath)
+    before = engine.generate(REQUESTS)
+    script(engine.engines[-1], {"path": "/update_weights_from_tensor", "do": "no_answer", "after": 1})
+    if kind is DiskPath:
+        with pytest.raises(WeightSyncError, match=r"version 3, folder, engine rank 0: no answer from the loader"):
+            publish(Alone(), engine, path, 3)
+        with pytest.raises(EngineStaleError):
+            engine.generate(REQUESTS)
+        assert publish(Alone(), engine, path, 3).engine_digest == report.engine_digest
+        assert [one.token_ids_T for one in engine.generate(REQUESTS)] == [one.token_ids_T for one in before]
+
+
+def test_random_weights_are_served_under_adapters_from_a_folder(engine, model, tmp_path):
+    """The base is sent once; each adapter changes the answers, and a request that names none gets the newest."""
+    adapters = Drawn(draw(WEIGHTS, ("q_proj",), 1), tmp_path / "home", str(model))
+    base = DiskWriter(Alone(), Given(WEIGHTS), tmp_path / "home", model, "float32", name="base")
+    path = AdapterPath(Alone(), adapters, engine, MethodCalls(engine), home=str(model), base=base)
+    with pytest.raises(EngineStaleError, match="the base alone is not the policy"):
+        engine.generate(REQUESTS)
+    answers = []
+    for version in (1, 2, 2):
+        adapters.pairs = draw(WEIGHTS, ("q_proj",), version)
+        report = publish(Alone(), engine, path, version)
+        assert report.tensors == 6
+        assert {one.adapter for one in engine.engines} == {f"policy-v{version}"}
+        answers.append([one.token_ids_T for one in engine.generate(REQUESTS)])
+    assert answers[0] != answers[1] == answers[2]
+    assert {one.options.model_path for one in engine.engines} == {str((tmp_path / "home" / "base").resolve())}
+
+
+def test_an_adapter_that_one_engine_refuses_is_served_by_none(engine, model, tmp_path):
+    adapters = Drawn(draw(WEIGHTS, ("q_proj",), 1), tmp_path / "home", str(model))
+    publish(Alone(), engine, GenericPath(Alone(), Given(WEIGHTS), engine), 1)
+    path = AdapterPath(Alone(), adapters, engine, MethodCalls(engine), home=str(model))
+    publish(Alone(), engine, path, 2)
+    script(engine.engines[-1], {"path": "/load_lora_adapter", "do": "status", "status": 400})
+    with pytest.raises(WeightSyncError, match=r"weight version 3, adapter policy-v3: .* with 400"):
+        publish(Alone(), engine, path, 3)
+    with pytest.raises(EngineStaleError):
+        engine.generate(REQUESTS)
+    publish(Alone(), engine, path, 3)
+    assert {one.weight_version for one in engine.generate(REQUESTS)} == {3}

@@ -1,0 +1,196 @@
+"""The endpoint over a socket, before the scriptable engine: what becomes of requests when clients leave, weights
+change, engines fail and runs end."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from engine_tools import script
+from serve_tools import (
+    COMPLETIONS,
+    EXAMPLE,
+    Served,
+    error_of,
+    fake_engine,
+    idle,
+    pace,
+    publish,
+    serving,
+    wait_until,
+    with_template,
+)
+
+from megatron_sglang.engine.beacon import NAME
+from megatron_sglang.engine.http_engine import HttpEngine
+
+pytestmark = pytest.mark.timeout(200)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_template(EXAMPLE, tmp_path_factory.mktemp("served") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def shared(model: Path, run_folder: Path) -> Iterator[HttpEngine]:
+    with fake_engine(model) as running:
+        running.announce(run_folder / NAME)
+        yield running
+
+
+@pytest.fixture
+def engine(shared: HttpEngine) -> Iterator[HttpEngine]:
+    """A serving engine without faults; afterwards nothing may still run in it."""
+    pace(shared, 0.0)
+    publish(shared)
+    yield shared
+    pace(shared, 0.0)
+    if not shared.stale:
+        shared.reset_prefix_cache()
+
+
+@pytest.fixture(scope="module")
+def plain(run_folder: Path, shared: HttpEngine) -> Iterator[Served]:
+    """With default limits, but for those that a test must not wait for."""
+    with serving(run_folder, body_bytes=1 << 20) as served:
+        yield served
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_who_leaves_takes_the_request_along(plain: Served, engine: HttpEngine, stream: bool) -> None:
+    """A closed browser tab that goes on sampling up to max_tokens."""
+    pace(engine, 0.05)
+    body = {"prompt": "a", "n": 3, "max_tokens": 200, "min_tokens": 200, "stream": stream}
+    patience = httpx.Timeout(5, read=0.7)
+    with (
+        plain.client() as client,
+        contextlib.suppress(httpx.ReadTimeout),
+        client.stream("POST", COMPLETIONS, json=body, timeout=patience) as response,
+    ):
+        assert next(response.iter_lines()).startswith("data: ")
+    began = time.monotonic()
+    idle(plain, engine)
+    assert time.monotonic() - began < 4  # 10 s of sampling were left
+
+
+def test_nothing_is_served_between_two_versions(plain: Served, engine: HttpEngine) -> None:
+    """Zeroed or half-written weights that answer; and a version that clients cannot tell."""
+    body = {"prompt": "a", "max_tokens": 4, "seed": 1}
+    before = plain.post(COMPLETIONS, body)
+    assert before.json()["weight_version"] == int(before.headers["x-weight-version"]) == engine.version
+    version = (engine.version or 0) + 1
+    engine.begin_update(version)
+    for state in ("under way", "failed", "released"):
+        refused = plain.post(COMPLETIONS, body)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+        assert state in error_of(refused)["message"]
+        with plain.client() as client:
+            assert client.get("/health").status_code == 503
+            assert client.get("/v1/models").status_code == 200
+            assert "megatron_sglang_serving 0.0" in client.get("/metrics").text
+        engine.fail_update("a test") if state == "under way" else engine.release() if state == "failed" else None
+    publish(engine, fill=1.0)
+    after = plain.post(COMPLETIONS, body)
+    assert after.json()["weight_version"] == engine.version
+    assert after.json()["choices"][0]["text"] != before.json()["choices"][0]["text"]
+
+
+def test_an_update_ends_what_runs(plain: Served, engine: HttpEngine) -> None:
+    """An answer of two versions, or one that breaks off as if it had been complete."""
+    pace(engine, 0.05)
+    body = {"prompt": "a", "max_tokens": 200, "min_tokens": 200}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool, plain.client() as client:
+        whole = pool.submit(plain.post, COMPLETIONS, body)
+        with client.stream("POST", COMPLETIONS, json=body | {"stream": True}) as response:
+            lines = (line for line in response.iter_lines() if line)
+            assert json.loads(next(lines).removeprefix("data: "))["weight_version"] == engine.version
+            wait_until(lambda: plain.endpoint.gate.taken == 2)
+            publish(engine)
+            *_, last = lines
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_unavailable"
+        assert whole.result().status_code == 503
+        assert "send it again" in whole.result().text
+
+
+def test_two_versions_never_make_one_answer(plain: Served, engine: HttpEngine) -> None:
+    """The last line of defence: an engine that stamps one of two choices with another version."""
+    for stream in (False, True):
+        script(engine, {"path": "/generate", "do": "wrong_version"})
+        found = plain.post(COMPLETIONS, {"prompt": "a", "n": 2, "max_tokens": 4, "stream": stream})
+        assert "would be mixed" in found.text, found.text
+        assert found.status_code == (200 if stream else 503)
+        assert "[DONE]" not in found.text
+
+
+def test_who_waits_for_an_engine_that_stays_away_learns_it(run_folder: Path, engine: HttpEngine) -> None:
+    """SGLang holds requests that slip in while it pauses; after a failed update it would for ever."""
+    with serving(run_folder, hold_s=0.5) as served, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert served.post(COMPLETIONS, {"prompt": "a", "max_tokens": 1}).status_code == 200
+        engine.pause("abort")  # as begin_update does, seen by nobody yet
+        waiting = pool.submit(served.post, COMPLETIONS, {"prompt": "a", "max_tokens": 1})
+        wait_until(lambda: served.endpoint.gate.taken == 1)
+        engine.fail_update("a test")
+        assert waiting.result(10).status_code == 503
+        assert "the last update failed: a test" in waiting.result().text
+
+
+def test_a_run_that_goes_and_comes_again(tmp_path: Path, run_folder: Path, model: Path, engine: HttpEngine) -> None:
+    """A SIGKILL of a run removes no file; the next one has other ports and keys."""
+    code = f"""
+import sys, time
+sys.path.insert(0, "tests/cpu_e2e")
+from serve_tools import *
+with fake_engine(Path({str(model)!r})) as run:
+    run.announce({str(tmp_path / NAME)!r})
+    publish(run)
+    print("up", flush=True)
+    time.sleep(100)
+"""
+    body = {"prompt": "a", "max_tokens": 1}
+    with serving(tmp_path) as served:
+        assert "no engine is announced" in served.post(COMPLETIONS, body).text
+        run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=EXAMPLE.parents[2])
+        try:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "up\n"
+            assert served.post(COMPLETIONS, body).headers["x-weight-version"] == "1"
+        finally:
+            run.kill()
+            run.wait(20)
+        assert (tmp_path / NAME).exists()
+        wait_until(lambda: "is gone" in served.post(COMPLETIONS, body).text, 5)
+        shutil.copy2(run_folder / NAME, tmp_path / "fresh")
+        (tmp_path / "fresh").replace(tmp_path / NAME)
+        assert served.post(COMPLETIONS, body).headers["x-weight-version"] == str(engine.version)
+
+
+def test_five_hundred_at_once(plain: Served, engine: HttpEngine) -> None:
+    """None lost, none doubled, none mixed up: each answer is that of its own seed."""
+    with plain.client() as client:
+        bodies = [{"prompt": [n % 500], "seed": n, "max_tokens": 4, "return_token_ids": True} for n in range(500)]
+        alone = {n: client.post(COMPLETIONS, json=bodies[n]).json()["choices"][0]["token_ids"] for n in (0, 7, 499)}
+        with concurrent.futures.ThreadPoolExecutor(100) as pool:
+            answers = list(pool.map(lambda body: client.post(COMPLETIONS, json=body).json(), bodies))
+    assert len({answer["id"] for answer in answers}) == 500
+    for n, answer in enumerate(answers):
+        assert answer["choices"][0]["prompt_token_ids"] == [n % 500]
+        assert n not in alone or answer["choices"][0]["token_ids"] == alone[n]
+    counted = f'megatron_sglang_requests_total{{route="{COMPLETIONS}",status="200"}}'
+    page = plain.client().get("/metrics").text
+    assert float(page.split(counted)[1].split()[0]) >= 503
+    idle(plain, engine)

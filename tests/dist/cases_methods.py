@@ -1,0 +1,91 @@
+"""What the ranks of test_methods.py do: publish the same versions of Megatron's model by several sync methods."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import cases
+import torch
+
+from megatron_sglang.comm import TorchComm
+from megatron_sglang.config import LoraConfig
+from megatron_sglang.engine import EngineOptions, create_engine
+from megatron_sglang.errors import WeightSyncError
+from megatron_sglang.sync import publish
+from megatron_sglang.training.paths import Paths
+from megatron_sglang.hf_files import tensor_shapes
+
+METHODS = ("generic", "disk", "merge-on-engine")
+
+
+def agree(hf: str, layout: dict[str, Any], engine: dict[str, Any], folder: str) -> dict[str, Any]:
+    """By method, for each of two versions: engine digest, and what merging changed. And what a PEFT folder holds."""
+    recipe, model, _, _ = cases.set_up(hf, layout)
+    comm = TorchComm()
+    with contextlib.ExitStack() as stack:
+        server = None
+        if comm.rank == 0:
+            options = EngineOptions(
+                hf, dtype="float32", mem_fraction=0.1, max_total_tokens=1024, device="cpu", **engine
+            )
+            server = create_engine(options)
+            stack.callback(server.close)
+            server.start()
+        comm.from_leader(lambda: server and server.wait_ready())
+        paths = Paths(
+            comm=comm,
+            bridge=recipe.bridge,
+            model_chunks=model,
+            dtype=torch.float32,
+            bucket_bytes=200_000,
+            shapes=tensor_shapes(hf),
+            engine=server,
+            engine_ranks=engine["tp_size"],
+            hf_path=hf,
+            home=folder,
+            lora=LoraConfig(rank=8, alpha=16),
+        )
+        made = {name: paths.of(name)[0] for name in METHODS}
+        found: dict[str, list[Any]] = {name: [] for name in METHODS}
+        for version, scale in ((1, 0.1), (2, 0.3)):
+            cases.randomize(model, scale)
+            for name, path in made.items():
+                report = publish(comm, server, path, version)
+                layers = {str(layer): norms[0] for layer, norms in report.fidelity.layers.items()}
+                found[name].append([report.engine_digest, report.fidelity.update_norm, report.fidelity.changed, layers])
+        adapters = paths._adapters()
+        written = adapters.write(1)
+        return {**found, "bytes": report.bytes, "adapter": [written.tensors, adapters.fidelity().update_norm]}
+
+
+def full_disk(hf: str, layout: dict[str, Any], folder: str) -> str:
+    """The error on each rank when one of them cannot write."""
+    import resource
+
+    recipe, model, _, _ = cases.set_up(hf, layout)
+    comm = TorchComm()
+    paths = Paths(
+        comm=comm,
+        bridge=recipe.bridge,
+        model_chunks=model,
+        dtype=torch.float32,
+        bucket_bytes=200_000,
+        shapes=tensor_shapes(hf),
+        engine=None,
+        engine_ranks=1,
+        hf_path=hf,
+        home=folder,
+        lora=LoraConfig(rank=8, alpha=16),
+    )
+    writer = paths.disk().writer
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if comm.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        writer.write(1)
+    except WeightSyncError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return ""

@@ -1,0 +1,64 @@
+"""Training on multi-turn rollouts: the loss mask in real Megatron, and whole runs with the scriptable engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.dist
+
+MODEL = "examples/tiny_fim/model"
+BASE = [
+    *(
+        "--config",
+        "conf/tiny_cpu.yaml",
+        "--rollout-engine",
+        "fake",
+        "--micro-batch-size",
+        "2",
+        "--global-batch-size",
+        "8",
+    ),
+    *("rollout.prompts_per_batch=4", "rollout.samples_per_prompt=2", "rollout.batches=3", "rollout.eval_samples=2"),
+    *("rollout.max_new_tokens=48", "rollout.dynamic_sampling=true", "reward.name=function:letter_reward.vowels"),
+    "rollout.environment={name: 'count_environment:Count', turns: 2, max_turn_tokens: 16}",
+]
+
+
+@pytest.mark.parametrize("loss", ["gspo", "grpo"])
+def test_the_loss_counts_sampled_tokens_only(run_ranks, loss):
+    """Were observations trained, the model would learn to write error messages, and GSPO's ratio would be that of
+    tokens nobody sampled."""
+    layout = {"expert-model-parallel-size": 2}
+    for found in run_ranks(2, "cases_agents.masked_loss", hf=MODEL, layout=layout, loss=loss):
+        assert found["megatron"] == pytest.approx(found["by hand"], rel=2e-5)
+        assert found["norm"] > 0
+
+
+def test_a_multi_turn_run_that_was_killed_resumes_with_the_same_losses(run_ranks, tmp_path):
+    """Turns, dynamic sampling and the place in the data come back; checkpoints hold the rollout's own state."""
+
+    def argv(folder: Path, *more: str) -> list[str]:
+        return [*BASE, f"log.run_dir={folder}", *more]
+
+    def records(folder: Path) -> dict[int, dict]:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return {record["iteration"]: record for record in map(json.loads, lines)}
+
+    whole, cut, saved = tmp_path / "whole", tmp_path / "cut", tmp_path / "checkpoint"
+    assert run_ranks(2, "run", argv=argv(whole)) == ["", ""]
+    save = [f"--save={saved}", "--save-interval=2"]
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(2, "run", argv=argv(cut, *save), kill_at=2)
+    state = json.loads((saved / "iter_0000002" / "rollout_state.json").read_text())
+    assert state["cycle"]["rollout"] == {"groups": []}
+    assert run_ranks(2, "run", argv=argv(cut, *save, f"--load={saved}")) == ["", ""]
+    expected, found = records(whole), records(cut)
+    assert list(found) == list(expected) == list(range(4))
+    for iteration in range(3):
+        assert expected[iteration]["rollout/turns"] == 2.0
+        assert expected[iteration]["rollout/observed_tokens"] > 2
+        for name in ("train/loss", "train/grad_norm", "rollout/reward", "rollout/tokens", "sync/update_norm"):
+            assert found[iteration][name] == pytest.approx(expected[iteration][name], rel=1e-6), (iteration, name)

@@ -1,0 +1,84 @@
+"""Modes with a real trainer: engines of other sizes than the trainer's, and taking turns on one device."""
+
+from __future__ import annotations
+
+import json
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.dist
+
+HF = str(Path(__file__).parents[2] / "examples" / "tiny_fim" / "model")
+
+
+@pytest.fixture
+def own_environment(tmp_path: Path) -> str:
+    """An interpreter of another environment, which sees the packages of ours by a .pth file."""
+    folder = tmp_path / ".venv-sglang-server"
+    venv.create(folder, symlinks=True, with_pip=False)
+    packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    (packages / "ours.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return str(folder / "bin" / "python")
+
+
+def test_one_trainer_rank_feeds_an_engine_of_two_in_its_own_environment(run_ranks, own_environment: str) -> None:
+    """Bit for bit by all paths, in processes of the given interpreter; and a dead engine rank ends a broadcast."""
+    [found] = run_ranks(1, "cases_modes.split", timeout_s=300, hf=HF, layout={}, tp_size=2, count=1,
+                        python=own_environment, kill=True)  # fmt: skip
+    first, second = found["digests"]
+    assert len(set(first)) == len(set(second)) == 1
+    assert first[0] != second[0]
+    assert found["exchanges"] == 2 * found["buckets"], "one round for each engine rank"
+    assert found["version"] == 7
+    assert found["links"] == [own_environment]
+    text, seconds, loaded = found["killed"]
+    assert loaded == [0, 1]
+    assert "version 99 was not published: " in text
+    assert seconds < 60, "the other rank must not wait for its deadline"
+
+
+def test_two_trainer_ranks_feed_one_engine_rank(run_ranks) -> None:
+    """The second trainer rank has no engine rank, and all of what it holds goes to the first."""
+    found = run_ranks(2, "cases_modes.split", timeout_s=300, hf=HF, layout={"expert-model-parallel-size": 2},
+                      tp_size=1, count=1)  # fmt: skip
+    for result in found:
+        first, second = result["digests"]
+        assert len(set(first)) == len(set(second)) == 1
+        assert result["exchanges"] == result["buckets"]
+
+
+RUN = [
+    *("--config", "conf/tiny_cpu.yaml", "rollout.engine=fake", "rollout.batches=2", "rollout.samples_per_prompt=4"),
+    *("data.eval=", "reward.name=function:letter_reward.vowels", "--micro-batch-size", "16", "log.trackers=[]"),
+]
+
+
+def test_taking_turns_changes_no_digit(run_ranks, tmp_path: Path) -> None:
+    """What is lost or moved on the way out and back would be seen in the next loss, and the engine's tokens follow from
+    every bit of its weights."""
+    kept = {}
+    for mode in ("colocated", "shared"):
+        folder = tmp_path / mode
+        argv = [*RUN, f"rollout.mode={mode}", f"log.run_dir={folder}"]
+        found = run_ranks(2, "cases_modes.turns", timeout_s=200, argv=argv)
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        numbers = [{k: v for k, v in one.items() if not k.startswith("timing")} for one in records]
+        kept[mode] = numbers, (folder / "rollouts.jsonl").read_text(), found
+    (colocated, samples, _), (shared, other_samples, found) = kept["colocated"], kept["shared"]
+    names = {name for record in colocated for name in record if "loss" in name or "norm" in name or "reward" in name}
+    assert len(names) > 4
+    for one, other in zip(colocated, shared, strict=True):
+        assert {name: one.get(name) for name in names} == {name: other.get(name) for name in names}
+    assert samples == other_samples
+    for rank in found:
+        phases = rank["seen"]
+        assert len(phases) == 3, "two rollout batches, and the publication at the end"
+        for phase in phases[:2]:
+            assert phase["moved"] > 1 << 20
+            assert {size for _, size, _ in phase["away"]} == {0}, "nothing of the trainer is left on the device"
+            assert phase["after"] == phase["before"], "the same tensors with the same bytes"
+        assert len(phases[1]["before"]) > len(phases[0]["before"]), "the optimizer's state came with the first step"

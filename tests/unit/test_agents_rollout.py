@@ -1,0 +1,262 @@
+"""Batches of trajectories: over-sampling, stragglers, groups without a signal, and what a checkpoint keeps of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from scripted_engine import STOP, ScriptedEngine, Talk, VirtualLoop, decode, make_rollout, prompts, source
+
+from megatron_sglang.agents import AgentRollout, create_rollout
+from megatron_sglang.agents.environment import Environments, Limits, Step
+from megatron_sglang.config import RolloutConfig
+from megatron_sglang.errors import ConfigError, EngineError, RewardError
+from megatron_sglang.metrics import values
+from megatron_sglang.prompts.source import PromptSource
+from megatron_sglang.rollout import Rollout
+from megatron_sglang.types import Completion, GenerateRequest, Prompt, RolloutGroup, SamplingParams, Score
+
+
+class Timed(VirtualLoop):
+    """Leaves its last time behind."""
+
+    seconds = 0.0
+
+    def close(self) -> None:
+        Timed.seconds = self.now
+        super().close()
+
+
+def batch_seconds(engine: ScriptedEngine, over: float, stragglers: str, step: int = 0) -> float:
+    rollout = make_rollout(engine, over_sampling=over, stragglers=stragglers, loop_factory=Timed)
+    rollout.batch(source(40, 8), step)
+    return Timed.seconds
+
+
+@pytest.mark.parametrize("stragglers", ["abort", "resume"])
+def test_one_slow_request_hardly_delays_an_over_sampled_batch(stragglers: str) -> None:
+    """The tenfold pace of one trajectory is the batch's where everything is awaited, and nobody's where it is not."""
+    usual = median(batch_seconds(ScriptedEngine(), 1.0, "abort", step) for step in range(5))
+    slow = ScriptedEngine()
+    slow.slow = lambda request: 10.0 if request.token_ids_T[0] == 103 else 1.0
+    assert batch_seconds(slow, 1.0, "abort") > 3 * usual
+    assert batch_seconds(slow, 1.25, stragglers) <= 1.3 * usual
+    assert slow.aborts >= 1
+
+
+def test_stragglers_are_dropped_or_come_first_in_the_next_batch_with_the_tokens_they_have() -> None:
+    engine = ScriptedEngine()
+    engine.slow = lambda request: 4.0 if request.token_ids_T[0] == 100 and engine.version == 1 else 1.0
+    for stragglers, first in (("abort", "p5"), ("resume", "p0")):
+        engine.version = 1
+        rollout = make_rollout(engine, over_sampling=1.25, stragglers=stragglers)
+        prompts_left = source(40, 4)
+        groups = rollout.batch(prompts_left, 0)
+        assert [group.prompt.id for group in groups] == ["p1", "p2", "p3", "p4"]
+        assert rollout.metrics(groups)["rollout/aborted"].value() >= 1
+        standing = {one.member: list(one.ids) for group in rollout.buffer for one in group.trajectories}
+        assert bool(standing) == (stragglers == "resume")
+        engine.version = 2
+        groups = rollout.batch(prompts_left, 1)
+        assert groups[0].prompt.id == first
+        found = values(rollout.metrics(groups))
+        assert found["rollout/resumed"] == len(standing)
+        if standing:
+            for member, done in enumerate(groups[0].completions_G):
+                assert list(done.token_ids_T[: len(standing[member])]) == standing[member]
+            assert {1, 2} == {v for done in groups[0].completions_G for v in done.versions_T or (done.weight_version,)}
+            assert found["rollout/tokens_lag_1"] > 0
+            assert found["rollout/tokens_lag_0"] + found["rollout/tokens_lag_1"] == found["rollout/tokens"]
+
+
+def test_old_tokens_are_masked_on_demand() -> None:
+    engine = ScriptedEngine()
+    engine.slow = lambda request: 4.0 if request.token_ids_T[0] == 100 and engine.version == 1 else 1.0
+    rollout = make_rollout(engine, over_sampling=1.25, stragglers="resume_masked")
+    prompts_left = source(40, 4)
+    rollout.batch(prompts_left, 0)
+    old = {one.member: one.mask.count(1) for one in rollout.buffer[0].trajectories}
+    assert max(old.values()) > 0
+    engine.version = 2
+    groups = rollout.batch(prompts_left, 1)
+    assert groups[0].prompt.id == "p0"
+    for done in groups[0].completions_G:
+        if done.versions_T:
+            kept = [v for v, m in zip(done.versions_T, done.loss_mask_T, strict=True) if m]
+            assert set(kept) == {2}
+    assert any(done.versions_T for done in groups[0].completions_G)
+
+
+def test_what_stands_survives_a_checkpoint_and_a_failed_batch() -> None:
+    engine = ScriptedEngine()
+    engine.slow = lambda request: 4.0 if request.token_ids_T[0] == 100 and engine.version == 1 else 1.0
+    first = make_rollout(engine, over_sampling=1.25, stragglers="resume")
+    prompts_left = source(40, 4)
+    first.batch(prompts_left, 0)
+    state, place = json.loads(json.dumps(first.state())), prompts_left.state()
+    engine.version = 2
+    engine.spoil = lambda one: Completion((), (), "stop", 2)
+    with pytest.raises(EngineError):
+        first.batch(prompts_left, 1)
+    engine.spoil = lambda one: one
+    assert json.loads(json.dumps(first.state())) == state
+    prompts_left.restore(place)
+    later = make_rollout(engine, over_sampling=1.25, stragglers="resume")
+    later.restore(state)
+    again = source(40, 4)
+    again.restore(place)
+    assert later.batch(again, 1) == first.batch(prompts_left, 1)
+
+
+class Alike(Talk):
+    """Prompts of even numbers give every member the same reward."""
+
+    def reset(self, prompt: Prompt) -> tuple[int, ...]:
+        self.even = prompt.token_ids_T[0] % 2 == 0
+        return ()
+
+    async def step(self, turn: Completion) -> Step:
+        return Step(reward=1.0 if self.even else sum(turn.token_ids_T) / 10, done=True)
+
+
+def test_groups_without_a_signal_are_replaced() -> None:
+    for over, drawn in ((1.0, 8), (1.5, 8)):
+        rollout = make_rollout(ScriptedEngine(), kind=Alike, dynamic_sampling=True, over_sampling=over)
+        groups = rollout.batch(source(), 0)
+        assert [group.prompt.id for group in groups] == ["p1", "p3", "p5", "p7"]
+        found = values(rollout.metrics(groups))
+        assert found["rollout/informative_groups"] == 1.0
+        assert (found["rollout/started_groups"], found["rollout/dropped_groups"]) == (drawn, 4)
+
+
+def test_without_enough_signal_a_batch_is_filled_up_and_says_so_and_without_any_it_is_an_error() -> None:
+    said: list[str] = []
+    rollout = make_rollout(ScriptedEngine(), kind=Alike, dynamic_sampling=True, say=said.append)
+    few = PromptSource([one for one in prompts(60) if one.token_ids_T[0] % 2 == 0 or one.id == "p3"], 4, shuffle=False)
+    groups = rollout.batch(few, 0)
+    assert len(groups) == 4
+    assert "p3" in [group.prompt.id for group in groups]
+    assert said == ["dynamic sampling: 31 of 32 groups had equal rewards; 3 of them fill the batch of 4"]
+    none = PromptSource([one for one in prompts(80) if one.token_ids_T[0] % 2 == 0], 4, shuffle=False)
+    with pytest.raises(RewardError, match="32 of 32 groups had equal rewards, so nothing can be learned"):
+        make_rollout(ScriptedEngine(), kind=Alike, dynamic_sampling=True).batch(none, 0)
+
+
+def test_a_prompt_that_is_drawn_again_in_one_batch_gets_other_samples() -> None:
+    """Refilling may cross epochs."""
+    engine = ScriptedEngine()
+    rollout = make_rollout(engine, kind=Alike, dynamic_sampling=True)
+    rollout.batch(source(6, 4), 0)
+    asked = [request.sampling.seed for request, _ in engine.asked]
+    assert len(asked) > 18
+    assert len(set(asked)) == len(asked)
+
+
+class Digits:
+    """Share of odd tokens; notes how it was called."""
+
+    tier = "none"
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
+        self.calls.append(len(pairs))
+        share = [sum(int(word) % 2 for word in one.text.split()) / len(one.token_ids_T) for _, one in pairs]
+        return [Score(value, value == 1.0, "odd") for value in share]
+
+    def close(self) -> None: ...
+
+
+class Both(ScriptedEngine):
+    """An engine for `Rollout` too."""
+
+    def generate_all(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        return [self.whole(request) for request in requests]
+
+
+def rollouts(engine: Both, **changes: Any) -> Rollout | AgentRollout:
+    tokenizer = SimpleNamespace(decode=decode, encode=lambda text, **_: [ord(one) for one in text])
+    sampling = SamplingParams(max_new_tokens=9, stop_token_ids=(STOP,))
+    door: Any = SimpleNamespace(generate=engine.generate_all, client=lambda: nullcontext(engine))
+    return create_rollout(
+        RolloutConfig(samples_per_prompt=3, **changes),
+        engine=door,
+        reward=Digits(),
+        tokenizer=tokenizer,
+        sampling=sampling,
+        seed=5,
+        say=print,
+    )
+
+
+def test_one_turn_is_what_the_plain_rollout_gives() -> None:
+    """Over-sampling must not change what a sample is: ids, logprobs, seeds, texts, scores are those of `Rollout`."""
+    plain = rollouts(Both())
+    assert isinstance(plain, Rollout)
+    expected = plain.batch(source(), 4)
+    for changes in ({"environment": {"name": "single"}}, {"dynamic_sampling": True}, {"over_sampling": 1.001}):
+        agent = rollouts(Both(), **changes)
+        assert isinstance(agent, AgentRollout)
+        groups = agent.batch(source(), 4)
+        shared = {group.prompt.id: group for group in expected}
+        assert all(group == shared[group.prompt.id] for group in groups if group.prompt.id in shared)
+        one, other = plain.evaluate(prompts(3)), agent.evaluate(prompts(3))
+        assert one[0] == other[0]
+        assert values(one[1]).items() <= values(other[1]).items()
+
+
+def test_the_verifier_is_asked_for_several_at_a_time_and_never_twice_at_once() -> None:
+    agent = rollouts(Both(), environment={"name": "single"})
+    assert isinstance(agent.reward, Digits)
+    agent.batch(source(40, 16), 0)
+    assert sum(agent.reward.calls) == 48
+    assert len(agent.reward.calls) < 48
+
+
+class Failing(Digits):
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
+        raise RewardError("no verifier here")
+
+
+def test_a_verifier_that_fails_ends_the_batch() -> None:
+    agent = rollouts(Both(), environment={"name": "single"})
+    assert isinstance(agent, AgentRollout)
+    agent.reward = Failing()
+    with pytest.raises(RewardError, match="no verifier here"):
+        agent.batch(source(), 0)
+
+
+def test_more_than_the_data_set_has_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"6 prompts are wanted at once, the data set has 5; lower rollout\.prompts"):
+        make_rollout(ScriptedEngine(), over_sampling=1.5).batch(source(5, 4), 0)
+
+
+def test_evaluation_is_the_same_each_time_and_awaits_everything() -> None:
+    engine = ScriptedEngine()
+    engine.slow = lambda request: 20.0 if request.token_ids_T[0] == 100 else 1.0
+    rollout = make_rollout(engine, over_sampling=2.0, stragglers="resume")
+    groups, found = rollout.evaluate(prompts(5))
+    assert [len(group.scores_G) for group in groups] == [1] * 5
+    assert values(found) == values(rollout.evaluate(prompts(5))[1])
+    assert {"eval/pass_rate", "eval/turns", "eval/steps", "eval/pass_rate/x"} <= found.keys()
+    assert rollout.buffer == []
+
+
+def test_environments_of_a_run_are_made_once_for_each_trajectory() -> None:
+    made: list[int] = []
+
+    def make(services: Any) -> Talk:
+        made.append(1)
+        return Talk(services)
+
+    rollout = make_rollout(ScriptedEngine(), environments=Environments("talk", Limits(), make))
+    groups: tuple[RolloutGroup, ...] = rollout.batch(source(), 0)
+    assert len(made) == sum(len(group.completions_G) for group in groups) == 12
+    assert asyncio.get_event_loop_policy() is not None

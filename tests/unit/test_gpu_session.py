@@ -1,0 +1,69 @@
+"""The script for a GPU host: what it would run, and that a step that fails or hangs costs its own time only."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts/gpu_sync_session.py"
+
+
+@pytest.fixture(scope="module")
+def session() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_sync_session", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_number_of_gpus_up_to_what_is_there() -> None:
+    """The large model's layouts: experts over all trainer ranks, one engine rank beside each."""
+    command = [sys.executable, str(SCRIPT), "--dry-run", "--gpus", "5"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    names = [line.split()[0] for line in said.splitlines() if "(at most" in line]
+    assert names[:2] == ["doctor", "digest"]
+    assert [name for name in names if name.startswith("30b")] == [
+        "30b-4", "30b-4-170MB", "30b-4-256MiB", "30b-4-1GiB", "30b-2", "30b-1",
+    ]  # fmt: skip
+    large = next(line for line in said.splitlines() if "qwen3_30b_a3b" in line)
+    assert "--engine-tp 4 --expert-model-parallel-size 4" in large
+    assert "--random-weights --dtype bfloat16 --lora-rank 32 --moe-grouped-gemm" in large
+
+
+def test_one_step_cannot_spend_the_others_time(
+    session: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hang on a borrowed machine; afterwards nothing of it runs, and a second call repeats only what failed."""
+    marks = tmp_path / "marks"
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(chr(123) + chr(125)); "
+    mark = f"open({str(marks)!r}, 'a').write('good ')"
+    hang = f"import os, time; open({str(marks)!r}, 'a').write(str(os.getpid()) + ' '); time.sleep(60)"
+    planned = [
+        session.Step("hangs", (sys.executable, "-c", hang), 1, {}),
+        session.Step("fails", (sys.executable, "-c", "raise SystemExit('no such GPU')"), 20, {}),
+        session.Step("good", (sys.executable, "-c", write + mark, "{result}"), 20, {}),
+        session.Step("long", (sys.executable, "-c", ""), 10_000, {}),
+    ]
+    monkeypatch.setattr(session, "steps", lambda *_: planned)
+    monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path), "--gpus", "1", "--deadline-s", "100"])
+    assert session.main() == 1
+    records = {record["step"]: record for record in json.loads((tmp_path / "session.json").read_text())}
+    assert records["hangs"]["status"] == "ended after 1 s"
+    assert records["fails"]["status"] == 1
+    assert "no such GPU" in records["fails"]["said"]
+    assert (records["good"]["status"], records["good"]["result"]) == (0, {})
+    assert "long: not started" in capsys.readouterr().out
+    pid = marks.read_text().split()[0]
+    assert not Path(f"/proc/{pid}").exists()
+    monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path), "--gpus", "1", "--only", "good", "fails"])
+    session.main()
+    assert marks.read_text().split().count("good") == 1
