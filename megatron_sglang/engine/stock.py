@@ -154,8 +154,10 @@ class StockUpdate:
 
 
 def load_from_disk(http: Http, folder: str, timeout_s: float) -> None:
-    """An HF folder, by SGLang's own reader. It says so if a name is unknown to it, not if one is missing."""
-    http.post("/update_weights_from_disk", {"model_path": folder, "flush_cache": False}, timeout_s)
+    """An HF folder, by SGLang's own reader, also of an engine that began with random weights. It says so if a name is
+    unknown to it, not if one is missing."""
+    body = {"model_path": folder, "load_format": "auto", "flush_cache": False}
+    http.post("/update_weights_from_disk", body, timeout_s)
 
 
 def checksum(http: Http, timeout_s: float) -> str:
