@@ -26,10 +26,7 @@ import torch
 from megatron_sglang.buckets import Bucket, kind_of
 from megatron_sglang.engine.live_model import refresh, tie_head
 from megatron_sglang.errors import WeightSyncError
-from megatron_sglang.transfer import Box, Place, Region, slots_of
-
-CHUNK_BYTES = 32 << 20
-"""Each of a merge's half dozen fp32 temporaries holds at most this much, or one weight."""
+from megatron_sglang.transfer import CHUNK_BYTES, Box, Place, Region, slots_of
 
 
 @dataclass(slots=True)
