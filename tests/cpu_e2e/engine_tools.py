@@ -71,7 +71,7 @@ def fake_options(**changes: object) -> EngineOptions:
     common: dict[str, object] = {
         "kind": "fake",
         "tp_size": 2,
-        "start_timeout_s": 20.0,
+        "start_timeout_s": 50.0,
         "request_timeout_s": 10.0,
         "update_timeout_s": 10.0,
     }
