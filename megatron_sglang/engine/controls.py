@@ -78,8 +78,7 @@ class Controls(Announced):
         Besides `stop_token_ids`, the model's own eos tokens stop a completion. Logprobs are those of the
         temperature-scaled distribution before top_p and top_k. An update elsewhere ends requests with "abort".
         """
-        if self.stale:
-            raise EngineStaleError(f"engine must not serve: {self.stale}; publish a weight version first")
+        self._require_proved()
         if not requests:
             return []
         if any(request.sampling.stop or request.sampling.min_new_tokens for request in requests):
@@ -107,8 +106,7 @@ class Controls(Announced):
 
     def resume(self) -> None:
         """After `pause`. Refused while the engine is stale: what waits in it would be served by unproved weights."""
-        if self.stale:
-            raise EngineStaleError(f"engine must not serve: {self.stale}; publish a weight version first")
+        self._require_proved()
         self._connected.post("/continue_generation", {}, self.options.update_timeout_s)
 
     def abort_requests(self) -> None:
@@ -169,6 +167,10 @@ class Controls(Announced):
         self._connected.post("/unload_lora_adapter", {"lora_name": name}, self.options.update_timeout_s)
 
     # ---- steps ----
+
+    def _require_proved(self) -> None:
+        if self.stale:
+            raise EngineStaleError(f"engine must not serve: {self.stale}; publish a weight version first")
 
     @property
     def _connected(self) -> Http:

@@ -14,7 +14,6 @@ operations on the same values, in another cut. Torch only; called by `loader.py`
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ import torch
 from megatron_sglang.buckets import Bucket, kind_of
 from megatron_sglang.engine.live_model import refresh, tie_head
 from megatron_sglang.errors import WeightSyncError
+from megatron_sglang.precision import full_precision
 from megatron_sglang.transfer import CHUNK_BYTES, Box, Place, Region, slots_of
 
 
@@ -142,7 +142,7 @@ def _merge_chunk(parameters: Mapping[str, torch.Tensor], state: Merge, pieces: S
         [piece.of(state.base.pristine[piece.place.tensor]).to(device, non_blocking=True).float() for piece in pieces]
     )
     up, down = (torch.stack([getattr(piece, name) for piece in pieces]).float() for name in ("up", "down"))
-    with _full_precision():
+    with full_precision():
         delta = torch.bmm(up, down).mul_(scale)
     whole = base + delta
     cast = whole.to(state.base.dtype)
@@ -213,14 +213,3 @@ def _chunks(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
     step = max(1, CHUNK_BYTES // (rows * cols * 4))
     for start in range(0, len(pieces), step):
         yield pieces[start : start + step]
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32, as the trainer merges."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

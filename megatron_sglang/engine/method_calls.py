@@ -48,7 +48,6 @@ class MethodCalls:
         def restart(one: HttpEngine) -> str:
             one.fail_update("it is started again")
             one.adapter = ""
-            one.close()
             model_path = str(Path(folder).resolve())
             one.options = dataclasses.replace(one.options, model_path=model_path, load_format="auto")
             one.server.options = one.options

@@ -224,10 +224,6 @@ class PromptSource:
     def prompts_per_batch(self) -> int:
         return self._prompts_per_batch
 
-    def next_batch(self) -> tuple[Prompt, ...]:
-        """The next `prompts_per_batch` prompts, all different."""
-        return self.draw(self._prompts_per_batch)
-
     def draw(self, count: int) -> tuple[Prompt, ...]:
         """The next `count` prompts, all different; `ConfigError` for more than there are."""
         if count > len(self._prompts):

@@ -19,6 +19,7 @@ from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
+from megatron_sglang.precision import full_precision
 from megatron_sglang.transfer import CHUNK_BYTES
 from megatron_sglang.types import MergeFidelity
 
@@ -147,7 +148,7 @@ def merged(
     for start in range(0, len(unit.bases), step):
         some = slice(start, start + step)
         base = torch.stack([weight.detach() for weight in unit.bases[some]]).float()
-        with _full_precision():
+        with full_precision():
             delta = torch.bmm(up[some].float(), down[some].float()).mul_(adapter.alpha / adapter.dim)
         whole = base + delta
         result[some] = whole
@@ -176,17 +177,6 @@ def in_place(bridge: Any, model_chunks: list[torch.nn.Module]) -> Iterator[None]
             base.data = data
         for wrapper in wrappers.values():
             wrapper.enable_adapter_layers()
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32: factors in fp32 would lose 13 of their 23 bits (in bf16 it would not matter)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _factors(adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:

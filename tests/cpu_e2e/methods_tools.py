@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from engine_tools import Weights
@@ -19,22 +17,6 @@ from megatron_sglang.weights.peft_format import AdapterWriter
 RANK, ALPHA = 4, 8.0
 Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """HF weight -> A [r, in], B [out, r]."""
-
-
-class Alone:
-    """`interfaces.Comm` of a single rank."""
-
-    rank, world_size = 0, 1
-
-    def from_leader(self, produce: Callable[[], Any]) -> Any:
-        return json.loads(json.dumps(produce()))
-
-    def agree(self, error: BaseException | None) -> None:
-        if error is not None:
-            raise error
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
 
 
 class Given:

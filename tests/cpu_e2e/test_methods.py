@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from engine_tools import Publisher, Weights, engine_options
-from methods_tools import RANK, Alone, Drawn, Given, draw, merged
+from methods_tools import RANK, Drawn, Given, draw, merged
+from one_rank import Alone
 from safetensors.torch import load_file
 from tiny_models import make_model
 

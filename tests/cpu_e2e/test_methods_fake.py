@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from engine_tools import fake_options, script
-from methods_tools import Alone, Drawn, Given, draw
+from methods_tools import Drawn, Given, draw
+from one_rank import Alone
 
 from megatron_sglang.engine.group import EngineGroup, spread
 from megatron_sglang.engine.method_calls import MethodCalls

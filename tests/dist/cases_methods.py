@@ -19,6 +19,24 @@ from megatron_sglang.hf_files import tensor_shapes
 METHODS = ("generic", "disk", "merge-on-engine")
 
 
+def _paths(
+    comm: TorchComm, recipe: Any, model: Any, hf: str, folder: str, engine: Any = None, engine_ranks: int = 1
+) -> Paths:
+    return Paths(
+        comm=comm,
+        bridge=recipe.bridge,
+        model_chunks=model,
+        dtype=torch.float32,
+        bucket_bytes=200_000,
+        shapes=tensor_shapes(hf),
+        engine=engine,
+        engine_ranks=engine_ranks,
+        hf_path=hf,
+        home=folder,
+        lora=LoraConfig(rank=8, alpha=16),
+    )
+
+
 def agree(hf: str, layout: dict[str, Any], engine: dict[str, Any], folder: str) -> dict[str, Any]:
     """By method, for each of two versions: engine digest, and what merging changed. And what a PEFT folder holds."""
     recipe, model, _, _ = cases.set_up(hf, layout)
@@ -33,19 +51,7 @@ def agree(hf: str, layout: dict[str, Any], engine: dict[str, Any], folder: str) 
             stack.callback(server.close)
             server.start()
         comm.from_leader(lambda: server and server.wait_ready())
-        paths = Paths(
-            comm=comm,
-            bridge=recipe.bridge,
-            model_chunks=model,
-            dtype=torch.float32,
-            bucket_bytes=200_000,
-            shapes=tensor_shapes(hf),
-            engine=server,
-            engine_ranks=engine["tp_size"],
-            hf_path=hf,
-            home=folder,
-            lora=LoraConfig(rank=8, alpha=16),
-        )
+        paths = _paths(comm, recipe, model, hf, folder, server, engine["tp_size"])
         made = {name: paths.of(name)[0] for name in METHODS}
         found: dict[str, list[Any]] = {name: [] for name in METHODS}
         for version, scale in ((1, 0.1), (2, 0.3)):
@@ -65,19 +71,7 @@ def full_disk(hf: str, layout: dict[str, Any], folder: str) -> str:
 
     recipe, model, _, _ = cases.set_up(hf, layout)
     comm = TorchComm()
-    paths = Paths(
-        comm=comm,
-        bridge=recipe.bridge,
-        model_chunks=model,
-        dtype=torch.float32,
-        bucket_bytes=200_000,
-        shapes=tensor_shapes(hf),
-        engine=None,
-        engine_ranks=1,
-        hf_path=hf,
-        home=folder,
-        lora=LoraConfig(rank=8, alpha=16),
-    )
+    paths = _paths(comm, recipe, model, hf, folder)
     writer = paths.disk().writer
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if comm.rank == 1:

@@ -154,7 +154,7 @@ PROMPTS = tuple(Prompt(str(number), (number,), "x") for number in range(10))
 
 
 def ids(source: PromptSource, batches: int) -> list[list[str]]:
-    return [[prompt.id for prompt in source.next_batch()] for _ in range(batches)]
+    return [[prompt.id for prompt in source.draw(source.prompts_per_batch)] for _ in range(batches)]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

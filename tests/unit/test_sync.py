@@ -7,26 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import Alone
 
 from megatron_sglang.errors import WeightSyncError
 from megatron_sglang.sync import DirectPath
 from megatron_sglang.types import MergeFidelity
-
-
-class Alone:
-    """`interfaces.Comm` of a single rank."""
-
-    rank, world_size = 0, 1
-
-    def from_leader(self, produce: Callable[[], Any]) -> Any:
-        return produce()
-
-    def agree(self, error: BaseException | None) -> None:
-        if error is not None:
-            raise error
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
 
 
 class Calls:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import Alone
 from safetensors.torch import load_file
 
 from megatron_sglang.buckets import Bucket, pack
@@ -227,22 +228,6 @@ def test_the_copy_of_the_base_keeps_strides() -> None:
 
 
 # ---- folders ----
-
-
-class Alone:
-    """`interfaces.Comm` of a single rank."""
-
-    rank, world_size = 0, 1
-
-    def from_leader(self, produce: Any) -> Any:
-        return json.loads(json.dumps(produce()))
-
-    def agree(self, error: BaseException | None) -> None:
-        if error is not None:
-            raise error
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
 
 
 class Given:
