@@ -196,7 +196,7 @@ def test_an_update_ends_requests_and_refuses_new_ones(engine: HttpEngine) -> Non
     ("fault", "error", "message"),
     [
         ({"do": "status", "status": 500}, EngineError, "/generate with 500"),
-        ({"do": "sleep", "seconds": 3.0}, EngineTimeoutError, r"did not finish a completion within 0\.5 s"),
+        ({"do": "sleep", "seconds": 8.0}, EngineTimeoutError, r"did not finish a completion within 3 s"),
     ],
 )
 def test_faults_become_named_errors(
@@ -208,10 +208,10 @@ def test_faults_become_named_errors(
     async def work(client: EngineClient) -> Completion:
         with pytest.raises(error, match=message):
             await (read(client, request()) if streamed else client.generate(request()))
-        client.timeout_s = 10.0
+        client.timeout_s = 30.0
         return await client.generate(request())
 
-    assert ask(engine, work, timeout_s=0.5).token_ids_T
+    assert ask(engine, work, timeout_s=3.0).token_ids_T
 
 
 @pytest.mark.parametrize(
