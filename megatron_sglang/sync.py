@@ -117,7 +117,7 @@ class Sender(Protocol):
     dtype: torch.dtype
     rounds: Sequence[int]
 
-    def deliveries(self, free: Callable[[int], None]) -> Iterator[Delivery]: ...
+    def deliveries(self, free: Callable[[int], None], failed: Callable[[], bool]) -> Iterator[Delivery]: ...
 
     def fidelity(self) -> MergeFidelity: ...
 
@@ -183,8 +183,7 @@ class DirectPath:
                     failure = WeightSyncError(f"version {version}: cannot listen for the engine rank: {error}")
                 self.comm.agree(failure)  # every rank listens before any engine rank connects
                 self.comm.from_leader(lambda: _lead(self.engine).start_stream(call))
-                for _ in agreed(self.comm, self._handed_over(lines)):
-                    pass
+                self.comm.agree(self._hand_over(lines))
             gave_up = False
         finally:
             # What an engine rank found wrong comes before what its trainer rank saw of it.
@@ -193,20 +192,31 @@ class DirectPath:
             torch.cuda.ipc_collect()  # every rank has lent memory, and the engine has given it back
         return self._sent
 
-    def _handed_over(self, lines: Mapping[int, Line]) -> Iterator[bool]:
+    def _hand_over(self, lines: Mapping[int, Line]) -> MegatronSglangError | None:
+        """Send all deliveries; what went wrong on this rank. Its lines rest then, but it takes part in the exchanges
+        until all ranks end together: each exchange tells them, so that no message of its own is needed."""
         dtype = str(self.sender.dtype).removeprefix("torch.")
+        failures: list[MegatronSglangError] = []
+
+        def unless_failed(work: Callable[[], None]) -> None:
+            try:
+                if not failures:
+                    work()
+            except MegatronSglangError as error:
+                failures.append(error)
 
         def free(index: int) -> None:
             for line in lines.values():
-                line.wait(index)
+                unless_failed(lambda line=line: line.wait(index))
 
-        for delivery in self.sender.deliveries(free):
+        for delivery in self.sender.deliveries(free, lambda: bool(failures)):
             if (line := lines.get(delivery.target)) is not None:
                 header = {"index": delivery.index, "lengths": delivery.lengths, "digests": delivery.digests}
-                line.send({**header, "dtype": dtype}, delivery.slot, delivery.memory, delivery.data)
-            yield True
+                what = ({**header, "dtype": dtype}, delivery.slot, delivery.memory, delivery.data)
+                unless_failed(lambda line=line, what=what: line.send(*what))
         for line in lines.values():
-            line.finish()
+            unless_failed(line.finish)
+        return failures[0] if failures else None
 
 
 def publish(comm: Comm, engine: Engine | None, path: Path, version: int) -> SyncReport:

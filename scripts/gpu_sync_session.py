@@ -6,8 +6,9 @@ Steps run in order of what they need, each under its own deadline; one that fail
     doctor       what of this host will not work
     digest       the Triton digest against torch's, and how fast each reads
     tiny-N       `bench sync` of the example's model in fp32 on N GPUs: stock, generic, direct, and the all_to_all limit
-    30b-N        the same of Qwen3-30B-A3B's shape with random weights in bf16, trainer EP N, engine TP N, LoRA 32
-    30b-N-SIZE   the direct path alone with other buckets, on all GPUs
+    merge        the merging kernel against torch
+    30b-N        the same of Qwen3-30B-A3B's shape with random weights in bf16, trainer EP N, engine TP N, LoRA 32; then
+                 the direct path with other buckets
     soak         200 updates of the small model by the direct path
 
 Results go to OUT (--out, else $OUT, else build/gpu_sync): session.json with every result, written after each step, and
@@ -38,7 +39,7 @@ TINY, LARGE = "examples/tiny_fim/model", "examples/qwen3_30b_a3b"
 ENGINE_TP_OF_TINY = 2
 """It has two key-value heads."""
 COMMAND = "import sys; from megatron_sglang.cli import main; sys.exit(main())"
-BUCKETS = {"512MiB": 512 << 20, "170MB": 170_000_000, "256MiB": 256 << 20, "1GiB": 1 << 30}
+BUCKETS = (170_000_000, 256 << 20, 512 << 20)
 """The first one with all paths, the others with the direct path."""
 TARGETS = {"median_s_on_8": 0.15, "generic_over_direct": 20.0, "direct_over_limit": 6.0, "extra_device_bytes": 1e9}
 GRACE_S = 30.0
@@ -62,10 +63,12 @@ def steps(gpus: int, rehearse: bool, random_tiny: str) -> list[Step]:
     most = sizes[-1]
     python = sys.executable
     interpreter = {"TRITON_INTERPRET": "1"} if rehearse else {}
+    merge = (python, "benchmarks/merge_speed.py", "--experts", "1" if rehearse else "16", "--output", "{result}")
     digest = (python, "benchmarks/digest_speed.py", "--megabytes", "2" if rehearse else "2048", "--output", "{result}")
     found = [
         Step("doctor", (python, "-c", COMMAND, "doctor"), 120, {}, result=False),
         Step("digest", digest, 240, interpreter),
+        Step("merge", merge, 240, interpreter),
     ]
     grouped = () if rehearse else ("--moe-grouped-gemm",)
     small = ("--hf-model", TINY, "--dtype", "float32", "--bucket-bytes", "1000000", *grouped)
@@ -73,18 +76,16 @@ def steps(gpus: int, rehearse: bool, random_tiny: str) -> list[Step]:
         tp = min(size, ENGINE_TP_OF_TINY)
         found.append(_bench(f"tiny-{size}", size, tp, 420, *small, "--syncs", "5" if rehearse else "20"))
     model, dtype = (random_tiny, "float32") if rehearse else (LARGE, "bfloat16")
-    buckets = {"512MiB": 1_000_000, "170MB": 300_000} if rehearse else BUCKETS
+    buckets = (300_000, 1_000_000) if rehearse else BUCKETS
     large = ("--hf-model", model, "--random-weights", "--dtype", dtype, "--lora-rank", "32", *grouped)
     for size in reversed(sizes):
         # 61 GB of weights are on each side; with one GPU both are on it.
         memory = ("--mem-fraction", "0.48") if size == 1 and not rehearse else ()
-        bucket = ("--bucket-bytes", str(buckets["512MiB"]))
-        found.append(_bench(f"30b-{size}", size, size, 580, *large, "--syncs", "7", *bucket, *memory))
-        if size != most:
-            continue
-        for name, limit in list(buckets.items())[1:]:
-            more = ("--syncs", "7", "--paths", "direct", "--bucket-bytes", str(limit), *memory)
-            found.append(_bench(f"30b-{size}-{name}", size, size, 420, *large, *more))
+        sizes_tried = ("--bucket-bytes", str(buckets[0]), "--also-buckets", *map(str, buckets[1:]))
+        counts = ("--syncs", "5", "--warm-up", "1")
+        # Without others to share the work, the slow paths take minutes.
+        paths = ("--paths", "direct") if size == 1 < most else ()
+        found.append(_bench(f"30b-{size}", size, size, 580, *large, *counts, *sizes_tried, *memory, *paths))
     soak = ("--paths", "direct", "--syncs", "10" if rehearse else "200")
     found.append(_bench("soak", most, min(most, ENGINE_TP_OF_TINY), 500, *small, *soak))
     return found

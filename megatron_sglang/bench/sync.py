@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from megatron_sglang.bench.stock import Held
     from megatron_sglang.interfaces import Comm
     from megatron_sglang.sync import DirectPath
+    from megatron_sglang.training.paths import Paths
     from megatron_sglang.types import SyncReport
     from megatron_sglang.weights.standalone import Model
 
@@ -59,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sync.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     sync.add_argument("--lora-rank", type=int, default=32)
     sync.add_argument("--bucket-bytes", type=int, default=SyncConfig().bucket_bytes)
+    also = "afterwards the direct path with these as well"
+    sync.add_argument("--also-buckets", type=int, nargs="+", default=[], metavar="BYTES", help=also)
     sync.add_argument("--syncs", type=int, default=5, help="measured versions (5)")
     sync.add_argument("--warm-up", type=int, default=2, help="versions before them (2)")
     sync.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="which to measure (all)")
@@ -191,6 +194,7 @@ def _measure(args: argparse.Namespace, model: Model, engine: Any) -> dict[str, A
     if args.profile is not None:
         with meter.profiled(args.profile if comm.rank == 0 else None):
             publishers["direct"](2 + args.warm_up + args.syncs)
+    resized = {size: _resized(args, replace(made, bucket_bytes=size), model) for size in args.also_buckets}
     ranks = range(comm.world_size)
     moved = _by_host(pairs, comm.world_size)
     limit = meter.all_to_all_seconds(
@@ -200,7 +204,24 @@ def _measure(args: argparse.Namespace, model: Model, engine: Any) -> dict[str, A
     )
     peaks = comm.gather(found.device_peaks)
     found.device_peaks = {name: max(one[name] for one in peaks) for name in args.paths}
-    return result.of(args, comm.world_size, found, difference, held, limit, moved)
+    return result.of(args, comm.world_size, found, difference, held, limit, moved) | {"direct_with_buckets": resized}
+
+
+def _resized(args: argparse.Namespace, made: Paths, model: Model) -> dict[str, Any]:
+    """The direct path, planned anew."""
+    from megatron_sglang.bench import meter, result
+    from megatron_sglang.sync import publish
+    from megatron_sglang.training import lora
+
+    direct, reports, largest = made.direct(), [], 0
+    for version in range(args.warm_up + args.syncs):
+        lora.vary(model.chunks, version)
+        with meter.device_peak() as peak:
+            report = publish(made.comm, made.engine, direct, version + 1)
+        if version >= args.warm_up:
+            reports.append(report)
+            largest = max(largest, peak[0])
+    return result.of_path(reports, max(made.comm.gather(largest)))
 
 
 def _compare(version: int, states: Mapping[str, Held], found: Findings) -> None:

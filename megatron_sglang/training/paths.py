@@ -152,5 +152,5 @@ class Paths:
             self.bucket_bytes // self.dtype.itemsize,
             self.hosts,
         )
-        sender = DirectSender(self.bridge, self.model_chunks, plan, self.dtype, self.hosts)
+        sender = DirectSender(self.bridge, self.model_chunks, plan, self.dtype, shapes, self.hosts)
         return DirectPath(self.comm, sender, self.engine, self.engine_ranks, open_line, self.hosts)

@@ -8,8 +8,9 @@ not own. The plan depends on placement alone, so what each rank does with each b
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron_sglang.copies import Copy, fold
 from megatron_sglang.digests import digests_of
 from megatron_sglang.transfer import SLOTS, Piece
 from megatron_sglang.types import MergeFidelity
-from megatron_sglang.weights.merge import MergeStats, Unit, merged, units_of
+from megatron_sglang.weights.merge import MergeStats, Unit, factored, kernel_for, merged, units_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,10 @@ class _Part:
     units: dict[int, list[Copy]]
     """Number of a unit to be merged -> copies from its merged weights into the send buffer; in an order that all ranks
     of a TP group share."""
+    fused: list[int]
+    """Units whose merged weights go straight into the send buffer; in such an order too."""
+    launch: Any
+    """What does that (`merge_kernel.Launch`); None: nothing of `fused` is sent from here."""
     send_sizes: list[list[int]]
     receive_sizes: list[list[int]]
 
@@ -59,7 +64,8 @@ class _Part:
 class DirectSender:
     """Sends weight versions by a plan. Collective: all ranks iterate together.
 
-    buckets: the plan, cut; the same on all ranks. hosts: trainer ranks that hand over, the first ones; None: all.
+    buckets: the plan, cut; the same on all ranks. shapes: of the HF tensors. hosts: trainer ranks that hand over, the
+    first ones; None: all.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class DirectSender:
         model_chunks: list[torch.nn.Module],
         buckets: Sequence[Sequence[Piece]],
         dtype: torch.dtype,
+        shapes: Mapping[str, tuple[int, ...]],
         hosts: int | None = None,
     ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -86,13 +93,16 @@ class DirectSender:
         self._shares = [
             torch.tensor(self._share(unit, sources), dtype=torch.float64, device=self._device) for unit in self._units
         ]
+        self._times = _times(buckets, shapes)
+        self._kernel, self._fused = self._fusable()
         self._parts = [self._part(bucket) for bucket in buckets]
 
     @torch.no_grad()
-    def deliveries(self, free: Callable[[int], None]) -> Iterator[Delivery]:
+    def deliveries(self, free: Callable[[int], None], failed: Callable[[], bool]) -> Iterator[Delivery]:
         """One delivery for each bucket and round, on every rank (empty where no engine rank is handed anything).
 
         free: returns when delivery number n of every round has been taken, so that its buffers may be overwritten.
+        failed: has this rank an error? Each exchange carries the answer, and all ranks end after the same one.
         """
         self.stats = MergeStats()
         send = self._buffer(max(part.sent(len(self.rounds)) for part in self._parts))
@@ -110,10 +120,14 @@ class DirectSender:
                     copy.of_flat(send).copy_(copy.of(weights))
                 if number in later:
                     kept[number] = weights
+            self._merge_fused(part, send)
             if index >= SLOTS:
                 free(index - SLOTS)
             for number in self.rounds:
-                yield self._exchange(index, number, send, slots[number][index % SLOTS])
+                delivery = self._exchange(index, number, send, slots[number][index % SLOTS], failed())
+                if delivery is None:
+                    return
+                yield delivery
 
     def fidelity(self) -> MergeFidelity:
         """See `interfaces.Weights`."""
@@ -137,7 +151,8 @@ class DirectSender:
             rectangles.append(transfer.rectangle(piece, replace(piece.here, tensor=str(number), offset=offset)))
         copies: defaultdict[int, list[Copy]] = defaultdict(list)
         for copy in fold(rectangles):
-            copies[int(copy.tensor)].append(copy)
+            if int(copy.tensor) not in self._fused:
+                copies[int(copy.tensor)].append(copy)
         send_sizes, receive_sizes = Counter[int](), Counter[tuple[int, int]]()
         for piece in mine:
             send_sizes[piece.target] += piece.size
@@ -146,15 +161,55 @@ class DirectSender:
         # The factors of a dense layer are gathered over TP: all who hold it take part, whoever sends.
         touched = {self._where[piece.here.tensor][0] for piece in bucket if piece.here.tensor in self._where}
         joint = {number for number in touched if self._units[number].is_collective}
-        ordered = sorted(copies.keys() | joint, key=lambda number: self._units[number].names)
+        by_torch = self._in_order(copies.keys() | (joint - self._fused))
+        sent = {self._where[piece.here.tensor][0] for piece in mine}
+        fused = self._in_order((sent | joint) & self._fused)
         ranks = range(self.world_size)
         return _Part(
-            units={number: copies[number] for number in ordered},
+            units={number: copies[number] for number in by_torch},
+            fused=fused,
+            launch=self._launch(mine, fused),
             send_sizes=[[send_sizes[self._target(number, rank)] for rank in ranks] for number in self.rounds],
             receive_sizes=[
                 [receive_sizes[self._target(number, self.rank), rank] for rank in ranks] for number in self.rounds
             ],
         )
+
+    def _in_order(self, numbers: Iterable[int]) -> list[int]:
+        return sorted(numbers, key=lambda number: self._units[number].names)
+
+    def _fusable(self) -> tuple[Any, set[int]]:
+        """A kernel that merges straight into the send buffer, and the units that it can take together."""
+        kernels = {number: kernel_for(unit) for number, unit in enumerate(self._units)}
+        found = {number: self._units[number].dtypes for number, kernel in kernels.items() if kernel is not None}
+        if not found:
+            return None, set()
+        common = next(iter(found.values()))
+        return kernels[next(iter(found))], {number for number, dtypes in found.items() if dtypes == common}
+
+    def _launch(self, mine: Sequence[Piece], fused: Sequence[int]) -> Any:
+        firsts, lines, flat, jobs = {}, 0, 0, []
+        for number in fused:
+            firsts[number] = lines
+            lines += len(self._units[number].bases)
+        for piece in mine:
+            number, at = self._where[piece.here.tensor]
+            if number in firsts:
+                unit, here = self._units[number], piece.here
+                width = unit.bases[0].shape[1]
+                assert (here.row_stride, here.col_stride) == (width, 1), "a shard lies row by row (shards.py)"
+                row, col = divmod(here.offset, width)
+                place = (firsts[number] + at, row, col, piece.rows, piece.cols, flat)
+                share = 1 / self._times[piece.name]
+                jobs.append(self._kernel.Job(*place, width, unit.rank, unit.scale, unit.layer, share))
+            flat += piece.size
+        return self._kernel.Launch(jobs, self._device) if jobs else None
+
+    def _merge_fused(self, part: _Part, send: torch.Tensor) -> None:
+        weights = [factored(self._units[number]) for number in part.fused]
+        if part.launch is not None:
+            sums = part.launch.run(weights, send)
+            self.stats.add_sums(part.launch.layers, sums, part.launch.elements)
 
     def _target(self, number: int, rank: int) -> int:
         """Engine rank that trainer rank `rank` hands over to in round `number`; -1: none."""
@@ -166,15 +221,29 @@ class DirectSender:
         counted.add(number)
         return merged(self._units[number], self.dtype, stats, self._shares[number]).contiguous().view(-1)
 
-    def _exchange(self, index: int, number: int, send: torch.Tensor, memory: torch.Tensor) -> Delivery:
+    def _exchange(
+        self, index: int, number: int, send: torch.Tensor, memory: torch.Tensor, failed: bool
+    ) -> Delivery | None:
+        """None on all ranks where one has failed."""
         part = self._parts[index]
         send_sizes, receive_sizes = part.send_sizes[number], part.receive_sizes[number]
         outgoing, incoming = send[part.sent(number) : part.sent(number + 1)], memory[: sum(receive_sizes)]
         dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes)
         digests = digests_of(outgoing.split(send_sizes))
-        received_digests = torch.empty_like(digests)
-        dist.all_to_all_single(received_digests, digests)
+        told = torch.stack([digests, torch.full_like(digests, int(failed))], dim=1)
+        heard = torch.empty_like(told)
+        dist.all_to_all_single(heard, told)
         # Reading the digests waits for everything before them: the delivery is complete on its device.
-        lengths, found = tuple(receive_sizes), tuple(received_digests.tolist())
+        digests, failures = zip(*heard.tolist(), strict=True)
+        if any(failures):
+            return None
         target = self._target(number, self.rank)
-        return Delivery(target, index, index % SLOTS, memory, incoming, lengths, found)
+        return Delivery(target, index, index % SLOTS, memory, incoming, tuple(receive_sizes), digests)
+
+
+def _times(buckets: Iterable[Iterable[Piece]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+    """How often each element of an HF tensor travels: to several engine ranks if they hold it several times."""
+    sizes = Counter[str]()
+    for piece in (piece for bucket in buckets for piece in bucket):
+        sizes[piece.name] += piece.size
+    return {name: size / math.prod(shapes[name]) for name, size in sizes.items()}

@@ -22,6 +22,7 @@ from megatron.core.utils import unwrap_model
 from megatron_sglang.precision import full_precision
 from megatron_sglang.transfer import CHUNK_BYTES
 from megatron_sglang.types import MergeFidelity
+from megatron_sglang.weights.factored import Factored
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,24 @@ class Unit:
         """Decoder layer, counted over the whole model; -1 outside the layers."""
         found = re.search(r"layers\.(\d+)\.", self.names[0])
         return int(found.group(1)) if found else -1
+
+    @property
+    def rank(self) -> int:
+        """r of its adapter. B is split by its rows only."""
+        assert self.wrapper is not None
+        return self.wrapper.adapter.linear_out.weight.shape[-1]
+
+    @property
+    def scale(self) -> float:
+        """alpha / r of its adapter."""
+        assert self.wrapper is not None
+        return self.wrapper.adapter.alpha / self.wrapper.adapter.dim
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of the weights and, with an adapter, of its factors."""
+        factors = () if self.wrapper is None else (self.wrapper.adapter.linear_out.weight,)
+        return tuple(tensor.dtype for tensor in (self.bases[0], *factors))
 
     @property
     def is_collective(self) -> bool:
@@ -75,6 +94,13 @@ class MergeStats:
         elements = torch.full_like(shares, float(math.prod(delta.shape[1:])))
         found = torch.stack([*norms, changed, elements]) @ shares
         self._sums[layer] = self._sums[layer] + found if layer in self._sums else found
+
+    def add_sums(self, layers: Sequence[int], sums: torch.Tensor, elements: Sequence[float]) -> None:
+        """The same summed already, by layer, each with its share: sums [layers, 3] float64, squares of the update and
+        of what the cast lost, and elements changed; elements: how many there are."""
+        counted = torch.tensor(elements, dtype=torch.float64).to(sums.device)
+        for layer, found in zip(layers, torch.cat([sums, counted[:, None]], 1), strict=True):
+            self._sums[layer] = self._sums[layer] + found if layer in self._sums else found
 
     def fidelity(self) -> MergeFidelity:
         """Over all ranks. Collective."""
@@ -139,22 +165,62 @@ def merged(
     """
     if unit.wrapper is None:
         return unit.bases[0].detach().to(dtype)[None]
+    first = unit.bases[0]
+    result = torch.empty((len(unit.bases), *first.shape), dtype=dtype, device=first.device)
+    factors = factored(unit)
+    kernel = kernel_for(unit)
+    if kernel is None:
+        _merge_by_torch(unit, factors, result, stats, shares)
+        return result
+    counts = torch.as_tensor(shares).tolist() if stats is not None else [0.0] * len(unit.bases)
+    rows, width = first.shape
+    constants = (unit.rank, unit.scale, unit.layer)
+    jobs = [
+        kernel.Job(weight, 0, 0, rows, width, weight * rows * width, width, *constants, count)
+        for weight, count in enumerate(counts)
+    ]
+    launch = kernel.Launch(jobs, first.device)
+    sums = launch.run([factors], result.view(-1))
+    if stats is not None:
+        stats.add_sums(launch.layers, sums, launch.elements)
+    return result
+
+
+def kernel_for(unit: Unit) -> Any:
+    """The module whose kernel merges a unit on its GPU in one pass; None: torch does, step by step."""
+    if unit.wrapper is None or not _is_on_gpu(unit.bases[0]):
+        return None
+    try:
+        from megatron_sglang.weights import merge_kernel
+    except ImportError:  # no Triton
+        return None
     adapter = unit.wrapper.adapter
-    down, up = _factors(adapter)
-    first, device = unit.bases[0], unit.bases[0].device
-    result = torch.empty((len(unit.bases), *first.shape), dtype=dtype, device=device)
-    weights = torch.as_tensor(shares, dtype=torch.float64, device=device)
-    step = max(1, CHUNK_BYTES // (first.numel() * 4))
+    return merge_kernel if merge_kernel.takes(unit.bases, adapter.linear_in.weight, adapter.linear_out.weight) else None
+
+
+def _is_on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _merge_by_torch(
+    unit: Unit,
+    factors: Factored,
+    result: torch.Tensor,
+    stats: MergeStats | None,
+    shares: Sequence[float] | torch.Tensor,
+) -> None:
+    """Into `result` [n, out, in], in temporaries of `CHUNK_BYTES`."""
+    weights = torch.as_tensor(shares, dtype=torch.float64, device=result.device)
+    step = max(1, CHUNK_BYTES // (unit.bases[0].numel() * 4))
     for start in range(0, len(unit.bases), step):
         some = slice(start, start + step)
-        base = torch.stack([weight.detach() for weight in unit.bases[some]]).float()
+        base = torch.stack(factors.bases[some]).float()
         with full_precision():
-            delta = torch.bmm(up[some].float(), down[some].float()).mul_(adapter.alpha / adapter.dim)
+            delta = torch.bmm(factors.up[some].float(), factors.down[some].float()).mul_(unit.scale)
         whole = base + delta
         result[some] = whole
         if stats is not None:
             stats.add(unit.layer, base, delta, whole, result[some], weights[some])
-    return result
 
 
 @contextlib.contextmanager
@@ -179,14 +245,17 @@ def in_place(bridge: Any, model_chunks: list[torch.nn.Module]) -> Iterator[None]
             wrapper.enable_adapter_layers()
 
 
-def _factors(adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [n, r, in of the shard] and B [n, out of the shard, r], n = 1 but for grouped experts.
+def factored(unit: Unit) -> Factored:
+    """What a unit with an adapter is merged from. Collective over the adapter's TP group.
 
     Megatron shards A by r and B by out for a column-parallel layer, A by in and B by out for a row-parallel one.
     """
+    assert unit.wrapper is not None
+    adapter = unit.wrapper.adapter
+    bases = tuple(weight.detach() for weight in unit.bases)
     down, up = adapter.linear_in.weight.detach(), adapter.linear_out.weight.detach()
     if down.dim() == 3:
-        return down, up
+        return Factored(bases, down, up)
     group = split_group(adapter)
     if group is not None and adapter.input_is_parallel:
         up = _gather_rows(up, group)
@@ -194,7 +263,7 @@ def _factors(adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
         down = _gather_rows(down, group)
         if not adapter.base_linear_is_parallel:  # the router: every rank has the whole weight
             up = _gather_rows(up, group)
-    return down[None], up[None]
+    return Factored(bases, down[None], up[None])
 
 
 def split_group(adapter: Any) -> torch.distributed.ProcessGroup | None:

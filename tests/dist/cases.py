@@ -228,15 +228,19 @@ def run(argv: list[str], kill_at: int | None = None, bad_steps: tuple[int, ...] 
     return ""
 
 
-def direct(hf: str, layout: dict[str, Any], engine_ranks: int, limit: int, hosts: int | None = None) -> dict[str, Any]:
-    """Send to engine ranks that each want a strange rectangle of every tensor; compare with the generic export."""
+def direct(
+    hf: str, layout: dict[str, Any], engine_ranks: int, limit: int, hosts: int | None = None, fused: bool = False
+) -> dict[str, Any]:
+    """Send to engine ranks that each want a strange rectangle of every tensor; compare with the generic export. fused:
+    both merge by the GPU's kernel."""
     from megatron_sglang.digests import digests
     from megatron_sglang.transfer import Box, Place, Region, cut, incoming, make_plan
-    from megatron_sglang.weights import shards
+    from megatron_sglang.weights import merge, shards
     from megatron_sglang.weights.direct import DirectSender
     from megatron_sglang.weights.export import hf_layers
 
     recipe, model, _, _ = set_up(hf, layout)
+    merge._is_on_gpu = lambda _: fused
     randomize(model, 0.2)
     shapes = tensor_shapes(hf)
     mine = shards.of_this_rank(recipe.bridge, model, shapes)
@@ -251,13 +255,17 @@ def direct(hf: str, layout: dict[str, Any], engine_ranks: int, limit: int, hosts
             slots.append(Region(rank, name, box, Place(f"engine.{name}", 0, box.cols, 1)))
     plan = make_plan([shard for part in everyone for shard in part], slots, hosts or len(everyone))
     full = {name: tensor.clone() for layer in hf_layers(recipe.bridge, model) for name, tensor in layer}
-    sender = DirectSender(recipe.bridge, model, cut(plan, limit), torch.float32, hosts)
+    merge._is_on_gpu = lambda _: False
+    by_torch = {name: tensor.clone() for layer in hf_layers(recipe.bridge, model) for name, tensor in layer}
+    off = max(float((full[name] - tensor).abs().max()) for name, tensor in by_torch.items())
+    merge._is_on_gpu = lambda _: fused
+    sender = DirectSender(recipe.bridge, model, cut(plan, limit), torch.float32, shapes, hosts)
     wrong, elements = 0, 0
     rank, ranks = torch.distributed.get_rank(), hosts or len(everyone)
     received: dict[tuple[int, str], torch.Tensor] = {}
     boxes = {(slot.rank, slot.name): slot.box for slot in slots if slot.rank % ranks == rank}
     freed: list[int] = []
-    for delivery in sender.deliveries(freed.append):
+    for delivery in sender.deliveries(freed.append, lambda: False):
         # The buffer two deliveries back is the one that was overwritten, and it was asked for first.
         assert freed == list(range(delivery.index - 1)), (freed, delivery.index)
         at = 0
@@ -278,6 +286,8 @@ def direct(hf: str, layout: dict[str, Any], engine_ranks: int, limit: int, hosts
         wrong += int((received[target, name] != expected).sum())
     return {
         "wrong": wrong,
+        "off": off,
+        "fused": len(sender._fused),
         "elements": elements,
         "wanted": sum(b.size for b in boxes.values()),
         "buckets": len(sender.buckets),
@@ -293,8 +303,9 @@ def shards_of_this_rank(hf: str, layout: dict[str, Any]) -> list[list[Any]]:
     return [row_of(shard) for shard in shards.of_this_rank(recipe.bridge, model, tensor_shapes(hf))]
 
 
-def grouped_merge(experts: int, chunk: int) -> dict[str, Any]:
-    """Grouped experts, which on a CPU no Megatron layer has: a unit made by hand, merged in chunks."""
+def grouped_merge(experts: int, chunk: int, fused: bool = False, to: str = "bfloat16") -> dict[str, Any]:
+    """Grouped experts, which on a CPU no Megatron layer has: a unit made by hand, merged in chunks. fused: by the GPU's
+    kernel."""
     from megatron_sglang.weights import merge
 
     torch.distributed.init_process_group("gloo")
@@ -309,7 +320,9 @@ def grouped_merge(experts: int, chunk: int) -> dict[str, Any]:
     unit = merge.Unit(names, bases, wrapper)
     merge.CHUNK_BYTES = chunk
     stats = merge.MergeStats()
-    found = merge.merged(unit, torch.bfloat16, stats, [1.0] * experts)
+    merge._is_on_gpu = lambda _: fused
+    dtype = getattr(torch, to)
+    found = merge.merged(unit, dtype, stats, [1.0] * experts)
     exact = [
         base.double() + 2.0 * up[expert].bfloat16().double() @ down[expert].bfloat16().double()
         for expert, base in enumerate(bases)
@@ -318,7 +331,8 @@ def grouped_merge(experts: int, chunk: int) -> dict[str, Any]:
     update = torch.stack([whole - base.double() for whole, base in zip(exact, bases, strict=True)])
     lost = torch.stack([whole - got.double() for whole, got in zip(exact, found, strict=True)])
     return {
-        "equal": all(torch.equal(got, whole.float().bfloat16()) for got, whole in zip(found, exact, strict=True)),
+        "equal": all(torch.equal(got, whole.float().to(dtype)) for got, whole in zip(found, exact, strict=True)),
+        "off": max(float((got.double() - whole).abs().max()) for got, whole in zip(found, exact, strict=True)),
         "norm": (fidelity.update_norm, float(update.norm())),
         "loss": (fidelity.cast_loss, float(lost.norm() / update.norm())),
         "changed": fidelity.changed,

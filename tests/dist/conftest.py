@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,6 +19,19 @@ RunRanks = Callable[..., list[Any]]
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
     """`run_ranks(N, "case", **arguments)` -> what the case returned on each rank; AssertionError with tracebacks."""
+    with rank_server(tmp_path_factory) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def run_interpreting_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
+    """The same with Triton's interpreter, which runs GPU kernels on a CPU; it is chosen when Triton is imported."""
+    with rank_server(tmp_path_factory, TRITON_INTERPRET="1") as run:
+        yield run
+
+
+@contextlib.contextmanager
+def rank_server(tmp_path_factory: pytest.TempPathFactory, **environment: str) -> Iterator[RunRanks]:
     log = (tmp_path_factory.mktemp("ranks") / "log.txt").open("w")
     here = str(Path(__file__).parent)  # for the user's modules of these tests, such as letter_reward
     server = subprocess.Popen(
@@ -26,7 +40,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": here},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": here, **environment},
     )
     assert server.stdin is not None
     assert server.stdout is not None

@@ -36,7 +36,7 @@ class NothingToSend:
     dtype = torch.float32
     rounds = range(1)
 
-    def deliveries(self, free: Callable[[int], None]) -> Iterator[Any]:
+    def deliveries(self, free: Callable[[int], None], failed: Callable[[], bool]) -> Iterator[Any]:
         yield from ()
 
     def fidelity(self) -> MergeFidelity:
