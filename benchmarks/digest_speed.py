@@ -20,15 +20,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from megatron_sglang import digests  # noqa: E402
-from megatron_sglang.digest_kernel import mixed_sums  # noqa: E402
+from megatron_sglang import digest_kernel, digests  # noqa: E402
 
 REPEATS = 5
 
 
 def by_kernel(tensors: list[torch.Tensor]) -> list[int]:
-    words = [digests._words(tensor) for tensor in tensors]
-    return mixed_sums(words, [tensor.numel() for tensor in tensors], digests.MIX_1, digests.MIX_2).tolist()
+    return digests._by_kernel(digest_kernel, tensors, look=False)[0].tolist()
 
 
 def by_torch(tensors: list[torch.Tensor]) -> list[int]:

@@ -30,7 +30,7 @@ from megatron_sglang.plan import shapes as model_shapes  # noqa: E402
 from megatron_sglang.plan.command import engine_slots  # noqa: E402
 from megatron_sglang.plan.cost import H200, Figure, Host, predict  # noqa: E402
 from megatron_sglang.plan.trainer import Trainer  # noqa: E402
-from megatron_sglang.plan.update import adapted_sizes, loads_of, merged_of, update_of  # noqa: E402
+from megatron_sglang.plan.update import loads_of, update_of  # noqa: E402
 
 ITEMSIZE, BUCKET_BYTES = 2, 512 << 20
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -40,10 +40,10 @@ NETWORKS = (25e9, 50e9, 100e9)
 
 def planned_group(
     shapes: model_shapes.Shapes, heads: tuple[int, int], slots: list[transfer.Region], ep: int
-) -> tuple[Counter[tuple[int, int]], Counter[int]]:
-    """Bytes by (source, target), and bytes merged by rank, of one expert-parallel group of `ep` ranks."""
+) -> Counter[tuple[int, int]]:
+    """Bytes by (source, target) of one expert-parallel group of `ep` ranks."""
     layers = {int(found[1]) for name in shapes if (found := re.search(r"\.layers\.(\d+)\.", name))}
-    pairs, merged = Counter[tuple[int, int]](), Counter[int]()
+    pairs = Counter[tuple[int, int]]()
     for pattern, times in ((r"(?!.*\.layers\.)", 1), (r".*\.layers\.0\.", len(layers))):
         some = {name: shape for name, shape in shapes.items() if re.match(pattern, name)}
         shards = Trainer(some, heads, Placement(world_size=ep, ep=ep if times > 1 else 1)).shards()
@@ -56,9 +56,7 @@ def planned_group(
         pieces = transfer.make_plan(shards, wanted, machines=[rank // H200.gpus for rank in range(ep)])
         for pair, size in transfer.traffic(pieces, ITEMSIZE).items():
             pairs[pair] += size * times
-        for rank, size in merged_of([pieces], adapted_sizes(shards), ITEMSIZE).items():
-            merged[rank] += size * times
-    return pairs, merged
+    return pairs
 
 
 def curve(folder: Path) -> dict[str, Any]:
@@ -75,8 +73,7 @@ def curve(folder: Path) -> dict[str, Any]:
             if ep not in groups:
                 groups[ep] = planned_group(shapes, heads, slots, ep)
                 print(f"EP {ep} planned", flush=True)
-            pairs, merged = groups[ep]
-            loads = loads_of(pairs, merged, ep, H200.gpus)
+            loads = loads_of(groups[ep], ep, H200.gpus)
             for network in NETWORKS:
                 host: Host = replace(H200, network=Figure(network, "assumed", ""))
                 seconds = predict(loads, whole.buckets, host)

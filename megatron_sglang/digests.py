@@ -11,7 +11,8 @@ duplicated words are noticed. Not a cryptographic hash: it guards against faults
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -35,14 +36,56 @@ def digests(tensors: Iterable[torch.Tensor]) -> list[int]:
 
 def digests_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The same as int64 [len(tensors)] on the tensors' device, in one kernel on a GPU."""
+    if is_on_gpu(tensors[0]) and (kernel := _kernel()) is not None:
+        return _by_kernel(kernel, tensors, look=False)[0]
     words = [_words(tensor) for tensor in tensors]
-    if words[0].is_cuda and (kernel := _kernel()) is not None:
-        return kernel(words, [tensor.numel() for tensor in tensors], MIX_1, MIX_2)
     totals = [part.new_full((), tensor.numel()) for part, tensor in zip(words, tensors, strict=True)]
     for part, total in zip(words, totals, strict=True):
         for start in range(0, part.numel(), CHUNK_WORDS):
             total += _mixed_sum(part[start : start + CHUNK_WORDS], start)
     return torch.stack(totals)
+
+
+def finite_digests(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[bool]]:
+    """Digests of tensors of one device, and which of them hold nothing but finite numbers; waits once. Tensors whose
+    dtype knows no other numbers count as finite, as do those of 8-bit floats."""
+    if is_on_gpu(tensors[0]) and (kernel := _kernel()) is not None:
+        totals, odd = torch.stack(_by_kernel(kernel, tensors, look=True)).tolist()
+        return totals, [not found for found in odd]
+    looked_at = [tensor.dtype.is_floating_point and tensor.element_size() > 1 for tensor in tensors]
+    # NaN passes through both ends; isfinite itself would read and write each tensor several times.
+    finite = [
+        not look or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+        for look, tensor in zip(looked_at, tensors, strict=True)
+    ]
+    return digests(tensors), finite
+
+
+def segments_of(flat: torch.Tensor, lengths: Sequence[int]) -> Any:
+    """`digest_kernel.Segments` for the parts of flat buffers like this one; None: `digests_of` their parts instead."""
+    if not is_on_gpu(flat) or (kernel := _kernel()) is None or flat.data_ptr() % 8:
+        return None
+    if not kernel.Segments.fits(lengths, flat.element_size()):
+        return None
+    return kernel.Segments(lengths, flat.element_size(), (MIX_1, MIX_2), flat.device)
+
+
+def is_on_gpu(tensor: torch.Tensor) -> bool:
+    """Does a kernel of ours run where it is?"""
+    return tensor.is_cuda
+
+
+def _by_kernel(kernel: Any, tensors: Sequence[torch.Tensor], *, look: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    kept, words = [], []
+    for tensor in tensors:
+        if tensor.is_contiguous() and tensor.nbytes and tensor.nbytes % 8 == 0 and tensor.data_ptr() % 8 == 0:
+            words.append((tensor.data_ptr(), tensor.nbytes // 8))
+            continue
+        kept.append(_words(tensor))
+        words.append((kept[-1].data_ptr(), kept[-1].numel()))
+    counts = [tensor.numel() for tensor in tensors]
+    dtypes = [tensor.dtype for tensor in tensors] if look else None
+    return kernel.mixed_sums(words, counts, MIX_1, MIX_2, tensors[0].device, dtypes)
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,10 +104,10 @@ def _mixed_sum(words: torch.Tensor, start: int) -> torch.Tensor:
 
 
 @functools.cache
-def _kernel() -> Callable[[Sequence[torch.Tensor], Sequence[int], int, int], torch.Tensor] | None:
-    """The same sums as one Triton kernel, which reads each word once; None where Triton is missing."""
+def _kernel() -> Any:
+    """The module with the same sums as one Triton kernel, which reads each word once; None where Triton is missing."""
     try:
-        from megatron_sglang.digest_kernel import mixed_sums
+        from megatron_sglang import digest_kernel
     except ImportError:
         return None
-    return mixed_sums
+    return digest_kernel

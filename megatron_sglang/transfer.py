@@ -25,8 +25,11 @@ from megatron_sglang.layout import RankLayout, Write
 SLOTS = 2
 """Receive buffers: the engine reads one while the next bucket is merged and exchanged into the other."""
 
+SENDS = 2
+"""Send buffers: the next bucket is merged into one while the other is exchanged."""
+
 CHUNK_BYTES = 32 << 20
-"""Each of a merge's half dozen fp32 temporaries holds at most this much, or one expert."""
+"""Without a kernel of ours, each of a merge's half dozen fp32 temporaries holds at most this much, or one expert."""
 
 
 @dataclass(frozen=True, slots=True)

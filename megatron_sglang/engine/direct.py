@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from megatron_sglang.copies import Copy
 from megatron_sglang.digests import digests as digests_of
+from megatron_sglang.digests import segments_of
 from megatron_sglang.engine.live_model import refresh, tie_head
 
 
@@ -25,6 +26,29 @@ class Plan:
 
     buckets: tuple[tuple[Copy, ...], ...]
     constants: tuple[tuple[Copy, float], ...]
+    launches: dict[int, _Launches | None] = field(default_factory=dict)
+    """By delivery: what its kernels need, laid out at its first; None: it goes step by step."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Launches:
+    moves: Any
+    """`copy_kernel.Moves`."""
+    segments: Any
+    """`digest_kernel.Segments`."""
+
+
+class Live:
+    """A model's parameters while a version streams in: found once, since that alone takes a millisecond."""
+
+    def __init__(self, model: Any) -> None:
+        self.parameters = _parameters(model)
+        self.numbers = {name: number for number, name in enumerate(self.parameters)}
+        first = next(iter(self.parameters.values()))
+        self.device = first.device
+        found = [parameter.data_ptr() for parameter in self.parameters.values()]
+        self.aligned = all(address % 16 == 0 for address in found)
+        self.addresses = torch.tensor(found, dtype=torch.int64).to(self.device)
 
 
 @torch.no_grad()
@@ -54,22 +78,46 @@ def check(model: Any, message: dict[str, Any]) -> Plan:
 
 
 @torch.no_grad()
-def deliver(model: Any, plan: Plan, index: int, message: dict[str, Any], data: torch.Tensor) -> None:
-    """Write delivery `index`. ValueError if its bytes are not those that were sent, or are not in the parameters."""
+def deliver(live: Live, plan: Plan, index: int, message: dict[str, Any], data: torch.Tensor) -> None:
+    """Write delivery `index`. ValueError if its bytes are not those that were sent, or are not in the parameters.
+
+    Step by step, nothing wrong touches a parameter. With kernels, all four passes are under way before the first digest
+    is read; a parameter that took wrong bytes keeps them until the next version begins, and nothing of it is served.
+    """
     flat = data.view(getattr(torch, message["dtype"]))
     copies = plan.buckets[index]
     lengths, digests = message["lengths"], message["digests"]
     expected = sum(math.prod(copy.sizes) for copy in copies)
     if sum(lengths) != flat.numel() or flat.numel() != expected:
         raise ValueError(f"delivery {index} has {flat.numel()} elements, expected {expected} by plan")
-    _compare(index, flat, lengths, digests, "arrived with")
-    parameters = _parameters(model)
+    if index not in plan.launches:
+        plan.launches[index] = _launches(live, copies, lengths, flat)
+    launches, written = plan.launches[index], torch.empty_like(flat)
+    if launches is not None and live.aligned and flat.data_ptr() % 16 == 0:
+        arrived = launches.segments.digests(flat)
+        launches.moves.write(flat, live.addresses)
+        launches.moves.read(written, live.addresses)
+        arrived_digests, written_digests = torch.stack([arrived, launches.segments.digests(written)]).tolist()
+        _compare(index, arrived_digests, lengths, digests, "arrived with")
+        _compare(index, written_digests, lengths, digests, "reads back from the parameters as")
+        return
+    _compare(index, digests_of(flat.split(lengths)), lengths, digests, "arrived with")
     for copy in copies:
-        copy.of(parameters[copy.tensor]).copy_(copy.of_flat(flat))
-    written = torch.empty_like(flat)
+        copy.of(live.parameters[copy.tensor]).copy_(copy.of_flat(flat))
     for copy in copies:
-        copy.of_flat(written).copy_(copy.of(parameters[copy.tensor]))
-    _compare(index, written, lengths, digests, "reads back from the parameters as")
+        copy.of_flat(written).copy_(copy.of(live.parameters[copy.tensor]))
+    _compare(index, digests_of(written.split(lengths)), lengths, digests, "reads back from the parameters as")
+
+
+def _launches(live: Live, copies: Sequence[Copy], lengths: Sequence[int], flat: torch.Tensor) -> _Launches | None:
+    segments = segments_of(flat, lengths)
+    if segments is None or not copies:
+        return None
+    from megatron_sglang import copy_kernel  # Triton is there: the segments are its too
+
+    if any(live.parameters[copy.tensor].dtype != flat.dtype or not copy_kernel.takes(copy) for copy in copies):
+        return None
+    return _Launches(copy_kernel.Moves(copies, live.numbers, flat.element_size(), flat.device), segments)
 
 
 @torch.no_grad()
@@ -91,8 +139,7 @@ def _copy(row: Sequence[Any]) -> Copy:
     return Copy(tensor, offset, flat, *(tuple(numbers) for numbers in geometry))
 
 
-def _compare(index: int, flat: torch.Tensor, lengths: list[int], digests: list[int], how: str) -> None:
-    found = digests_of(flat.split(lengths))
+def _compare(index: int, found: Sequence[int], lengths: list[int], digests: list[int], how: str) -> None:
     for source, (length, got, sent) in enumerate(zip(lengths, found, digests, strict=True)):
         if length and got != sent:
             raise ValueError(f"delivery {index}, part of trainer rank {source}, {how} digest {got:#x}, sent {sent:#x}")

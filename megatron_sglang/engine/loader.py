@@ -39,7 +39,7 @@ import torch
 
 from megatron_sglang import weight_folder
 from megatron_sglang.buckets import Bucket
-from megatron_sglang.digests import digest, digests
+from megatron_sglang.digests import digest, finite_digests
 from megatron_sglang.engine import adapters, direct, line, merge_on_engine, process_group, seeded_min_p
 from megatron_sglang.engine.live_model import floating, poison, tie_head
 from megatron_sglang.engine.options import MAILBOX_VARIABLE
@@ -249,7 +249,7 @@ def _stream(model: Any, session: _Session, message: dict[str, Any]) -> None:
     if plan is None:
         raise ValueError("a stream was opened before any plan")
     session.direct = True
-    device = next(model.parameters()).device
+    live = direct.Live(model)
 
     def deliver(header: dict[str, Any], data: torch.Tensor) -> None:
         if (header["version"], header["index"]) != (session.version, session.buckets):
@@ -257,26 +257,23 @@ def _stream(model: Any, session: _Session, message: dict[str, Any]) -> None:
                 f"got delivery {header['index']} of version {header['version']}, expected {session.buckets} of version "
                 f"{session.version}: one was dropped, repeated or reordered"
             )
-        direct.deliver(model, plan, session.buckets, header, data)
+        direct.deliver(live, plan, session.buckets, header, data)
         if data.is_cuda:
             torch.cuda.synchronize(data.device)
         session.buckets += 1
 
-    line.receive(message, device, deliver)
+    line.receive(message, live.device, deliver)
 
 
 @torch.no_grad()
 def _digests(model: Any) -> dict[str, str]:
     """Of every parameter of this rank; refuses a model that holds anything but finite numbers."""
-    parameters = dict(model.named_parameters())
-    if filled := [(name, parameter) for name, parameter in floating(model) if parameter.numel()]:
-        # NaN passes through both ends; isfinite itself would read and write each parameter several times.
-        ends = torch.stack([end for _, parameter in filled for end in parameter.aminmax()])
-        finite = ends.isfinite().view(-1, 2).all(1).tolist()
-        unfilled = [name for (name, _), good in zip(filled, finite, strict=True) if not good]
-        if unfilled:
-            raise ValueError(f"{len(unfilled)} parameters are unfilled or hold NaN or infinity: {_names(unfilled)}")
-    found = digests(parameters.values())
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    if not parameters:
+        return {}
+    found, finite = finite_digests(list(parameters.values()))
+    if unfilled := [name for name, good in zip(parameters, finite, strict=True) if not good]:
+        raise ValueError(f"{len(unfilled)} parameters are unfilled or hold NaN or infinity: {_names(unfilled)}")
     return {name: f"{number % 2**64:016x}" for name, number in zip(parameters, found, strict=True)}
 
 

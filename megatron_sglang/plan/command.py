@@ -122,9 +122,8 @@ def as_text(placement: Placement, update: Update) -> Iterator[str]:
     memory = update.memory[rank]
     yield from ("", "# peak extra memory")
     yield (
-        f"rank {rank}: {_mb(memory.total)} MB = send buffer {_mb(memory.send)} + two receive buffers "
-        f"{_mb(memory.receive)} + merged weights {_mb(memory.merged)} + fp32 temporaries of a merge "
-        f"{_mb(memory.temporaries)} + the engine's reading back {_mb(memory.read_back)}"
+        f"rank {rank}: {_mb(memory.total)} MB = two send buffers {_mb(memory.send)} + two receive buffers "
+        f"{_mb(memory.receive)} + the engine's reading back {_mb(memory.read_back)}"
     )
     yield from ("", f"# predicted seconds of one update on {H200.name}")
     for name, figure in figures().items():

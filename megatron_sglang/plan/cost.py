@@ -1,6 +1,6 @@
 """How long one weight update takes, from bytes and measured rates. Pure.
 
-    seconds = max over ranks of (merged / merge + sent / link + received / copy + digested / digest)
+    seconds = max over ranks of (merged / merge + sent / link + 2 received / copy + digested / digest)
             + buckets x hand_over + fixed
 
 All terms of a rank are added: nothing is supposed to overlap. Bytes are those of the engine's dtype.
@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
+
+COPIES = 2
+"""Into the engine's parameters, and out of them to be read back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Host:
     network: Figure
     """Between machines."""
     copy: Figure
-    """From the received buffer into the engine's parameters."""
+    """From the received buffer into the engine's parameters, or back."""
     digest: Figure
     """One digest of the bytes."""
     hand_over: Figure
@@ -46,48 +49,33 @@ class Host:
     """Messages of an update that do not depend on its size."""
 
 
-MERGE_PACK_EXCHANGE_S, EXPERT_BYTES, RANKS = 0.072, 48 * 128 * 3 * 768 * 2048 * 2, 8
-LINK = 287e9
-_LEAVES = EXPERT_BYTES / RANKS * (RANKS - 1) / RANKS
-_MERGE = EXPERT_BYTES / RANKS / (MERGE_PACK_EXCHANGE_S - _LEAVES / LINK)
-HAND_OVERS, HAND_OVERS_S = 12, 0.129
+SENT, LEAVES = 7.681e9, 6.342e9
+"""Bytes that a rank merges, and that leave its GPU, in the measured update: Qwen3-30B-A3B, EP 8, engine TP 8, bf16."""
+MERGE_S, DIGEST_S, LIMIT_S = 0.01633, 0.00298, 0.01977
+FEW, FEW_S, MANY, MANY_S = 17, 0.2346, 49, 0.3493
+"""Buckets and seconds of the whole update, with buckets of 512 MiB and of 170 MB."""
 _STREAM = 4.8e12 / 2
 """Half of the memory bandwidth that NVIDIA specifies for an H200."""
+_HAND_OVER = (MANY_S - FEW_S) / (MANY - FEW)
+_RATES_S = MERGE_S + LIMIT_S + COPIES * SENT / _STREAM + 3 * DIGEST_S
+_RUN = "benchmarks/results/sync_h200_8.json"
 
 H200 = Host(
     name="8 x H200, NVLink",
     gpus=8,
-    merge=Figure(
-        _MERGE,
-        "derived",
-        "merge, pack and all-to-all of Qwen3-30B-A3B's experts (58 GB, LoRA 32, 8 GPUs) measured together as "
-        "0.072 s, less what the all-to-all needs",
-    ),
-    link=Figure(LINK, "measured", "all-to-all on 8 GPUs, bytes that leave a GPU"),
+    merge=Figure(SENT / MERGE_S, "measured", f"the merging kernel's time on rank 0 in {_RUN}"),
+    link=Figure(LEAVES / LIMIT_S, "measured", f"all_to_all of the same bytes and nothing else in {_RUN}"),
     network=Figure(50e9, "assumed", "one 400 Gb/s adapter for each GPU, at its nominal rate"),
     copy=Figure(
         _STREAM, "assumed", "half of the specified memory bandwidth of 4.8 TB/s, since a byte is read and written"
     ),
-    digest=Figure(
-        _STREAM,
-        "assumed",
-        "as the copy, for one kernel that reads each word once (SGLang's own checksum of all parameters took "
-        "0.09 s for 7.6 GB a GPU, which is 85 GB/s)",
-    ),
-    hand_over=Figure(
-        HAND_OVERS_S / HAND_OVERS - EXPERT_BYTES / RANKS / HAND_OVERS / _STREAM,
-        "derived",
-        "12 hand-overs of 0.6 GB a rank measured as 0.129 s, less the copy; the prototype's, over HTTP: the product's "
-        "line (engine/line.py) asks no HTTP message of a bucket, and has not been timed on GPUs",
-    ),
-    fixed=Figure(
-        0.07 - HAND_OVERS_S / HAND_OVERS,
-        "derived",
-        "an update of a 1 M parameter model on 2 GPUs measured as 0.07 s, less one hand-over",
-    ),
+    digest=Figure(SENT / DIGEST_S, "measured", f"the digest kernel's time on rank 0 in {_RUN}"),
+    hand_over=Figure(_HAND_OVER, "derived", f"{MANY} buckets took {MANY_S} s and {FEW} took {FEW_S} s in {_RUN}"),
+    fixed=Figure(FEW_S - FEW * _HAND_OVER - _RATES_S, "derived", f"what the other figures leave of {FEW_S} s"),
 )
-"""From two sets of runs on H200s. The merge, link and hand-over rates are those of a prototype of the direct path with
-stock SGLang 0.5.17; the product itself has not been timed at this size."""
+"""From one run of the product. Since then an engine rank copies and digests a delivery in single launches, looks for
+its parameters once a version instead of once a delivery, and checks all of them in one launch; the trainer starts on
+the next bucket before it waits. So hand-over and fixed should have shrunk; no GPU has run that yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +129,6 @@ def _of_rank(load: Load, host: Host) -> dict[str, float]:
         "merge": load.merged / host.merge.value,
         "link": load.sent / host.link.value,
         "network": load.sent_far / host.network.value,
-        "copy": load.received / host.copy.value,
+        "copy": COPIES * load.received / host.copy.value,
         "digest": load.digested / host.digest.value,
     }

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from megatron_sglang import transfer
 from megatron_sglang.copies import Copy, fold
-from megatron_sglang.digests import digests_of
-from megatron_sglang.transfer import SLOTS, Piece
+from megatron_sglang.digests import digests_of, segments_of
+from megatron_sglang.transfer import SENDS, SLOTS, Piece
 from megatron_sglang.types import MergeFidelity
 from megatron_sglang.weights.merge import MergeStats, Unit, factored, kernel_for, merged, units_of
 
@@ -96,6 +96,8 @@ class DirectSender:
         self._times = _times(buckets, shapes)
         self._kernel, self._fused = self._fusable()
         self._parts = [self._part(bucket) for bucket in buckets]
+        self._segments: dict[tuple[int, int], Any] = {}
+        """By bucket and round, laid out at the first version: the parts of what is sent; None: digested one by one."""
 
     @torch.no_grad()
     def deliveries(self, free: Callable[[int], None], failed: Callable[[], bool]) -> Iterator[Delivery]:
@@ -105,26 +107,27 @@ class DirectSender:
         failed: has this rank an error? Each exchange carries the answer, and all ranks end after the same one.
         """
         self.stats = MergeStats()
-        send = self._buffer(max(part.sent(len(self.rounds)) for part in self._parts))
+        largest = max(part.sent(len(self.rounds)) for part in self._parts)
+        sends = [self._buffer(largest) for _ in range(min(SENDS, len(self._parts)))]
         slots = [
             [self._buffer(max(sum(part.receive_sizes[number]) for part in self._parts)) for _ in range(SLOTS)]
             for number in self.rounds
         ]
         counted: set[int] = set()
         kept: dict[int, torch.Tensor] = {}
-        for index, part in enumerate(self._parts):
-            later = self._parts[index + 1].units if index + 1 < len(self._parts) else {}
-            for number, copies in part.units.items():
-                weights = kept.pop(number) if number in kept else self._merge(number, counted)
-                for copy in copies:
-                    copy.of_flat(send).copy_(copy.of(weights))
-                if number in later:
-                    kept[number] = weights
-            self._merge_fused(part, send)
+        self._merge_part(0, sends[0], counted, kept)
+        for index in range(len(self._parts)):
             if index >= SLOTS:
                 free(index - SLOTS)
-            for number in self.rounds:
-                delivery = self._exchange(index, number, send, slots[number][index % SLOTS], failed())
+            under_way = [
+                self._exchange(index, number, sends[index % SENDS], slots[number][index % SLOTS], failed())
+                for number in self.rounds
+            ]
+            # A GPU is given its next work before this one's digests are waited for.
+            if index + 1 < len(self._parts):
+                self._merge_part(index + 1, sends[(index + 1) % SENDS], counted, kept)
+            for exchange in under_way:
+                delivery = exchange.delivery()
                 if delivery is None:
                     return
                 yield delivery
@@ -205,10 +208,19 @@ class DirectSender:
             flat += piece.size
         return self._kernel.Launch(jobs, self._device) if jobs else None
 
-    def _merge_fused(self, part: _Part, send: torch.Tensor) -> None:
-        weights = [factored(self._units[number]) for number in part.fused]
+    def _merge_part(self, index: int, send: torch.Tensor, counted: set[int], kept: dict[int, torch.Tensor]) -> None:
+        """Fill the send buffer. kept: merged weights of the part before that are needed again."""
+        part = self._parts[index]
+        later = self._parts[index + 1].units if index + 1 < len(self._parts) else {}
+        for number, copies in part.units.items():
+            weights = kept.pop(number) if number in kept else self._merge(number, counted)
+            for copy in copies:
+                copy.of_flat(send).copy_(copy.of(weights))
+            if number in later:
+                kept[number] = weights
+        factors = [factored(self._units[number]) for number in part.fused]
         if part.launch is not None:
-            sums = part.launch.run(weights, send)
+            sums = part.launch.run(factors, send)
             self.stats.add_sums(part.launch.layers, sums, part.launch.elements)
 
     def _target(self, number: int, rank: int) -> int:
@@ -221,24 +233,48 @@ class DirectSender:
         counted.add(number)
         return merged(self._units[number], self.dtype, stats, self._shares[number]).contiguous().view(-1)
 
-    def _exchange(
-        self, index: int, number: int, send: torch.Tensor, memory: torch.Tensor, failed: bool
-    ) -> Delivery | None:
-        """None on all ranks where one has failed."""
+    def _exchange(self, index: int, number: int, send: torch.Tensor, memory: torch.Tensor, failed: bool) -> _Exchange:
         part = self._parts[index]
         send_sizes, receive_sizes = part.send_sizes[number], part.receive_sizes[number]
         outgoing, incoming = send[part.sent(number) : part.sent(number + 1)], memory[: sum(receive_sizes)]
         dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes)
-        digests = digests_of(outgoing.split(send_sizes))
+        key = index, number
+        if key not in self._segments:
+            self._segments[key] = segments_of(outgoing, send_sizes)
+        segments = self._segments[key]
+        digests = segments.digests(outgoing) if segments is not None else digests_of(outgoing.split(send_sizes))
         told = torch.stack([digests, torch.full_like(digests, int(failed))], dim=1)
         heard = torch.empty_like(told)
         dist.all_to_all_single(heard, told)
-        # Reading the digests waits for everything before them: the delivery is complete on its device.
-        digests, failures = zip(*heard.tolist(), strict=True)
-        if any(failures):
-            return None
-        target = self._target(number, self.rank)
-        return Delivery(target, index, index % SLOTS, memory, incoming, tuple(receive_sizes), digests)
+        place = (self._target(number, self.rank), index, index % SLOTS)
+        return _Exchange(place, memory, incoming, tuple(receive_sizes), heard)
+
+
+class _Exchange:
+    """All-to-alls under way. heard: [ranks, 2] int64, the digest of each rank's segment and whether the rank failed."""
+
+    def __init__(
+        self,
+        place: tuple[int, int, int],
+        memory: torch.Tensor,
+        data: torch.Tensor,
+        lengths: tuple[int, ...],
+        heard: torch.Tensor,
+    ) -> None:
+        self._place, self._memory, self._data, self._lengths = place, memory, data, lengths
+        self._heard, self._done = heard, None
+        if heard.is_cuda:
+            self._heard = torch.empty(heard.shape, dtype=heard.dtype, pin_memory=True)
+            self._heard.copy_(heard, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def delivery(self) -> Delivery | None:
+        """Waits until it is complete on its device. None on all ranks where one has failed."""
+        if self._done is not None:
+            self._done.synchronize()
+        digests, failures = zip(*self._heard.tolist(), strict=True)
+        return None if any(failures) else Delivery(*self._place, self._memory, self._data, self._lengths, digests)
 
 
 def _times(buckets: Iterable[Iterable[Piece]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from megatron_sglang.weights.factored import Factored
 
-ROWS, COLS = 64, 128
+ROWS, COLS = 128, 128
 """Of the tile that one program merges."""
 
 LANES = 32

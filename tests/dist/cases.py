@@ -233,14 +233,14 @@ def direct(
 ) -> dict[str, Any]:
     """Send to engine ranks that each want a strange rectangle of every tensor; compare with the generic export. fused:
     both merge by the GPU's kernel."""
-    from megatron_sglang.digests import digests
+    from megatron_sglang import digests
     from megatron_sglang.transfer import Box, Place, Region, cut, incoming, make_plan
     from megatron_sglang.weights import merge, shards
     from megatron_sglang.weights.direct import DirectSender
     from megatron_sglang.weights.export import hf_layers
 
     recipe, model, _, _ = set_up(hf, layout)
-    merge._is_on_gpu = lambda _: fused
+    merge._is_on_gpu = digests.is_on_gpu = lambda _: fused
     randomize(model, 0.2)
     shapes = tensor_shapes(hf)
     mine = shards.of_this_rank(recipe.bridge, model, shapes)
@@ -278,7 +278,9 @@ def direct(
             view.copy_(delivery.data[at : at + piece.size].view(piece.rows, piece.cols))
             at += piece.size
         assert at == delivery.data.numel()
-        assert tuple(digests(delivery.data.split(delivery.lengths))) == delivery.digests
+        found = digests.digests(delivery.data.split(delivery.lengths))
+        both = zip(delivery.lengths, found, delivery.digests, strict=True)
+        assert all(got == sent for length, got, sent in both if length)
         elements += at
     for (target, name), box in boxes.items():
         whole = full[name] if full[name].dim() == 2 else full[name][:, None]
@@ -288,6 +290,7 @@ def direct(
         "wrong": wrong,
         "off": off,
         "fused": len(sender._fused),
+        "in_segments": sum(found is not None for found in sender._segments.values()),
         "elements": elements,
         "wanted": sum(b.size for b in boxes.values()),
         "buckets": len(sender.buckets),
@@ -301,43 +304,6 @@ def shards_of_this_rank(hf: str, layout: dict[str, Any]) -> list[list[Any]]:
 
     recipe, model, _, _ = set_up(hf, layout)
     return [row_of(shard) for shard in shards.of_this_rank(recipe.bridge, model, tensor_shapes(hf))]
-
-
-def grouped_merge(experts: int, chunk: int, fused: bool = False, to: str = "bfloat16") -> dict[str, Any]:
-    """Grouped experts, which on a CPU no Megatron layer has: a unit made by hand, merged in chunks. fused: by the GPU's
-    kernel."""
-    from megatron_sglang.weights import merge
-
-    torch.distributed.init_process_group("gloo")
-    torch.manual_seed(3)
-    rank, rows, cols = 4, 6, 10
-    down, up = torch.randn(experts, rank, cols), torch.randn(experts, rows, rank)
-    linear_in, linear_out = (types.SimpleNamespace(weight=factor.bfloat16()) for factor in (down, up))
-    adapter = types.SimpleNamespace(alpha=8, dim=rank, linear_in=linear_in, linear_out=linear_out)
-    bases = tuple(torch.randn(rows, cols).bfloat16() for _ in range(experts))
-    names = tuple(f"decoder.layers.1.mlp.experts.linear_fc1.weight{expert}" for expert in range(experts))
-    wrapper: Any = types.SimpleNamespace(adapter=adapter)
-    unit = merge.Unit(names, bases, wrapper)
-    merge.CHUNK_BYTES = chunk
-    stats = merge.MergeStats()
-    merge._is_on_gpu = lambda _: fused
-    dtype = getattr(torch, to)
-    found = merge.merged(unit, dtype, stats, [1.0] * experts)
-    exact = [
-        base.double() + 2.0 * up[expert].bfloat16().double() @ down[expert].bfloat16().double()
-        for expert, base in enumerate(bases)
-    ]
-    fidelity = stats.fidelity()
-    update = torch.stack([whole - base.double() for whole, base in zip(exact, bases, strict=True)])
-    lost = torch.stack([whole - got.double() for whole, got in zip(exact, found, strict=True)])
-    return {
-        "equal": all(torch.equal(got, whole.float().to(dtype)) for got, whole in zip(found, exact, strict=True)),
-        "off": max(float((got.double() - whole).abs().max()) for got, whole in zip(found, exact, strict=True)),
-        "norm": (fidelity.update_norm, float(update.norm())),
-        "loss": (fidelity.cast_loss, float(lost.norm() / update.norm())),
-        "changed": fidelity.changed,
-        "layers": {str(layer): list(numbers) for layer, numbers in fidelity.layers.items()},
-    }
 
 
 def merged_in_place(hf: str, layout: dict[str, Any]) -> dict[str, Any]:
@@ -374,38 +340,3 @@ def drawn_weights(hf: str, layout: dict[str, Any]) -> dict[str, Any]:
     recipe, model, _, _ = set_up(hf, layout, random_weights=True)
     drawn = {name: digest(weight) for name, weight in model[0].named_parameters() if ".adapter." not in name}
     return {"drawn": drawn, "exported": sorted(name for layer in hf_layers(recipe.bridge, model) for name, _ in layer)}
-
-
-def mixed_merge(experts: int) -> dict[str, Any]:
-    """Tasks of two grouped layers in Bridge's order, which goes by expert first: how often is each layer merged?"""
-    import dataclasses
-
-    from megatron_sglang.weights import export, merge
-
-    torch.distributed.init_process_group("gloo")
-    torch.manual_seed(3)
-
-    @dataclasses.dataclass
-    class Task:
-        global_param_name: str
-        param_weight: torch.Tensor
-
-    units = []
-    for layer in ("linear_fc1", "linear_fc2"):
-        factors = (torch.randn(experts, 2, 10), torch.randn(experts, 6, 2))
-        linear_in, linear_out = (types.SimpleNamespace(weight=factor) for factor in factors)
-        adapter = types.SimpleNamespace(alpha=4, dim=2, linear_in=linear_in, linear_out=linear_out)
-        names = tuple(f"decoder.layers.0.mlp.experts.{layer}.weight{expert}" for expert in range(experts))
-        wrapper: Any = types.SimpleNamespace(adapter=adapter)
-        units.append(merge.Unit(names, tuple(torch.randn(6, 10) for _ in names), wrapper))
-    tasks = [Task(unit.names[expert], unit.bases[expert]) for expert in range(experts) for unit in units]
-    expected = {
-        name: weight
-        for unit in units
-        for name, weight in zip(unit.names, merge.merged(unit, torch.float32, None, [1.0] * experts), strict=True)
-    }
-    merged, made = export.merged, []
-    export.merged = lambda unit, *rest: made.append(unit.names[0]) or merged(unit, *rest)
-    merge.Unit.replicas = property(lambda _: 1)  # type: ignore[assignment]
-    found = {task.global_param_name: task.param_weight for task in export._with_merged(tasks, units, None, None)}
-    return {"made": made, "equal": all(torch.equal(found[name], expected[name]) for name in expected)}

@@ -166,7 +166,7 @@ def test_weights_merged_for_a_while_are_the_model(run_ranks, name):
 @pytest.mark.parametrize("chunk", [1, 500, 1 << 20])
 def test_grouped_experts_are_merged_in_one_go(run_ranks, chunk):
     """As GPUs do it: all experts of a layer together, in temporaries of bounded size, and what the cast lost."""
-    found = run_ranks(1, "grouped_merge", experts=5, chunk=chunk)[0]
+    found = run_ranks(1, "cases_merge.grouped_merge", experts=5, chunk=chunk)[0]
     assert found["equal"]
     for name in ("norm", "loss"):
         assert math.isclose(*found[name], rel_tol=1e-5), found
@@ -178,6 +178,6 @@ def test_grouped_experts_are_merged_in_one_go(run_ranks, chunk):
 
 def test_a_layer_of_grouped_experts_is_merged_once_for_a_file(run_ranks):
     """Bridge exports expert after expert, fc1 and fc2 in turn; merging anew at each turn would be 16 times the work."""
-    found = run_ranks(1, "mixed_merge", experts=4)[0]
+    found = run_ranks(1, "cases_merge.mixed_merge", experts=4)[0]
     assert len(found["made"]) == 2, found
     assert found["equal"]

@@ -18,7 +18,7 @@ import json, sys
 import torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_sglang import digest_kernel
+from megatron_sglang import copy_kernel, digest_kernel
 from megatron_sglang.weights import merge_kernel
 
 def loads(kernel, arguments, constants, aligned):
@@ -37,8 +37,14 @@ for dtype in (tl.bfloat16, tl.float32):
         constants = {"WEIGHT": dtype, "FACTOR": dtype, "PRECISION": "ieee", "WIDEN": False, "ALIGNED": aligned, **sizes}
         out = {"out": "*bf16" if dtype == tl.bfloat16 else "*fp32"}
         found.append(loads(merge_kernel._merge, arguments | out, constants, aligned))
-totals = {"table": "*i64", "owner": "*i64", "totals": "*i64", "tensors": "i32", "mix_1": "i64", "mix_2": "i64"}
-loads(digest_kernel._sums, totals, {"BLOCK": digest_kernel.BLOCK}, False)
+sums = {"table": "*i64", "owner": "*i32", "totals": "*i64", "odd": "*i64", "base": "i64", "tensors": "i32",
+        "mix_1": "i64", "mix_2": "i64"}
+for look in (False, True):
+    loads(digest_kernel._sums, sums, {"BLOCK": digest_kernel.BLOCK, "LOOK": look}, False)
+moves = {"addresses": "*i64", "table": "*i64", "owner": "*i32", "flat": "*i16", "copies": "i32"}
+for back in (False, True):
+    constants = {"BACK": back, "ALIGNED": True, "ROWS": copy_kernel.ROWS, "COLS": copy_kernel.COLS}
+    found.append(loads(copy_kernel._move, moves, constants, True))
 json.dump([["st.global.v4" in ptx, "ld.global.v4" in ptx, "wgmma" in ptx] for ptx in found], sys.stdout)
 """
 
@@ -47,10 +53,11 @@ def test_kernels_compile_for_an_h200() -> None:
     """Without one: what the interpreter runs need not compile. Aligned, 16 bytes go at a time."""
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    plain, aligned, _, aligned_fp32 = json.loads(done.stdout)
+    plain, aligned, _, aligned_fp32, written, read = json.loads(done.stdout)
     assert plain == [False, False, True]
     assert aligned == [True, True, True]
     assert aligned_fp32 == [True, True, False], "no TF32"
+    assert written == read == [True, True, False]
 
 
 @pytest.mark.parametrize("name", ["ep2", "tp2"])
@@ -60,6 +67,7 @@ def test_the_direct_path_sends_what_the_generic_path_exports(run_interpreting_ra
     arguments = {"engine_ranks": 2, "limit": 100_000, "fused": True, "timeout_s": 300}
     for result in run_interpreting_ranks(2, "direct", hf=HF, layout=layout, **arguments):
         assert result["fused"] > 0
+        assert result["in_segments"] > 0
         assert result["wrong"] == 0
         assert result["elements"] == result["wanted"]
         assert 0 <= result["off"] < 1e-6
@@ -67,7 +75,7 @@ def test_the_direct_path_sends_what_the_generic_path_exports(run_interpreting_ra
 
 def test_the_report_is_exact(run_interpreting_ranks) -> None:
     """Norm of the update and share of changed elements, of five weights at once."""
-    found = run_interpreting_ranks(1, "grouped_merge", experts=5, chunk=1, fused=True, to="float32")[0]
+    found = run_interpreting_ranks(1, "cases_merge.grouped_merge", experts=5, chunk=1, fused=True, to="float32")[0]
     assert found["off"] < 1e-6
     assert found["norm"][0] == pytest.approx(found["norm"][1], rel=1e-6)
     assert found["loss"][0] == 0.0, "in fp32 the cast loses nothing"
@@ -77,6 +85,6 @@ def test_the_report_is_exact(run_interpreting_ranks) -> None:
 
 def test_the_report_counts_what_the_cast_loses(run_interpreting_ranks) -> None:
     """The interpreter's cast to bfloat16 cuts where a GPU rounds: it loses up to twice as much."""
-    found = run_interpreting_ranks(1, "grouped_merge", experts=5, chunk=1, fused=True)[0]
+    found = run_interpreting_ranks(1, "cases_merge.grouped_merge", experts=5, chunk=1, fused=True)[0]
     reported, exact = found["loss"]
     assert reported == pytest.approx(exact, rel=1e-4)

@@ -39,7 +39,7 @@ def message(flat: torch.Tensor, lengths: list[int]) -> dict[str, Any]:
 def test_rectangles_padding_and_derived_state_are_written() -> None:
     """A segment of each source, in order; what nobody sends is filled in by the engine."""
     model, flat = Model(), torch.arange(1.0, 10.0)
-    direct.deliver(model, plan(), 0, message(flat, [3, 6, 0]), flat.view(torch.uint8))
+    direct.deliver(direct.Live(model), plan(), 0, message(flat, [3, 6, 0]), flat.view(torch.uint8))
     direct.finish(model, plan())
     assert torch.equal(model.fused, torch.tensor([[1.0, 2, 3], [4, 5, 6], [7, 8, 9], [0, 0, 0]]))
     assert torch.equal(model.doubled, torch.tensor([24.0, 30.0, 36.0]))
@@ -51,7 +51,7 @@ def test_changed_bytes_touch_no_parameter() -> None:
     sent = message(flat, [9])
     flat[4] = -5.0
     with pytest.raises(ValueError, match=r"delivery 0, part of trainer rank 0, arrived with digest"):
-        direct.deliver(model, plan(), 0, sent, flat.view(torch.uint8))
+        direct.deliver(direct.Live(model), plan(), 0, sent, flat.view(torch.uint8))
     assert model.fused.isnan().all()
 
 
@@ -60,7 +60,7 @@ def test_a_parameter_that_does_not_keep_the_bytes_is_noticed() -> None:
     model, flat = Model(), torch.arange(1.0, 10.0) / 3
     model.fused.data = model.fused.data.bfloat16()
     with pytest.raises(ValueError, match=r"reads back from the parameters as digest"):
-        direct.deliver(model, plan(), 0, message(flat, [9]), flat.view(torch.uint8))
+        direct.deliver(direct.Live(model), plan(), 0, message(flat, [9]), flat.view(torch.uint8))
 
 
 @pytest.mark.parametrize(
