@@ -226,8 +226,7 @@ class ExternalEngine(HttpEngine):
         assert self._updating is not None, "begin_update() first"
         assert self._stock is not None, "an engine with our loader reads folders by the method `disk`"
         with self._failing_as(f"weight version {self._updating}, {folder}"):
-            stock.load_from_disk(self._connected, folder, self.options.update_timeout_s)
-            self._stock.tie_from(Path(folder))
+            self._stock.read(Path(folder))
 
     def commit_update(self, version: int, buckets: int) -> str:
         """Of an engine with our loader its digest; else what SGLang's /weights_checker says, where it does."""

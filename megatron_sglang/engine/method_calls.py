@@ -12,17 +12,15 @@ All of it raises `WeightSyncError` and leaves the engine stale where a step fail
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_sglang.buckets import Bucket
 from megatron_sglang.engine import wire
+from megatron_sglang.engine.external import ExternalEngine
 from megatron_sglang.engine.group import EngineGroup
-from megatron_sglang.engine.http import Http
 from megatron_sglang.engine.http_engine import HttpEngine
-from megatron_sglang.engine.options import LOADER
 from megatron_sglang.errors import WeightSyncError
 
 
@@ -35,9 +33,18 @@ class MethodCalls:
     # ---- folders ----
 
     def load_folder(self, version: int, folder: str, manifest: str) -> None:
-        """Every engine rank reads every bucket of a `weight_folder` itself. manifest: SHA-256 of its manifest."""
-        message = {"command": "disk", "version": version, "folder": str(Path(folder).resolve()), "manifest": manifest}
-        self._each(lambda one: _ask(one, one._in_update(version, "folder"), message))
+        """Every engine rank reads every bucket of a `weight_folder` itself; an engine without our loader reads it by
+        SGLang's route. manifest: SHA-256 of its manifest."""
+        where = str(Path(folder).resolve())
+        message = {"command": "disk", "version": version, "folder": where, "manifest": manifest}
+
+        def load(one: HttpEngine) -> None:
+            if isinstance(one, ExternalEngine) and one.unproved:
+                one.load_from_disk(where)
+            else:
+                _ask(one, one._in_update(version, "folder"), message)
+
+        self._each(load)
 
     def serve_folder(self, folder: str) -> str:
         """Start the engine anew on a model folder, by SGLang's own loader; the digest of what it then holds.
@@ -173,25 +180,6 @@ class MethodCalls:
             self.engine.fail_update(reason)
             raise WeightSyncError(reason)
         return digests[0]
-
-
-def update_from_disk(http: Http, folder: Path, version: int, timeout_s: float) -> None:
-    """A `weight_folder` into an engine without our loader, by SGLang's own reader; running requests are aborted.
-
-    SGLang refuses a tensor that it does not know; that one was missing or changed it does not notice. `WeightSyncError`
-    if the engine does not report the version afterwards, or if it would leave a tied head as it was.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("tie_word_embeddings") and any("Moe" in name for name in config.get("architectures", ())):
-        raise WeightSyncError(
-            f"{folder}: SGLang's MoE models keep a head of their own though tie_word_embeddings is set, and its disk "
-            f"route does not fill it; launch the engine with our loader (--custom-weight-loader {LOADER})"
-        )
-    body = {"model_path": str(folder.resolve()), "load_format": "auto", "weight_version": str(version)}
-    http.post("/update_weights_from_disk", body | {"flush_cache": True, "abort_all_requests": True}, timeout_s)
-    found = http.get("/model_info", timeout_s).json().get("weight_version")
-    if found != str(version):
-        raise WeightSyncError(f"the engine reports weight version {found}, expected {version}; publish again")
 
 
 def _ask(

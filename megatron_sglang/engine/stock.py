@@ -74,9 +74,16 @@ class StockUpdate:
             self._give({HEAD: self._embedding})
         self._embedding = None
 
-    def tie_from(self, folder: Path) -> None:
-        """After SGLang has read `folder` itself: `commit` sends its embedding as the head, if it has none."""
+    def read(self, folder: Path) -> None:
+        """All buckets at once, by SGLang's own reader of HF folders, also where it began with random weights.
+
+        SGLang says so if a name is unknown to it, not if one is missing. `commit` sends the embedding as the head where
+        the folder has none.
+        """
+        body = {"model_path": str(folder), "load_format": "auto", "flush_cache": False}
+        self._http.post("/update_weights_from_disk", body, self._timeout_s)
         for path in folder.glob("*.safetensors"):
+            self._buckets += 1
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
                 self._has_head |= HEAD in names
@@ -151,13 +158,6 @@ class StockUpdate:
             raise
         if failure is not None:
             raise WeightSyncError(f"broadcast: {failure}; see the engine's log") from failure
-
-
-def load_from_disk(http: Http, folder: str, timeout_s: float) -> None:
-    """An HF folder, by SGLang's own reader, also of an engine that began with random weights. It says so if a name is
-    unknown to it, not if one is missing."""
-    body = {"model_path": folder, "load_format": "auto", "flush_cache": False}
-    http.post("/update_weights_from_disk", body, timeout_s)
 
 
 def checksum(http: Http, timeout_s: float) -> str:

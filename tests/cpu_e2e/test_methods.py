@@ -18,7 +18,7 @@ from tiny_models import make_model
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.engine import create_engine
 from megatron_sglang.engine.lora_options import lora_server_args
-from megatron_sglang.engine.method_calls import MethodCalls, update_from_disk
+from megatron_sglang.engine.method_calls import MethodCalls
 from megatron_sglang.errors import EngineStaleError, WeightSyncError
 from megatron_sglang.sync import GenericPath, publish
 from megatron_sglang.sync_methods import AdapterPath, DiskPath, MergeOnEnginePath, RestartPath
@@ -360,19 +360,3 @@ def test_an_engine_that_is_started_on_a_folder_holds_the_bits_of_buckets(
             engine.generate(REQUESTS)
     finally:
         engine.close()
-
-
-def test_engines_without_our_loader_take_a_folder_by_sglangs_route(
-    engine, publish_direct, tiny_model, weights, tmp_path
-):
-    """They cannot prove it; a head that SGLang would leave random is refused, and the version is checked."""
-    folder = Path(DiskWriter(Alone(), Given(weights), tmp_path, tiny_model, "float32").write(7).path)
-    with pytest.raises(WeightSyncError, match="keep a head of their own"):
-        update_from_disk(engine._connected, folder, 7, 60.0)
-    expected = publish_direct(weights)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
-    update_from_disk(engine._connected, folder, 7, 60.0)
-    assert engine._connected.get("/model_info", 10.0).json()["weight_version"] == "7"
-    assert MethodCalls(engine).base_digest() == expected
-    publish_direct(weights)

@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 from engine_tools import Weights, engine_options, make_buckets
+from methods_tools import Given
+from one_rank import Alone
 from test_modes_fake import Running, free_port
 
+from megatron_sglang import sync
 from megatron_sglang.engine import stock
 from megatron_sglang.engine.external import ADMIN_KEY, KEY, ExternalEngine, connect
+from megatron_sglang.engine.method_calls import MethodCalls
 from megatron_sglang.engine.options import MAILBOX_VARIABLE, server_args
 from megatron_sglang.errors import WeightSyncError
+from megatron_sglang.sync_methods import DiskPath
 from megatron_sglang.types import GenerateRequest, SamplingParams
+from megatron_sglang.weights.disk import DiskWriter
 
 pytestmark = [pytest.mark.cpu_e2e, pytest.mark.timeout(300)]
 
@@ -54,7 +60,7 @@ def publish(engine: Any, version: int, weights: Weights) -> str:
 
 
 def test_stock_routes_deliver_the_same_model(
-    running: Running, tiny_model: Path, weights: Weights, other_weights: Weights
+    running: Running, tiny_model: Path, weights: Weights, other_weights: Weights, tmp_path: Path
 ) -> None:
     """Without our loader nobody counts what arrived; that it is the right model can still be seen by what it says."""
     with connected(running, tiny_model, proved=True) as engine:
@@ -73,9 +79,9 @@ def test_stock_routes_deliver_the_same_model(
             assert publish(engine, version, given) == sums[number], "SGLang's own sum, as of the proved weights"
             assert [one.token_ids_T for one in engine.generate(REQUESTS)] == answers[number]
             assert engine.served_version() == str(version)
-        engine.begin_update(6)
-        engine.load_from_disk(str(tiny_model))
-        assert engine.commit_update(6, 0) == sums[0]
+        writer = DiskWriter(Alone(), Given(weights), tmp_path, tiny_model, "float32")
+        report = sync.publish(Alone(), engine, DiskPath(Alone(), writer, engine, MethodCalls(engine)), 6)
+        assert report.engine_digest == sums[0], "SGLang read the folder itself, and was sent the head that it lacks"
         assert [one.token_ids_T for one in engine.generate(REQUESTS)] == answers[0]
         engine.begin_update(7)
         with pytest.raises(WeightSyncError, match="bucket 1, expected 0"):

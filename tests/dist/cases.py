@@ -286,8 +286,12 @@ def direct(
         whole = full[name] if full[name].dim() == 2 else full[name][:, None]
         expected = whole[box.row : box.row + box.rows, box.col : box.col + box.cols]
         wrong += int((received[target, name] != expected).sum())
+    ended_after = 0
+    for _ in sender.deliveries(lambda _: None, lambda: rank == len(everyone) - 1 and ended_after >= 2):
+        ended_after += 1
     return {
         "wrong": wrong,
+        "ended_after": ended_after,
         "off": off,
         "fused": len(sender._fused),
         "in_segments": sum(found is not None for found in sender._segments.values()),

@@ -85,13 +85,15 @@ def test_merged_export_equals_the_lora_model(run_ranks, name):
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "world1"])
 def test_direct_path_delivers_what_the_generic_path_exports(run_ranks, name):
-    """Every element once, from a rank that owns it, merged, bit for bit; from one bucket to many."""
+    """Every element once, from a rank that owns it, merged, bit for bit; from one bucket to many. And where the last
+    rank fails after two, all end there together, by what the exchange itself says."""
     ranks, layout = LAYOUTS[name]
     limits = {"tp2_sp": 1 << 30, "ep2": 20_000}
     found = run_ranks(ranks, "direct", hf=HF, layout=layout, engine_ranks=2, limit=limits.get(name, 100_000))
     for result in found:
         assert result["wrong"] == 0
         assert result["elements"] == result["wanted"]
+        assert result["ended_after"] == min(2, result["buckets"])
     assert found[0]["wanted"] > 400_000
     assert found[0]["buckets"] == 1 if name == "tp2_sp" else found[0]["buckets"] > 3
 
