@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -195,6 +196,6 @@ def _same(one: str | Path | None, other: Path) -> bool:
 
 def _version(package: str, site: Path | None) -> str | None:
     """Of a package in `site`, or anywhere on the path."""
-    where = {} if site is None else {"path": [str(site)]}
-    found = next(iter(importlib.metadata.distributions(name=package, **where)), None)
+    where = sys.path if site is None else [str(site)]
+    found = next(iter(importlib.metadata.distributions(name=package, path=where)), None)
     return found.version if found else None

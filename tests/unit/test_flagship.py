@@ -54,7 +54,7 @@ SEED = {
     "model.random_weights": True,
 }
 """The parameters of verl's script of this name; clip ranges: those of GSPO, which are the loss's own."""
-SAME_TASK = "lora. algo. data.max rollout. megatron.global megatron.lr megatron.save megatron.expert-tensor model. sglang.enable"
+SAME_TASK = "lora. algo. data. rollout. megatron.global megatron.lr megatron.save model. sglang.enable"
 H200 = {name: value for name, value in SEED.items() if name.startswith(tuple(SAME_TASK.split()))} | {
     "megatron.tensor-model-parallel-size": None,
     "megatron.pipeline-model-parallel-size": None,
