@@ -168,8 +168,13 @@ class Plugin:
             dp_rank=mpu.get_data_parallel_rank(),
             dp_size=mpu.get_data_parallel_world_size(),
         )
-        multiple = 8 * args.tensor_model_parallel_size  # sequence parallelism splits the length over TP
-        batches = [[batching.collate(part, multiple).to(_device()) for part in step] for step in by_step]
+        # Context parallelism cuts the length in 2 CP pieces, sequence parallelism a rank's part in TP.
+        context, size = mpu.get_context_parallel_rank(), args.context_parallel_size
+        multiple = 8 * args.tensor_model_parallel_size * size
+        batches = [
+            [batching.collate(part, multiple).of_context_rank(context, size).to(_device()) for part in step]
+            for step in by_step
+        ]
         with cycle.span("logprobs"):
             return self._with_logprobs(batches)
 
