@@ -47,9 +47,10 @@ export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((nproc - 1)))}
 # Before Blackwell, Megatron overlaps communication by the order in which one queue takes kernels.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 # Transformer Engine must find torch's cuDNN, not the host's: both variables, or the first attention fails.
-site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-if [ -d "$site/nvidia/cudnn/lib" ]; then
-  export CUDNN_HOME=$site/nvidia/cudnn LD_LIBRARY_PATH=$site/nvidia/cudnn/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+cudnn=$("$python" -c 'import importlib.metadata as m
+for one in list(m.distributions(name="nvidia-cudnn-cu13"))[:1]: print(one.locate_file("nvidia/cudnn"))')
+if [ -n "$cudnn" ] && [ -d "$cudnn/lib" ]; then
+  export CUDNN_HOME=$cudnn LD_LIBRARY_PATH=$cudnn/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 fi
 # Left in a shell they contradict --attention-backend, or send ranks to another rendezvous.
 unset NVTE_FLASH_ATTN NVTE_FUSED_ATTN NVTE_UNFUSED_ATTN

@@ -17,7 +17,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,22 +141,22 @@ def _of_run(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Findi
 
 
 def cudnn_findings(environment: Mapping[str, str], site: Path | None = None) -> Iterator[Finding]:
-    """Will Transformer Engine load the environment's own cuDNN? site: its site-packages (None: this interpreter's).
+    """Will Transformer Engine load the environment's own cuDNN? site: its site-packages (None: all on the path).
 
     Torch loads the one in site-packages by its path, Transformer Engine looks for libcudnn.so by itself; two of
     different versions in one process fail in the first attention. Nothing where Transformer Engine is not installed.
     """
-    if _version("transformer-engine", site) is None:
+    if _distribution("transformer-engine", site) is None:
         return
-    site = site or Path(sysconfig.get_path("purelib"))
-    home = site / "nvidia" / "cudnn"
-    installed = _version("nvidia-cudnn-cu13", site)
+    found = _distribution("nvidia-cudnn-cu13", site)
+    installed = found and found.version
     if installed != CUDNN:
         remedy = f"scripts/setup --gpu, or: uv pip install --no-deps nvidia-cudnn-cu13=={CUDNN}; or run with "
         remedy += "--attention-backend unfused"
         yield Finding("warn", "cuDNN", f"{installed or 'none in the environment'}; {CUDNN} was run with", remedy)
-    if installed is None:
+    if found is None:
         return
+    home = Path(str(found.locate_file("nvidia/cudnn")))
     libraries = [Path(part) for part in environment.get("LD_LIBRARY_PATH", "").split(":") if part]
     first = next((one for one in libraries if any(one.glob("libcudnn.so*"))), None)
     wrong = {
@@ -194,8 +193,7 @@ def _same(one: str | Path | None, other: Path) -> bool:
     return one is not None and Path(one).resolve() == other.resolve()
 
 
-def _version(package: str, site: Path | None) -> str | None:
-    """Of a package in `site`, or anywhere on the path."""
+def _distribution(package: str, site: Path | None) -> importlib.metadata.Distribution | None:
+    """A package in `site`, or the first on the path."""
     where = sys.path if site is None else [str(site)]
-    found = next(iter(importlib.metadata.distributions(name=package, path=where)), None)
-    return found.version if found else None
+    return next(iter(importlib.metadata.distributions(name=package, path=where)), None)

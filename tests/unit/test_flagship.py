@@ -126,7 +126,7 @@ def test_what_is_missing_is_said_at_once(tmp_path: Path, environment: dict[str, 
 RECORDER = f"""#!{sys.executable}
 import json, os, sys
 if sys.argv[1] == "-c":
-    print(os.environ["FAKE_SITE"])
+    print(os.environ["FAKE_SITE"] + "/nvidia/cudnn")
 else:
     json.dump([dict(os.environ), sys.argv[1:]], open(os.environ["RECORD"], "w"))
 """
