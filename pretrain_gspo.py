@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 from megatron_sglang.training import ending
 
@@ -28,18 +29,21 @@ def main() -> int:
 
 def train(argv: list[str]) -> int:
     """Run the command line as one of torchrun's ranks; the exit code."""
+    from megatron_sglang import host
+
+    changed = host.prepare(os.environ)  # torch reads the variables when it is imported
+
     from megatron_sglang import config_load, dry_run
     from megatron_sglang.errors import MegatronSglangError
 
     try:
         invocation = config_load.split_argv(argv)
-        if is_leader():
-            for warning in invocation.warnings:
-                print(f"warning: {warning}", file=sys.stderr)
         if invocation.dry_run:
+            warn(invocation.warnings)
             if is_leader():
                 print(dry_run.describe(invocation.config))
             return 0
+        warn([*changed, *invocation.warnings, *host.check(invocation.config, os.environ)])
     except MegatronSglangError as error:  # the same on all ranks
         return ending.report(error, log=None) if is_leader() else 1
 
@@ -50,6 +54,12 @@ def train(argv: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the edge of the process
         return ending.report(error, run.log_file(invocation.config))
     return 0
+
+
+def warn(warnings: Sequence[str]) -> None:
+    if is_leader():
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
 
 
 def is_leader() -> bool:

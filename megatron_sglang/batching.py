@@ -59,6 +59,25 @@ class MicroBatch:
         ref = self.ref_logprobs if ref is None else ref
         return replace(self, old_logprobs=old, ref_logprobs=ref)
 
+    def of_context_rank(self, rank: int, size: int) -> MicroBatch:
+        """What context-parallel rank `rank` of `size` holds: [B, S] becomes [B, S / size].
+
+        Of 2 x size equal pieces of the positions it is the `rank`-th from either end, so that causal attention costs
+        all ranks the same: the order of Megatron and Transformer Engine. S must be a multiple of 2 x size.
+        """
+        width = self.tokens.shape[1]
+        if size == 1:
+            return self
+        assert width % (2 * size) == 0, f"{width} positions do not divide into 2 x {size} pieces"
+
+        def part(value: Tensor) -> Tensor:
+            pieces = value.chunk(2 * size, dim=1)
+            return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], dim=1)
+
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        cut = {name: part(value) for name, value in values.items() if value is not None and value.dim() == 2}
+        return MicroBatch(**(values | cut))
+
     def loss_inputs(self, logprobs: Tensor, entropy: Tensor | None = None) -> LossInputs:
         """Inputs of the loss for the policy's logprobs [B, S]; without old ones the policy is taken as the sampler's
         (first and only step on the batch: ratios are 1)."""

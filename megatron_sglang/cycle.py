@@ -23,6 +23,7 @@ from megatron_sglang.config import AlgoConfig
 from megatron_sglang.errors import MegatronSglangError, WeightSyncError
 from megatron_sglang.feed.sampler import Feed
 from megatron_sglang.interfaces import Comm, DirectEngine
+from megatron_sglang.memory import Ledger
 from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.sync import Path, publish
 from megatron_sglang.trace import RunLog
@@ -67,6 +68,8 @@ class Cycle:
         self._deaths = 0
         self.algo, self.seed = algo, seed
         self.version = 0
+        self.ledger = Ledger.of_device()
+        """Of this rank's device; None on a CPU."""
         self._record: dict[str, metrics.Metric] = {}
 
     def publish(self) -> SyncReport:
@@ -81,6 +84,7 @@ class Cycle:
                 self.make_direct = None
         self.version = version
         self.add({f"sync/{name}": metrics.Last(number) for name, number in _numbers(report).items()})
+        self.note_memory("sync")
         return report
 
     def _establish(self, make_direct: Callable[[], Path], generic: SyncReport) -> SyncReport:
@@ -108,6 +112,7 @@ class Cycle:
         """The samples of rollout batch `step`, the same list on every rank."""
         rows = self._surviving(lambda: self.comm.from_leader(lambda: self._rows(step)))
         self._deaths = 0
+        self.note_memory("rollout")
         return [TrainSample(**{name: _tuples(value) for name, value in row.items()}) for row in rows]
 
     def learning_rate(self) -> float | None:
@@ -149,6 +154,11 @@ class Cycle:
     def add(self, found: Mapping[str, metrics.Metric]) -> None:
         """Report metrics of this rollout batch; what comes several times (train steps) is reduced."""
         self._record = metrics.merge([self._record, found])
+
+    def note_memory(self, phase: str, *, same: bool = False) -> None:
+        """Report what is free on the devices now; see `Ledger.note`."""
+        if self.ledger is not None:
+            self.add(self.ledger.note(self.comm, phase, same=same))
 
     def close_step(self, step: int) -> None:
         """Write what was reported as the record of rollout batch `step`."""

@@ -15,25 +15,14 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
+from megatron_sglang import host
 from megatron_sglang.errors import SandboxError, SetupError
+from megatron_sglang.host import Finding
 from megatron_sglang.placement import choose_mode
 
 GIB = 2**30
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the doctor's answer; `remedy` is empty where all is well."""
-
-    level: Literal["ok", "warn", "bad"]
-    subject: str
-    observed: str
-    remedy: str = ""
 
 
 def run() -> int:
@@ -90,8 +79,9 @@ def check_device() -> Iterator[Finding]:
     if engine == pinned:
         yield Finding("ok", "transformer-engine", pinned)
     else:
-        remedy = f"uv pip install --no-build-isolation 'transformer-engine[pytorch]=={pinned}'"
+        remedy = "scripts/setup --gpu (it compiles for minutes)"
         yield Finding("bad", "transformer-engine", f"{engine or 'not installed'}; {pinned} is needed", remedy)
+    yield from host.cudnn_findings(os.environ)
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         observed = f"{torch.cuda.get_device_name(index)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
@@ -181,10 +171,8 @@ def check_environment() -> Iterator[Finding]:
     if left:
         remedy = f"start runs with torchrun from a shell without them: unset {' '.join(left)}"
         yield Finding("warn", "torchrun's variables", " ".join(left), remedy)
-    for name in ALLOCATOR_VARIABLES:
-        if "expandable_segments:true" in os.environ.get(name, "").lower():
-            yield Finding("bad", name, os.environ[name], f"weights cannot be shared between processes so: unset {name}")
-    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"):
+    yield from host.findings(os.environ)
+    for name in (host.CONNECTIONS, *host.ATTENTION, "OMP_NUM_THREADS"):
         if name in os.environ:
             yield Finding("ok", name, os.environ[name])
 

@@ -44,9 +44,12 @@ def engine_table(config: RunConfig) -> str:
 
 
 def bucket_plan(config: RunConfig) -> str:
-    """What each bucket of the generic path holds, from the headers of the model's safetensors files."""
+    """What each bucket of the generic path holds, from the headers of the model's safetensors files; without them, the
+    command that reckons the direct path's from config.json, which takes a minute."""
+    if not (shapes := tensor_shapes(config.model.hf_path)):
+        return f"no weights in {config.model.hf_path}; by its config.json an update moves:\n    {plan_command(config)}"
     itemsize = ITEMSIZE[config.model.dtype]
-    sizes = {name: math.prod(shape) * itemsize for name, shape in tensor_shapes(config.model.hf_path).items()}
+    sizes = {name: math.prod(shape) * itemsize for name, shape in shapes.items()}
     plan = buckets.plan(sizes, config.sync.bucket_bytes)
     lines = []
     for index, names in enumerate(plan):
@@ -54,3 +57,17 @@ def bucket_plan(config: RunConfig) -> str:
         lines.append(f"bucket {index}: {size:,} bytes, {len(names)} tensors, {names[0]} ... {names[-1]}")
     total = f"{len(sizes)} tensors, {sum(sizes.values()):,} bytes in {config.model.dtype}, {len(plan)} buckets"
     return "\n".join([*lines, total])
+
+
+def plan_command(config: RunConfig) -> str:
+    """`megatron-sglang plan` of this run's sizes."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    words = [
+        f"megatron-sglang plan {config.model.hf_path} --nproc {ranks} --engine-tp {config.engine.tp_size or ranks}"
+    ]
+    for name in ("tensor-model", "context", "pipeline-model", "expert-model"):
+        if (size := int(config.megatron.get(f"{name}-parallel-size", 1))) > 1:
+            words.append(f"--{name}-parallel-size {size}")
+    if config.engine.ep_size > 1:
+        words.append(f"--engine-ep {config.engine.ep_size}")
+    return " ".join([*words, f"--dtype {config.model.dtype} --bucket-bytes {config.sync.bucket_bytes}"])

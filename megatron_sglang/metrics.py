@@ -17,6 +17,7 @@ Names users know:
     eval/{pass_rate,reward}   eval/pass_rate/<family>
     timing_s/<phase>   perf/tokens_per_s
     sync/{version,tensors,buckets,bytes,update_norm,cast_loss,<phase>_s}
+    memory/{build,train,sync,rollout,release}_free_gb
 """
 
 from __future__ import annotations

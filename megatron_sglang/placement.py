@@ -186,3 +186,9 @@ def device_order(training: Sequence[int], inference: Sequence[int]) -> str:
     if clash := sorted(set(training) & set(inference)):
         raise ConfigError(f"devices {clash} are given to training and to inference; each can have one task in a split")
     return ",".join(str(device) for device in (*training, *inference))
+
+
+def engine_first(mode: Mode, *, devices: int) -> bool:
+    """Must the engine be up before the trainer's model is built? On a GPU whenever both sit on one: SGLang makes its KV
+    cache out of what is free when it starts. On a CPU, where the starts overlap, only to make room (shared)."""
+    return mode == "shared" or (mode == "colocated" and devices > 0)

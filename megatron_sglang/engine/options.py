@@ -148,6 +148,36 @@ def server_args_fields() -> frozenset[str]:
     return frozenset()
 
 
+def has_fa3(site: Path | None = None) -> bool:
+    """Are SGLang's FlashAttention 3 kernels installed? They are a gigabyte, and left out where environments are carried
+    by hand (scripts/pack_for_gpu_host.py). site: where to look; None: where sgl_kernel is."""
+    if site is None:
+        spec = importlib.util.find_spec("sgl_kernel")
+        if spec is None or not spec.submodule_search_locations:
+            return False
+        return any(any(Path(place).glob("flash_ops*.so")) for place in spec.submodule_search_locations)
+    return any(site.glob("sgl_kernel/flash_ops*.so"))
+
+
+def cuda_defaults(deterministic: bool, *, fa3: bool) -> dict[str, Any]:
+    """What differs from SGLang's own defaults on a GPU, so that an engine starts and takes updates; `sglang.*` wins."""
+    chosen: dict[str, Any] = {
+        # Without it `release` frees nothing, and says it did.
+        "enable_memory_saver": True,
+        "enable_deterministic_inference": deterministic,
+        # Other runners permute w13/w2 after loading, which an update would not repeat.
+        "moe_runner_backend": "triton",
+        # Compiles for minutes at start on Hopper with TP > 1.
+        "enforce_disable_flashinfer_allreduce_fusion": True,
+        # Decoding waits for kernel launches without them.
+        "disable_cuda_graph": False,
+    }
+    if not fa3:
+        # SGLang takes FlashAttention 3 on Hopper without looking whether it is there, and dies at the first prompt.
+        chosen["attention_backend"] = "triton"
+    return chosen
+
+
 def server_args(options: EngineOptions, port: int) -> dict[str, Any]:
     """ServerArgs for `options`; `extra` wins over our defaults, never over what we own."""
     deterministic = options.deterministic
@@ -170,6 +200,8 @@ def server_args(options: EngineOptions, port: int) -> dict[str, Any]:
         "skip_server_warmup": True,
         "custom_weight_loader": [LOADER],
     }
+    if device == "cpu":
+        ours["enable_memory_saver"] = False  # it is CUDA's; `release` frees no bytes here
     defaults: dict[str, Any] = {
         "log_level": "warning",
         "grammar_backend": "none",
@@ -190,12 +222,5 @@ def server_args(options: EngineOptions, port: int) -> dict[str, Any]:
             "sleep_on_idle": True,
         }
     else:
-        defaults |= {
-            "enable_memory_saver": True,
-            "enable_deterministic_inference": deterministic,
-            # Other runners permute w13/w2 after loading, which an update would not repeat.
-            "moe_runner_backend": "triton",
-            # Compiles for minutes at start on Hopper with TP > 1.
-            "enforce_disable_flashinfer_allreduce_fusion": True,
-        }
+        defaults |= cuda_defaults(deterministic, fa3=options.python != sys.executable or has_fa3())
     return defaults | dict(options.extra) | ours

@@ -1,6 +1,7 @@
 """Logprobs and entropies of given tokens from logits that are split over the vocabulary (Megatron's TP layout).
 
-Shapes: B sequences of a micro-batch, S positions, V_local = V / TP.
+Shapes: B sequences of a micro-batch, S positions, V_local = V / TP. Under context parallelism S counts a rank's own:
+micro-batches are cut where they are made.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def score(model_chunks: list[Any], batches: list[MicroBatch], temperature: float
         data_iterator=iterators(model_chunks, batches),
         model=model_chunks,
         num_microbatches=len(batches),
-        seq_length=batches[0].tokens.shape[1],
+        seq_length=batches[0].tokens.shape[1] * mpu.get_context_parallel_world_size(),
         micro_batch_size=get_args().micro_batch_size,
         forward_only=True,
         collect_non_loss_data=True,

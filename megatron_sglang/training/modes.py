@@ -16,6 +16,7 @@ from megatron_sglang.engine import EngineOptions, create_engines
 from megatron_sglang.engine.beacon import NAME
 from megatron_sglang.engine.lora_options import lora_server_args
 from megatron_sglang.errors import ConfigError
+from megatron_sglang.memory import ENGINE_KEEPS, Ledger
 from megatron_sglang.placement import Choice
 
 
@@ -124,8 +125,33 @@ def announce(config: RunConfig, engine: Any) -> None:
         engine.announce(Path(config.log.run_dir, NAME))
 
 
-def make_room(config: RunConfig, engine: Any) -> None:
-    """Shared mode: the engine gives its memory back before the trainer's model is built."""
-    if choose(config).mode == "shared":
-        engine.wait_ready()
+def engine_first(config: RunConfig) -> bool:
+    """Is the engine waited for before the trainer's model is built? See `placement.engine_first`."""
+    return placement.engine_first(choose(config).mode, devices=devices())
+
+
+def releases(config: RunConfig) -> bool:
+    """Colocated: does the engine give its memory back while the trainer trains? If SGLang's `enable_memory_saver` is
+    asked for by name. `ConfigError` with a method that does not bring all weights anew each time."""
+    if choose(config).mode != "colocated" or not config.sglang.get("enable_memory_saver"):
+        return False
+    if config.sync.method not in ("auto", "generic", "broadcast"):
+        raise ConfigError(
+            f"sync.method={config.sync.method} with sglang.enable_memory_saver: weights that were released are gone, "
+            "and this method does not send all of them; leave one of the two out"
+        )
+    return True
+
+
+def make_room(config: RunConfig, engine: Any, show: Callable[[str], None]) -> None:
+    """Before the trainer's model is built: the engine takes its memory, and gives it back where they take turns."""
+    if not engine_first(config):
+        return
+    ledger, before = Ledger.of_device(), None
+    if ledger is not None:
+        before = ledger.free()
+    wait_ready(engine, show)
+    if choose(config).mode == "shared" or releases(config):
         engine.release()
+        if ledger is not None and before is not None:
+            ledger.require("start", before, tolerance=ENGINE_KEEPS)

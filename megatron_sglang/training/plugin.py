@@ -133,6 +133,7 @@ class Plugin:
                 **kwargs,
             )
         self._note_training(cycle, grad_norm=result[5])
+        cycle.note_memory("train")
         if not self.pending:
             cycle.close_step(self.rollout_step - 1)
         self.guard.check()
@@ -143,11 +144,12 @@ class Plugin:
         self.guard = FiniteGuard(optimizer, self.config.algo.max_bad_steps)
         if not iteration:
             self.cycle = self.make_cycle(model, None)
-            return self.cycle
-        state = checkpoint.read_state(get_args().load, iteration)
-        self.rollout_step = state["rollout_step"]
-        self.cycle = self.make_cycle(model, self.rollout_step - 1)
-        self.cycle.restore(state["cycle"])
+        else:
+            state = checkpoint.read_state(get_args().load, iteration)
+            self.rollout_step = state["rollout_step"]
+            self.cycle = self.make_cycle(model, self.rollout_step - 1)
+            self.cycle.restore(state["cycle"])
+        self.cycle.note_memory("build")
         return self.cycle
 
     def _next_rollout(self, cycle: Cycle) -> list[list[MicroBatch]]:
@@ -166,8 +168,13 @@ class Plugin:
             dp_rank=mpu.get_data_parallel_rank(),
             dp_size=mpu.get_data_parallel_world_size(),
         )
-        multiple = 8 * args.tensor_model_parallel_size  # sequence parallelism splits the length over TP
-        batches = [[batching.collate(part, multiple).to(_device()) for part in step] for step in by_step]
+        # Context parallelism cuts the length in 2 CP pieces, sequence parallelism a rank's part in TP.
+        context, size = mpu.get_context_parallel_rank(), args.context_parallel_size
+        multiple = 8 * args.tensor_model_parallel_size * size
+        batches = [
+            [batching.collate(part, multiple).of_context_rank(context, size).to(_device()) for part in step]
+            for step in by_step
+        ]
         with cycle.span("logprobs"):
             return self._with_logprobs(batches)
 

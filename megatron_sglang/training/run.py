@@ -1,7 +1,8 @@
 """A whole run on one rank: start the engine, build Megatron's model, train with the plugin, leave nothing behind.
 
 The engine's start and the import of Megatron take half a minute each on a CPU, so the leader starts the engine first
-and waits for it when the first weights are ready.
+and waits for it when the first weights are ready. On a GPU it waits before the model is built, because SGLang makes its
+KV cache out of what it finds free.
 """
 
 from __future__ import annotations
@@ -68,17 +69,18 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
     from megatron_sglang.training.model import ModelRecipe
     from megatron_sglang.training.paths import Paths
     from megatron_sglang.training.plugin import Plugin
-    from megatron_sglang.training.shared import SharedCycle, SharedPlugin, StagedPath
+    from megatron_sglang.training.shared import ReleasingCycle, SharedCycle, SharedPlugin, StagedPath
     from megatron_sglang.training.step import PolicyStep
     from megatron_sglang.weights.merge import in_place
 
     recipe = ModelRecipe(config)
     shapes, mode = _shapes(config), modes.choose(config).mode
+    modes.releases(config)  # an error in it must not wait for the model
 
     def make_cycle(model_chunks: list[Any], resume_after: int | None) -> Cycle:
         comm = TorchComm()
         leader = station.lead(resume_after) if station is not None else None
-        if mode != "shared":  # there it has been up, and has made room
+        if not modes.engine_first(config):  # else it has been up, and has made room
             comm.from_leader(lambda: station and modes.wait_ready(station.engine, station.show))
         paths = Paths(
             comm=comm,
@@ -100,7 +102,8 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
             staged: Any = StagedPath(comm, paths.generic().weights, paths.engine)
             return SharedCycle(comm, staged, leader, config.algo, config.seed, None)
         path, better = paths.of(config.sync.method)
-        return Cycle(comm, path, leader, config.algo, config.seed, better)
+        make = ReleasingCycle if modes.releases(config) else Cycle
+        return make(comm, path, leader, config.algo, config.seed, better)
 
     options = LossOptions.of(config.algo, config.rollout.max_new_tokens)
     step = PolicyStep(config.algo.loss, options, config.rollout.temperature)
@@ -161,7 +164,7 @@ class Station:
         cleanup.callback(engine.close)
         engine.start()
         modes.announce(config, engine)
-        modes.make_room(config, engine)
+        modes.make_room(config, engine, show)
         tokenizer = source.load_tokenizer(config.model.hf_path)
         if fed:
             feed: Any = Feed.open(config, engine, tokenizer.decode)

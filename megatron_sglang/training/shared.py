@@ -1,4 +1,4 @@
-"""Shared mode: trainer and engine on the same device in turns. `SharedCycle` is `Cycle` with the turns in it.
+"""Trainer and engine on the same device in turns. `SharedCycle` is `Cycle` with the turns of shared mode in it:
 
     training   the trainer's memory is here, the engine's is released
     publish    every rank merges and gathers; the leader keeps the buckets on the host (`StagedPath.stage`)
@@ -8,6 +8,9 @@
 
 So neither model is there while the other needs the room; what both need at the same time is one bucket. The host holds
 the merged weights once, on the leader, and each rank's own memory.
+
+`ReleasingCycle` is half of it, for colocated mode: only the engine's memory goes and comes, and weights travel by any
+path that sends all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from megatron_sglang.buckets import Bucket
 from megatron_sglang.cycle import Cycle
@@ -56,8 +61,6 @@ class StagedPath:
         return self._sent
 
     def _load(self) -> None:
-        import torch
-
         assert self.engine is not None, "only the leader talks to the engine"
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
         for bucket in self._buckets:
@@ -97,6 +100,25 @@ class SharedCycle(Cycle):
         except RuntimeError as error:  # the device has no room for it
             failure = MegatronSglangError(f"the trainer's memory could not come back to its device: {error}")
         self.comm.agree(failure)
+
+
+class ReleasingCycle(Cycle):
+    """The engine's memory is there from `publish` to `collect`; otherwise it is the trainer's room."""
+
+    def publish(self) -> SyncReport:
+        """As `Cycle.publish`, which takes the engine's memory back."""
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what training has left in the allocator is the engine's room
+            self.comm.agree(None)
+        return super().publish()
+
+    def collect(self, step: int) -> list[TrainSample]:
+        """As `Cycle.collect`; afterwards the trainer has the room."""
+        samples = super().collect(step)
+        with self.span("release"):
+            self._surviving(lambda: self.comm.from_leader(lambda: self._lead.engine.release()), needs_weights=False)
+        self.note_memory("release", same=True)
+        return samples
 
 
 class SharedPlugin(Plugin):

@@ -7,11 +7,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
+from torch.distributed.nn.functional import all_reduce
 
 from megatron_sglang.batching import MicroBatch
 from megatron_sglang.losses import LossOptions, policy_loss
 from megatron_sglang.metrics import Metric
 from megatron_sglang.training import logprobs
+
+
+def sum_over_context(part: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks that hold parts of the same sequences; gradients are added over them too."""
+    group = mpu.get_context_parallel_group()
+    return part if group.size() == 1 else all_reduce(part, group=group)
 
 
 class PolicyStep:
@@ -36,7 +44,7 @@ class PolicyStep:
         policy = logprobs.token_logprobs(logits, batch.labels, self.temperature)
         with torch.set_grad_enabled(self.options.entropy_coef != 0):
             entropy = logprobs.token_entropies(logits, self.temperature)
-        outputs = policy_loss(self.loss, batch.loss_inputs(policy, entropy), self.options)
+        outputs = policy_loss(self.loss, batch.loss_inputs(policy, entropy), self.options, sum_over_context)
         self._metrics.append(outputs.metrics)
         denominator = outputs.denominator.to(torch.int)
         report = torch.stack([outputs.loss_sum.detach(), denominator.float()])

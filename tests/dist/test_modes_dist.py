@@ -82,3 +82,19 @@ def test_taking_turns_changes_no_digit(run_ranks, tmp_path: Path) -> None:
             assert {size for _, size, _ in phase["away"]} == {0}, "nothing of the trainer is left on the device"
             assert phase["after"] == phase["before"], "the same tensors with the same bytes"
         assert len(phases[1]["before"]) > len(phases[0]["before"]), "the optimizer's state came with the first step"
+
+
+def test_an_engine_that_gives_its_memory_back_changes_no_digit(run_ranks, tmp_path: Path) -> None:
+    """free_cache_engine: released while the trainer trains, its weights and caches come anew with the next version."""
+    kept = {}
+    for saver in ("false", "true"):
+        folder = tmp_path / saver
+        argv = [*RUN, f"sglang.enable_memory_saver={saver}", f"log.run_dir={folder}"]
+        assert run_ranks(2, "run", timeout_s=200, argv=argv) == ["", ""]
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert ["timing_s/release" in one for one in records] == [saver == "true", saver == "true", False]
+        kinds = ("train/loss", "train/grad_norm", "sync/update_norm", "rollout/reward")
+        kept[saver] = [{name: value for name, value in one.items() if name.startswith(kinds)} for one in records]
+        assert not any(name.startswith("memory/") for one in records for name in one), "a CPU has no ledger"
+    assert kept["true"] == kept["false"]
+    assert len(kept["true"][0]) > 4

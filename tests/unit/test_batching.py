@@ -119,3 +119,23 @@ def test_split_by_hand() -> None:
 def test_sizes_that_leave_items_over_are_refused(total: int, global_batch: int, dp_size: int) -> None:
     with pytest.raises(ConfigError, match=f"{total} samples of a rollout batch do not divide"):
         split(range(total), global_batch=global_batch, micro_batch=2, dp_rank=0, dp_size=dp_size)
+
+
+def test_context_ranks_hold_pieces_from_both_ends() -> None:
+    """Megatron's rotary embedding and Transformer Engine's attention take this order for granted; in another one each
+    position attends to the wrong ones, without an error."""
+    samples = [TrainSample((1, 2, 3), tuple(range(4, 4 + 11)), (-1.0,) * 11, 1.0, 0.0, 1)]
+    whole = collate(samples, 16)
+    parts = [whole.of_context_rank(rank, 2) for rank in range(2)]
+    assert [part.position_ids[0].tolist() for part in parts] == [
+        [0, 1, 2, 3, 12, 13, 14, 15],
+        [4, 5, 6, 7, 8, 9, 10, 11],
+    ]
+    for part in parts:
+        assert torch.equal(part.tokens, whole.tokens[:, part.position_ids[0]])
+        assert torch.equal(part.rollout_logprobs, whole.rollout_logprobs[:, part.position_ids[0]])
+        assert part.old_logprobs is None
+        assert torch.equal(part.advantages, whole.advantages)
+    assert whole.of_context_rank(0, 1) is whole
+    with pytest.raises(AssertionError, match="do not divide"):
+        whole.of_context_rank(0, 3)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sglang import cli, doctor
+from megatron_sglang import cli, doctor, host
 
 
 def levels(check: str) -> dict[str, str]:
@@ -27,7 +27,7 @@ def test_doctor_knows_the_pins_and_sees_a_wrong_version(monkeypatch: pytest.Monk
 
 def test_doctor_sees_variables_that_break_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Expandable segments make weight sharing fail on a GPU; torchrun's variables hang an engine started by hand."""
-    for name in (*doctor.TORCHRUN_VARIABLES, *doctor.ALLOCATOR_VARIABLES):
+    for name in (*doctor.TORCHRUN_VARIABLES, *host.ALLOCATOR):
         monkeypatch.delenv(name, raising=False)
     assert set(levels("environment").values()) <= {"ok"}
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:True")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_sglang.engine import EngineOptions
-from megatron_sglang.engine.options import OWNED, server_args, server_args_fields
+from megatron_sglang.engine.options import OWNED, cuda_defaults, has_fa3, server_args, server_args_fields
 from megatron_sglang.engine.server import clean_environment
 from megatron_sglang.errors import ConfigError
 
@@ -62,3 +63,24 @@ def test_import_is_light() -> None:
     code = "import sys, megatron_sglang.engine.launch; print(sorted({'torch', 'sglang', 'httpx'} & sys.modules.keys()))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert shown.stdout.strip() == "[]"
+
+
+def test_attention_is_what_the_environment_has(tmp_path: Path) -> None:
+    """SGLang takes FlashAttention 3 on Hopper whether its kernels are installed or not, and dies without them."""
+    assert not has_fa3(tmp_path)
+    (tmp_path / "sgl_kernel").mkdir()
+    (tmp_path / "sgl_kernel/flash_ops.abi3.so").touch()
+    assert has_fa3(tmp_path)
+    assert "attention_backend" not in cuda_defaults(True, fa3=True)
+    assert cuda_defaults(True, fa3=False)["attention_backend"] == "triton"
+    # What another interpreter has is not known here.
+    elsewhere = EngineOptions("m", device="cuda", python="/other/bin/python")
+    assert "attention_backend" not in server_args(elsewhere, 1)
+
+
+def test_each_default_of_a_gpu_can_be_overridden() -> None:
+    """They answer traps of one SGLang on one kind of GPU; another host may know better."""
+    for name, given in cuda_defaults(True, fa3=False).items():
+        if name not in OWNED:
+            other = "flashinfer" if isinstance(given, str) else not given
+            assert server_args(EngineOptions("m", device="cuda", extra={name: other}), 1)[name] == other

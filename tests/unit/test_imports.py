@@ -27,7 +27,7 @@ LAYERS = [
     "digests copy_kernel stops hf_files",
     "config buckets layout placement",
     "config_check interfaces weight_folder metrics trackers advantages prompts comm",
-    "config_argv losses trace rewards rollout transfer",
+    "config_argv losses trace rewards rollout transfer host memory",
     "config_docs batching report cpu sync agents feed",
     "sync_methods",
     "config_load cycle engine weights",
@@ -39,7 +39,9 @@ LAYERS = [
 ]
 """Each part (module or folder) imports from lines above its own only. So `weights` and `engine` never meet."""
 
-WITHOUT_TORCH = "errors types layout config config_check config_argv config_docs config_load cli doctor prompts.source"
+WITHOUT_TORCH = (
+    "errors types layout config config_check config_argv config_docs config_load cli doctor host prompts.source"
+)
 """What a login node must be able to import."""
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sglang import host
+
 ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "requirements" / "lock.txt"
 
@@ -29,7 +31,8 @@ class Machine:
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin, self.calls = folder / "clone", folder / "bin", folder / "calls"
         self.bin.mkdir()
-        for name in ("scripts/setup", "requirements/lock.txt", "requirements/sizes.txt", "pyproject.toml"):
+        locks = ("requirements/lock.txt", "requirements/gpu.txt", "requirements/sizes.txt")
+        for name in ("scripts/setup", *locks, "pyproject.toml"):
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.folder / name)
         self.env = {"HOME": str(folder / "home"), "PATH": f"{self.bin}:/usr/bin:/bin", "UV_CALLS": str(self.calls)}
@@ -76,6 +79,28 @@ def test_second_run_does_nothing_and_a_new_lock_installs_again(machine: Machine)
         lock.write("left-pad==1.0\n")
     machine.setup(PYTHON=sys.executable)
     assert machine.called == INSTALLS[1:]
+
+
+def test_a_gpu_host_gets_what_is_compiled_on_top(machine: Machine) -> None:
+    """After the lock, so that torch is there to compile against; and no later set-up takes it away."""
+    assert machine.setup("--gpu", PYTHON=sys.executable).returncode == 0
+    assert machine.called == [*INSTALLS, "pip install"]
+    last = machine.calls.read_text().splitlines()[-1]
+    assert "--no-deps --no-build-isolation --requirement requirements/gpu.txt" in last
+    assert machine.setup().returncode == 0
+    assert machine.called == []
+    with (machine.folder / "requirements" / "lock.txt").open("a") as lock:
+        lock.write("left-pad==1.0\n")
+    machine.setup(PYTHON=sys.executable)
+    assert machine.called == [*INSTALLS[1:], "pip install"]
+    assert "on top  transformer-engine-torch==2.17.1" in machine.setup("--dry-run").stdout
+
+
+def test_an_unknown_argument_changes_nothing(machine: Machine) -> None:
+    """`--cuda` must not install the other thing."""
+    done = machine.setup("--cuda")
+    assert (done.returncode, machine.called) == (1, [])
+    assert "unknown argument '--cuda'; there are --gpu and --dry-run" in done.stderr
 
 
 def test_an_interrupted_installation_is_not_taken_for_done(machine: Machine) -> None:
@@ -145,12 +170,27 @@ def test_lock_is_plain_complete_and_of_the_pins() -> None:
         assert version in ("", locked[name])
 
 
+def test_the_gpu_lock_is_of_the_pins_and_goes_on_top() -> None:
+    """What the doctor asks for, what the extra pins and what is installed must be one; torch stays the lock's."""
+    lines = [line for line in LOCK.with_name("gpu.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.!+]+", line)] == []
+    on_top = dict(line.split("==") for line in lines)
+    base = dict(line.split("==") for line in LOCK.read_text().splitlines() if not line.startswith("#"))
+    assert on_top.keys() & base.keys() == {"nvidia-cudnn-cu13"}
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    assert extra == [f"transformer-engine[pytorch]=={on_top['transformer-engine']}"]
+    assert on_top["transformer-engine-torch"] == on_top["transformer-engine"]
+    assert on_top["nvidia-cudnn-cu13"] == host.CUDNN
+    assert f"nvidia-cudnn-cu13=={host.CUDNN}" in LOCK.with_name("gpu_overrides.txt").read_text().splitlines()
+
+
 def test_every_locked_package_has_a_size_and_every_override_a_reason() -> None:
     """`--dry-run` would leave a package out; an override nobody explains is never taken back."""
     rows = [line.split() for line in (LOCK.with_name("sizes.txt")).read_text().splitlines() if line[0] != "#"]
     names = {line.split("==")[0] for line in LOCK.read_text().splitlines() if line[0] != "#"}
     assert names <= {name for name, _ in rows}
-    reason = False
-    for line in LOCK.with_name("overrides.txt").read_text().splitlines():
-        assert line.startswith("#") or not line or reason, f"{line!r} has no comment above it"
-        reason = bool(line)
+    for name in ("overrides.txt", "gpu_overrides.txt"):
+        reason = False
+        for line in LOCK.with_name(name).read_text().splitlines():
+            assert line.startswith("#") or not line or reason, f"{line!r} has no comment above it"
+            reason = bool(line)

@@ -1,0 +1,68 @@
+"""How much of the device is free in each phase of a rollout batch, and whether memory that was released came back.
+
+    phase     when                                    checked
+    build     model, optimizer and engine are there   -
+    train     after a train step                      -
+    sync      a weight version is published           -
+    rollout   its samples are there                   -
+    release   the engine has given its memory back    not less than after the first release
+    start     the same, before there is a model       what was free before the engine started, less what it may keep
+
+The numbers are the device's own (cudaMemGetInfo), so they hold what every process has on it, and what a process's
+allocator keeps counts as used. `memory/<phase>_free_gb` is the fullest device's, in 10^9 bytes. Nothing on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_sglang import metrics
+from megatron_sglang.errors import MegatronSglangError
+from megatron_sglang.interfaces import Comm
+
+GB = 10**9
+TOLERANCE = 2 * GB
+"""What may be missing at a later release: workspaces and communicators that came with the first batches."""
+ENGINE_KEEPS = 8 * GB
+"""What an engine may keep when weights and KV cache are released: context, kernels, graphs, communicators."""
+
+
+class Ledger:
+    """Of one rank's device. read: gives its free bytes."""
+
+    def __init__(self, read: Callable[[], int]) -> None:
+        self.free = read
+        self._first: dict[str, int] = {}
+
+    @classmethod
+    def of_device(cls) -> Ledger | None:
+        """Of this process's CUDA device; None on a CPU."""
+        import torch
+
+        return cls(lambda: torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+
+    def note(self, comm: Comm, phase: str, *, same: bool = False) -> dict[str, metrics.Metric]:
+        """Collective. The metric of `phase`. same: as much must be free as when it was noted first, on every rank; else
+        `MegatronSglangError` on all."""
+        free = self.free()
+        error = None
+        if same:
+            try:
+                self._require(phase, free, self._first.setdefault(phase, free), TOLERANCE)
+            except MegatronSglangError as found:
+                error = found
+        comm.agree(error)
+        return {f"memory/{phase}_free_gb": metrics.Last(min(comm.gather(free)) / GB)}
+
+    def require(self, phase: str, expected: int, *, tolerance: int) -> None:
+        """`MegatronSglangError` if fewer than `expected` - `tolerance` bytes are free now."""
+        self._require(phase, self.free(), expected, tolerance)
+
+    @staticmethod
+    def _require(phase: str, free: int, expected: int, tolerance: int) -> None:
+        if free < expected - tolerance:
+            raise MegatronSglangError(
+                f"memory at {phase}: {free / GB:.1f} GB of the device are free, expected {expected / GB:.1f} GB or at "
+                f"most {tolerance / GB:.1f} GB less: released memory did not come back; the engine must run with "
+                "enable_memory_saver, with torch_memory_saver installed, and no other process on this device"
+            )

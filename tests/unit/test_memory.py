@@ -1,0 +1,70 @@
+"""The ledger of device memory: what it reports, and when it says that released memory did not come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from one_rank import Alone
+
+from megatron_sglang import metrics
+from megatron_sglang.errors import MegatronSglangError
+from megatron_sglang.memory import GB, TOLERANCE, Ledger
+
+
+class WithOthers(Alone):
+    """Two more ranks, whose devices have so many bytes free."""
+
+    def __init__(self, *free: int) -> None:
+        self.others = list(free)
+
+    def gather(self, value: int) -> list[int]:
+        return [value, *self.others]
+
+
+def readings(*gb: float) -> Callable[[], int]:
+    left = [int(one * GB) for one in gb]
+    return lambda: left.pop(0)
+
+
+def test_the_fullest_device_is_reported() -> None:
+    """It is the one that runs out of memory; the leader's alone would look well."""
+    ledger = Ledger(readings(60.0, 50.0))
+    assert metrics.values(ledger.note(WithOthers(40 * GB, 90 * GB), "sync")) == {"memory/sync_free_gb": 40.0}
+    assert metrics.values(ledger.note(WithOthers(80 * GB, 90 * GB), "rollout")) == {"memory/rollout_free_gb": 50.0}
+
+
+def test_less_after_a_later_release_is_an_error() -> None:
+    """SGLang answers 200 to a release that frees nothing; a leak of a GB a batch ends a run after a night."""
+    slack = TOLERANCE / GB
+    ledger = Ledger(readings(100.0, 70.0, 100.5 - slack, 101.0, 99.0 - slack))
+    for phase in ("release", "train", "release", "release"):
+        ledger.note(Alone(), phase, same=phase == "release")
+    with pytest.raises(MegatronSglangError) as caught:
+        ledger.note(Alone(), "release", same=True)
+    assert str(caught.value).startswith(
+        "memory at release: 97.0 GB of the device are free, expected 100.0 GB or at most 2.0 GB less"
+    )
+    assert "enable_memory_saver" in str(caught.value)
+
+
+def test_a_leak_that_never_jumps_is_found() -> None:
+    """Each release is compared with the first, not with the one before."""
+    ledger = Ledger(readings(*(100.0 - 0.5 * batch for batch in range(20))))
+    for _ in range(1 + 2 * TOLERANCE // GB):
+        ledger.note(Alone(), "release", same=True)
+    with pytest.raises(MegatronSglangError, match=r"expected 100\.0 GB"):
+        ledger.note(Alone(), "release", same=True)
+
+
+def test_an_engine_that_keeps_its_memory_is_found_at_the_start() -> None:
+    """Before there is a model: 42 GB of a device taken, released, and not back."""
+    Ledger(readings(133.0)).require("start", 139 * GB, tolerance=8 * GB)
+    with pytest.raises(MegatronSglangError, match=r"memory at start: 97\.0 GB .* expected 139\.0 GB"):
+        Ledger(readings(97.0)).require("start", 139 * GB, tolerance=8 * GB)
+
+
+def test_there_is_none_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers would be those of nothing."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert Ledger.of_device() is None
