@@ -1,0 +1,75 @@
+"""Routing replay on real Megatron: its own choices replayed change nothing, other choices do, whatever the layout."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+HF = "examples/tiny_fim/model"
+TP2_SP = {"tensor-model-parallel-size": 2, "sequence-parallel": True}
+RECOMPUTE = {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
+LAYOUTS = {
+    "world1": (1, {}),
+    "ep2": (2, {"expert-model-parallel-size": 2}),
+    "tp2_sp": (2, TP2_SP),
+    "pp2": (2, {"pipeline-model-parallel-size": 2}),
+    "recompute": (1, RECOMPUTE),
+    "pp2_recompute": (2, {"pipeline-model-parallel-size": 2, **RECOMPUTE}),
+    "vpp": (2, {"pipeline-model-parallel-size": 2, "num-layers-per-virtual-pipeline-stage": 1}),
+}
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def told(run_ranks):
+    return run_ranks(1, "cases_replay.record", hf=HF, count=16)[0]
+
+
+@pytest.fixture(scope="module")
+def plain(run_ranks):
+    """Without replay, one rank."""
+    return run_ranks(1, "cases_replay.train", hf=HF, layout={}, told=None)[0]
+
+
+@pytest.fixture(scope="module")
+def spoiled(run_ranks, told):
+    """With other experts, one rank."""
+    return run_ranks(1, "cases_replay.train", hf=HF, layout={}, told=told, spoil=True)[0]
+
+
+def assert_alike(found, expected):
+    for (loss, norm), (expected_loss, expected_norm) in zip(found["curve"], expected["curve"], strict=True):
+        assert math.isclose(loss, expected_loss, rel_tol=1e-5, abs_tol=1e-6), (found, expected)
+        assert math.isclose(norm, expected_norm, rel_tol=1e-5), (found, expected)
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_what_megatron_chose_itself_changes_nothing(run_ranks, told, plain, name):
+    """A wrong token order, shard, layer or micro-batch would send tokens elsewhere. The first step's routers agree with
+    what is replayed; then the weights move, and only the replayed choice stays."""
+    ranks, layout = LAYOUTS[name]
+    reports = run_ranks(ranks, "cases_replay.train", hf=HF, layout=layout, told=told)
+    (loss, norm), (expected_loss, expected_norm) = reports[-1]["curve"][0], plain["curve"][0]
+    assert math.isclose(loss, expected_loss, rel_tol=1e-5, abs_tol=1e-6)
+    assert math.isclose(norm, expected_norm, rel_tol=1e-5)
+    for report in reports:
+        assert report["metrics"][0]["train/routing_disagreement"] == 0.0, name
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_other_experts_are_taken_alike_in_every_layout(run_ranks, told, plain, spoiled, name):
+    """That replay does anything at all; and with experts that no router would choose, each wrong place shows."""
+    ranks, layout = LAYOUTS[name]
+    reports = run_ranks(ranks, "cases_replay.train", hf=HF, layout=layout, told=told, spoil=True)
+    assert_alike(reports[-1], spoiled)
+    assert abs(spoiled["curve"][0][1] / plain["curve"][0][1] - 1) > 1e-2, (spoiled, plain)
+    assert all(report["metrics"][0]["train/routing_disagreement"] > 0.5 for report in reports)
+
+
+def test_logprobs_are_scored_with_the_experts(run_ranks, told, plain, spoiled):
+    """Old logprobs by other experts than the train step's would make ratios of 1 something else."""
+    same = run_ranks(1, "cases_replay.train", hf=HF, layout={}, told=told)[0]
+    assert same["scored"] == pytest.approx(plain["scored"], rel=1e-7)
+    assert abs(spoiled["scored"] - plain["scored"]) > 1.0
