@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import array
+import base64
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +77,18 @@ class Sampler:
 
     def _advance(self, token: int) -> None:
         self._state = hashlib.sha256(self._state + token.to_bytes(4)).digest()
+
+
+def routed_experts(model: str, ids: Iterable[int], start: int) -> str:
+    """What SGLang tells of all `ids` but the last, from `start` on, for the model whose config.json is in that folder:
+    top_k experts in a row, the first by token, place and layer."""
+    config = json.loads(Path(model, "config.json").read_text())
+    layers, top_k = config["num_hidden_layers"], config["num_experts_per_tok"]
+    count = config.get("num_experts") or config["num_local_experts"]
+    found = array.array("i")
+    for place, token in list(enumerate(ids))[start:-1]:
+        found.extend((token + place + layer + slot) % count for layer in range(layers) for slot in range(top_k))
+    return base64.b64encode(found.tobytes()).decode()
 
 
 def grouped(events: Iterable[dict[str, Any]], every: int | None) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,6 @@ LAYOUTS = {
     "pp2": (2, {"pipeline-model-parallel-size": 2}),
     "recompute": (1, RECOMPUTE),
     "pp2_recompute": (2, {"pipeline-model-parallel-size": 2, **RECOMPUTE}),
-    "vpp": (2, {"pipeline-model-parallel-size": 2, "num-layers-per-virtual-pipeline-stage": 1}),
 }
 
 pytestmark = pytest.mark.dist
