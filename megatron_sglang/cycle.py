@@ -228,7 +228,7 @@ def _numbers(report: SyncReport) -> dict[str, float]:
 
 
 def _sample(row: dict[str, Any]) -> TrainSample:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
     if (routed := values["routed_experts"]) is not None:
         values["routed_experts"] = RoutedExperts(**routed)
     return TrainSample(**values)

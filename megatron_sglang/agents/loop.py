@@ -82,8 +82,12 @@ class Trajectory:
         """Inverse of `dataclasses.asdict`, also after JSON."""
         prompt = row["prompt"] | {"token_ids_T": tuple(row["prompt"]["token_ids_T"])}
         routed = row.get("routed")
-        known = {"prompt": Prompt(**prompt), "turns": [Turn(**turn) for turn in row["turns"]]}
-        return Trajectory(**(row | known | {"routed": None if routed is None else RoutedExperts(**routed)}))
+        records: dict[str, Any] = {
+            "prompt": Prompt(**prompt),
+            "turns": [Turn(**turn) for turn in row["turns"]],
+            "routed": None if routed is None else RoutedExperts(**routed),
+        }
+        return Trajectory(**(row | records))
 
     @property
     def session_id(self) -> str:

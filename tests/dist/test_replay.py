@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "cpu_e2e"))  # for its tiny models
 
 HF = "examples/tiny_fim/model"
 TP2_SP = {"tensor-model-parallel-size": 2, "sequence-parallel": True}
@@ -72,3 +77,39 @@ def test_logprobs_are_scored_with_the_experts(run_ranks, told, plain, spoiled):
     same = run_ranks(1, "cases_replay.train", hf=HF, layout={}, told=told)[0]
     assert same["scored"] == pytest.approx(plain["scored"], rel=1e-7)
     assert abs(spoiled["scored"] - plain["scored"]) > 1.0
+
+
+RUN = (
+    "--config conf/tiny_cpu.yaml --rollout-engine fake rollout.prompts_per_batch=4 rollout.samples_per_prompt=2 rollout.batches=2 "
+    "rollout.eval_samples=4 reward.name=function:letter_reward.vowels --micro-batch-size 2 --global-batch-size 4 "
+    "--moe-enable-routing-replay"
+).split()
+
+
+def test_a_run_takes_what_the_engine_says(run_ranks, tmp_path):
+    """The fake engine's experts have nothing to do with the scores: what the trainer's routers would choose differs."""
+    assert run_ranks(2, "run", argv=[*RUN, f"log.run_dir={tmp_path}"]) == ["", ""]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "train/loss" in record]
+    assert len(records) == 2
+    assert all(record["train/routing_disagreement"] > 0.5 for record in records)
+    assert all(record["train/kl_old"] < 1e-2 for record in records), "old logprobs are scored with the same experts"
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--moe-router-fusion"], "does not replay"),
+        (["--moe-router-load-balancing-type=sinkhorn"], "sinkhorn load balancing does not replay"),
+        (["rollout.environment={name: feed}"], "without the engine's experts"),
+        (["dense"], "has no experts"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(run_ranks, tmp_path, more, text):
+    """Megatron's fused router and its other routing types take the flag and do not replay."""
+    if more == ["dense"]:
+        from tiny_models import make_model
+
+        more = [f"model.hf_path={make_model('qwen3', tmp_path)}", "--expert-model-parallel-size=1"]
+    for found in run_ranks(2, "run", argv=[*RUN, f"log.run_dir={tmp_path}", *more]):
+        assert text in found, found
