@@ -209,8 +209,6 @@ def _check_replay(config: RunConfig, args: Any, provider: Any) -> None:
         raise ConfigError(f"{flag}: {config.model.hf_path} has no experts; leave it out")
     if args.moe_router_fusion or provider.moe_router_fusion:
         raise ConfigError(f"{flag}: Megatron's fused router (--moe-router-fusion) does not replay; leave that out")
-    if (kind := provider.moe_router_load_balancing_type) in ("sinkhorn", "quantile_balancing"):
-        raise ConfigError(f"{flag}: a router with {kind} load balancing does not replay; leave it out")
     if args.context_parallel_size > 1:
         raise ConfigError(
             f"{flag} with --context-parallel-size={args.context_parallel_size}: experts are not split over context "
