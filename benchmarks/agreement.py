@@ -4,7 +4,8 @@
 
 Runs conf/tiny_cpu.yaml for some rollout batches in each setting, and writes for each of them the means over its batches
 (the maximum: over all tokens) and each batch's own number of what docs/algorithm.md calls gap, kl_rollout,
-token_mult_prob_error and routing_disagreement (that one with replay only: else nobody asks the engine). About a minute a run on two idle cores.
+token_mult_prob_error and routing_disagreement (that one with replay only: else nobody asks the engine).
+About a minute a run on two idle cores.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from megatron_sglang.engine.fake_model import Parameters, Sampler, grouped, routed_experts
+from megatron_sglang.engine.fake_model import Parameters, Sampler, grouped, routed_experts, singles
 
 _OPEN_ROUTES = ("/health",)
 _USER_ROUTES = ("/generate", "/server_info", "/model_info", "/v1/models")
@@ -208,13 +208,7 @@ class FakeEngine:
 
     def generate(self, body: dict[str, Any], due: dict[str, Fault]) -> tuple[int, Any]:
         if isinstance(body["sampling_params"], list):
-            listed = ("input_ids", "sampling_params", "top_logprobs_num", "lora_path")
-            bodies = [
-                {key: body[key][number] for key in listed if body.get(key)}
-                | {key: body[key] for key in ("return_routed_experts", "routed_experts_start_len") if key in body}
-                for number in range(len(body["input_ids"]))
-            ]
-            replies = [self._finished(one, due) for one in bodies]
+            replies = [self._finished(one, due) for one in singles(body)]
             return next((reply for reply in replies if reply[0] != 200), (200, [reply for _, reply in replies]))
         return self._finished(body, due)
 
@@ -242,7 +236,6 @@ class FakeEngine:
         ended = set() if sampling.get("ignore_eos") else set(sampling.get("stop_token_ids") or ())
         sampler = Sampler(self.vocab_size, self.models[0].salt, body)
         finish: dict[str, Any] | None = None
-        ids: list[int] = list(body["input_ids"])
         count = 0
         while finish is None:
             row: list[Any] = []
@@ -255,7 +248,6 @@ class FakeEngine:
             else:
                 row, top = sampler.draw()
                 count += 1
-                ids.append(row[1])
                 if row[1] in ended:
                     finish = {"type": "stop", "matched": row[1]}
                 elif count >= sampling["max_new_tokens"]:
@@ -269,7 +261,7 @@ class FakeEngine:
                 "weight_version": "999" if "wrong_version" in due else self.version,
             }
             if finish and self.routed and body.get("return_routed_experts"):
-                meta["routed_experts"] = routed_experts(self.routed, ids, body["routed_experts_start_len"])
+                meta["routed_experts"] = routed_experts(self.routed, sampler.ids, body["routed_experts_start_len"])
             yield {"output_ids": [row[1]] if row else [], "meta_info": meta}
 
     def abort(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
