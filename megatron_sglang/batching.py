@@ -7,6 +7,7 @@ position t + 1, which is what a language model predicts at position t:
     labels     p1 p2 r0 r1  0  0
     loss_mask   0  0  1  1  0  0
     logprobs    0  0 l0 l1  0  0
+    experts    e0 e1 e2 e3 -1 -1        those of the token at the same place: no engine processed r1
 
 Order: the samples of a rollout batch stay in their list's order. Train step s takes the s-th run of `global_batch`
 samples; of these data-parallel rank d takes the d-th run of `global_batch / dp_size`; its micro-batches are
@@ -22,9 +23,10 @@ from itertools import batched
 import torch
 from torch import Tensor
 
-from megatron_sglang.errors import ConfigError
+from megatron_sglang import routing
+from megatron_sglang.errors import ConfigError, EngineError
 from megatron_sglang.losses import LossInputs
-from megatron_sglang.types import TrainSample
+from megatron_sglang.types import RoutedExperts, TrainSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +47,17 @@ class MicroBatch:
     """[B]"""
     lengths: Tensor
     """[B] int64, tokens of prompt and response."""
+    routed_experts: Tensor | None = None
+    """[B, S, layers x top_k] int16 of the tokens, from the engine; -1 where it told none: in the padding and for the
+    last token. Stays on the host: each rank needs little of it at a time."""
     old_logprobs: Tensor | None = None
     """Of the labels, from the trainer before its first step on the batch; set by `with_logprobs`."""
     ref_logprobs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return MicroBatch(**{name: value if value is None else value.to(device) for name, value in moved.items()})
+        moved = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "routed_experts"}
+        moved = {name: value if value is None else value.to(device) for name, value in moved.items()}
+        return replace(self, **moved)
 
     def with_logprobs(self, *, old: Tensor | None = None, ref: Tensor | None = None) -> MicroBatch:
         """The same batch with logprobs [B, S] the trainer has computed."""
@@ -123,7 +129,27 @@ def collate(samples: Sequence[TrainSample], multiple_of: int = 1, seq_length: in
         rollout_logprobs=rollout_logprobs,
         advantages=torch.tensor([sample.advantage for sample in samples]),
         lengths=torch.tensor([sample.length for sample in samples]),
+        routed_experts=_routed(samples, width),
     )
+
+
+def expert_numbers(routed: RoutedExperts) -> Tensor:
+    """int16 [tokens, layers x top_k]."""
+    return torch.frombuffer(bytearray(routing.int16_bytes(routed)), dtype=torch.int16).view(routed.tokens, -1)
+
+
+def _routed(samples: Sequence[TrainSample], width: int) -> Tensor | None:
+    told = [expert_numbers(sample.routed_experts) for sample in samples if sample.routed_experts is not None]
+    if len(told) < len(samples) or not told:
+        if told:
+            raise EngineError(f"the engine told the experts of {len(told)} of {len(samples)} samples; expected all")
+        return None
+    if len(sizes := {experts_TN.shape[1] for experts_TN in told}) > 1:
+        raise EngineError(f"the engine told different numbers of experts for a token: {sorted(sizes)}")
+    padded = torch.full((len(samples), width, told[0].shape[1]), -1, dtype=torch.int16)
+    for row, experts_TN in enumerate(told):
+        padded[row, : len(experts_TN)] = experts_TN
+    return padded
 
 
 def split[T](

@@ -225,3 +225,8 @@ class RunConfig:
     """Megatron's own arguments by flag name without the dashes, e.g. {lr: 3e-3, expert-model-parallel-size: 2}."""
     sglang: dict[str, Any] = field(default_factory=dict)
     """SGLang's other ServerArgs by field name, e.g. {log_level: info}; on the command line --sglang-*."""
+
+    @property
+    def replays_routing(self) -> bool:
+        """Whether the trainer replays the experts that the engine chose: Megatron's own switch says so."""
+        return self.megatron.get("moe-enable-routing-replay") is True

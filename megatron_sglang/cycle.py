@@ -27,7 +27,7 @@ from megatron_sglang.memory import Ledger
 from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.sync import Path, publish
 from megatron_sglang.trace import RunLog
-from megatron_sglang.types import Prompt, RolloutGroup, SyncReport, TrainSample
+from megatron_sglang.types import Prompt, RolloutGroup, RoutedExperts, SyncReport, TrainSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Cycle:
         rows = self._surviving(lambda: self.comm.from_leader(lambda: self._rows(step)))
         self._deaths = 0
         self.note_memory("rollout")
-        return [TrainSample(**{name: _tuples(value) for name, value in row.items()}) for row in rows]
+        return [_sample(row) for row in rows]
 
     def learning_rate(self) -> float | None:
         """What came with the last rollout batch, on every rank; None: Megatron's schedule."""
@@ -237,5 +237,8 @@ def _numbers(report: SyncReport) -> dict[str, float]:
     return numbers | {f"{phase}_s": seconds for phase, seconds in report.seconds.items()}
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _sample(row: dict[str, Any]) -> TrainSample:
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    if (routed := values["routed_experts"]) is not None:
+        values["routed_experts"] = RoutedExperts(**routed)
+    return TrainSample(**values)

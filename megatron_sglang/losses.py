@@ -301,6 +301,7 @@ def _divergences(x: LossInputs) -> dict[str, Metric]:
         gap_BT = (x.old_logprobs - x.rollout_logprobs).abs()
         metrics["train/logprob_gap_mean"] = _mean(gap_BT, x.mask)
         metrics["train/logprob_gap_max"] = Max(gap_BT.max() if gap_BT.numel() else gap_BT.sum())
+        metrics["train/kl_rollout"] = _mean(kl(x.rollout_logprobs, x.old_logprobs, "k3"), x.mask)
         metrics["train/token_mult_prob_error"] = _mean(gap_BT.exp(), x.mask)
     return metrics
 

@@ -84,6 +84,8 @@ class Rollout:
     seed: int
     span: Callable[[str], AbstractContextManager[Any]] = nullcontext
     """Measures the phases "generate" and "reward"; e.g. `RunLog.span`."""
+    routing: bool = False
+    """Ask for the experts that processed the tokens of a rollout batch, for the trainer to replay."""
 
     def batch(self, source: Source, step: int) -> tuple[RolloutGroup, ...]:
         """`collect` of the next prompts of `source`."""
@@ -114,6 +116,7 @@ class Rollout:
 
     def _sample(self, prompts: Sequence[Prompt], step: str, members: int) -> tuple[RolloutGroup, ...]:
         seen: Counter[str] = Counter()
+        routing_from = 0 if self.routing and step != "eval" else None
         requests: list[GenerateRequest] = []
         for prompt in prompts:
             # A prompt that comes twice in one batch must not give the same samples twice.
@@ -121,7 +124,7 @@ class Rollout:
             seen[prompt.id] += 1
             for member in range(first, first + members):
                 sampling = replace(self.sampling, seed=request_seed(self.seed, step, prompt.id, member))
-                requests.append(GenerateRequest(prompt.token_ids_T, sampling))
+                requests.append(GenerateRequest(prompt.token_ids_T, sampling, routing_from=routing_from))
 
         with self.span("generate"):
             completions = [self._with_text(completion) for completion in self.engine.generate(requests)]
@@ -183,6 +186,7 @@ def to_samples(groups: Sequence[RolloutGroup], advantages_PG: torch.Tensor) -> l
             reward=score.value,
             weight_version=completion.weight_version,
             loss_mask_T=completion.loss_mask_T,
+            routed_experts=completion.routed_experts,
         )
         for group, advantages_G in zip(groups, advantages_PG.tolist(), strict=True)
         for completion, score, advantage in zip(group.completions_G, group.scores_G, advantages_G, strict=True)

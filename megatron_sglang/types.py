@@ -64,6 +64,21 @@ class GenerateRequest:
     """Requests of one session go to the same engine, which has their common prefix in its cache."""
     adapter: str = ""
     """LoRA adapter that serves it, by name; empty: the engine's weights as they are."""
+    routing_from: int | None = None
+    """Return the experts of its tokens from this place on, the prompt's too; None: of none."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """The experts that the engine's layers chose for consecutive tokens that it processed; see `routing.py`.
+
+    An engine processes all tokens of a sequence but the last that it sampled."""
+
+    tokens: int
+    width: int
+    """Bytes of an expert's number, 1 or 2."""
+    data: str
+    """Base64 of unsigned little-endian [tokens, layers, top_k], all decoder layers; zeros where one has no experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +101,8 @@ class Completion:
     top_logprobs_T: tuple[Mapping[int, float], ...] = ()
     """Token id -> logprob of the likeliest tokens at each position, where they were asked for."""
     turns: int = 1
+    routed_experts: RoutedExperts | None = None
+    """Of the tokens from the request's `routing_from` to the last but one; None: not asked for, or aborted before."""
 
     def __post_init__(self) -> None:
         for name in ("logprobs_T", "loss_mask_T", "versions_T", "top_logprobs_T"):
@@ -132,8 +149,15 @@ class TrainSample:
     weight_version: int
     loss_mask_T: tuple[int, ...] = ()
     """1 where the loss counts the token, 0 where not; empty: everywhere."""
+    routed_experts: RoutedExperts | None = None
+    """Of all tokens of prompt and response but the last; None: the trainer's routers choose."""
 
     def __post_init__(self) -> None:
+        if self.routed_experts is not None and self.routed_experts.tokens != self.length - 1:
+            raise ValueError(
+                f"sample has {self.length} tokens but the routed experts of {self.routed_experts.tokens}; expected "
+                "those of all tokens but the last"
+            )
         for name in ("rollout_logprobs_T", "loss_mask_T"):
             values = getattr(self, name)
             if len(values) != len(self.response_ids_T) and (values or name != "loss_mask_T"):

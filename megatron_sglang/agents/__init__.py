@@ -26,13 +26,15 @@ def create_rollout(
     sampling: SamplingParams,
     seed: int,
     say: Callable[[str], None],
+    routing: bool = False,
 ) -> Rollout | AgentRollout:
     """`Rollout` where a completion is one turn and a batch is what was started; `AgentRollout` for all else.
 
-    engine: `interfaces.Engine` with `client()`. Raises `ConfigError` for an environment that does not exist.
+    engine: `interfaces.Engine` with `client()`. routing: ask it for the experts that processed each token.
+    Raises `ConfigError` for an environment that does not exist.
     """
     if not config.environment and config.over_sampling == 1 and not config.dynamic_sampling:
-        return Rollout(engine, reward, tokenizer.decode, sampling, config.samples_per_prompt, seed)
+        return Rollout(engine, reward, tokenizer.decode, sampling, config.samples_per_prompt, seed, routing=routing)
     return AgentRollout(
         connect=engine.client,
         reward=reward,
@@ -45,6 +47,7 @@ def create_rollout(
         over_sampling=config.over_sampling,
         stragglers=config.stragglers,
         dynamic_sampling=config.dynamic_sampling,
+        routing=routing,
         say=say,
     )
 

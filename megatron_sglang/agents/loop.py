@@ -24,11 +24,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_sglang import routing
 from megatron_sglang.agents.environment import Environment, Limits, Observation, Services, Step
 from megatron_sglang.errors import ConfigError, EngineError, RewardError
 from megatron_sglang.interfaces import AsyncEngine
 from megatron_sglang.rollout import Decode, request_seed
-from megatron_sglang.types import Completion, FinishReason, GenerateRequest, Prompt, SamplingParams, Score
+from megatron_sglang.types import (
+    Completion,
+    FinishReason,
+    GenerateRequest,
+    Prompt,
+    RoutedExperts,
+    SamplingParams,
+    Score,
+)
 
 
 @dataclass(slots=True)
@@ -65,12 +74,20 @@ class Trajectory:
     passed: bool = False
     detail: str = ""
     counts: dict[str, float] = field(default_factory=dict)
+    routed: RoutedExperts | None = None
+    """Of its first tokens, the prompt's too: each by the request that processed it first. None: not asked for."""
 
     @staticmethod
     def of(row: dict[str, Any]) -> Trajectory:
         """Inverse of `dataclasses.asdict`, also after JSON."""
         prompt = row["prompt"] | {"token_ids_T": tuple(row["prompt"]["token_ids_T"])}
-        return Trajectory(**(row | {"prompt": Prompt(**prompt), "turns": [Turn(**turn) for turn in row["turns"]]}))
+        routed = row.get("routed")
+        records: dict[str, Any] = {
+            "prompt": Prompt(**prompt),
+            "turns": [Turn(**turn) for turn in row["turns"]],
+            "routed": None if routed is None else RoutedExperts(**routed),
+        }
+        return Trajectory(**(row | records))
 
     @property
     def session_id(self) -> str:
@@ -86,6 +103,7 @@ class Trajectory:
         """Add what the policy sampled."""
         versions = completion.versions_T or (completion.weight_version,) * len(completion.token_ids_T)
         self._add(completion.token_ids_T, completion.logprobs_T, 1, versions)
+        self.routed = routing.joined((self.routed, completion.routed_experts))
         if versions:
             self.versions = [versions[0] if version == -1 else version for version in self.versions]
 
@@ -128,6 +146,7 @@ class Trajectory:
             loss_mask_T=() if all(mask_T) else mask_T,
             versions_T=() if len(set(self.versions)) == 1 else tuple(self.versions),
             turns=len(self.turns),
+            routed_experts=self.routed,
         )
 
     def score(self) -> Score:
@@ -146,6 +165,8 @@ class Agent:
     """max_new_tokens is that of a whole trajectory, observations included."""
     limits: Limits
     seed: int
+    routing: bool = False
+    """Ask for the experts that processed each token."""
     stopping: bool = False
     versions: set[int] = field(default_factory=set)
     """Weight versions of all that was sampled."""
@@ -205,7 +226,11 @@ class Agent:
             max_new_tokens=budget,
             min_new_tokens=min(budget, max(0, self.sampling.min_new_tokens - done)),
         )
-        completion = await self.engine.generate(GenerateRequest(history, sampling, trajectory.session_id))
+        known = 0 if trajectory.routed is None else trajectory.routed.tokens
+        request = GenerateRequest(
+            history, sampling, trajectory.session_id, routing_from=known if self.routing else None
+        )
+        completion = await self.engine.generate(request)
         length, reason = len(completion.token_ids_T), completion.finish_reason
         if not int(reason != "abort") <= length <= budget or (reason == "abort" and not self.stopping):
             raise EngineError(

@@ -82,6 +82,8 @@ class AgentRollout:
     over_sampling: float = 1.0
     stragglers: Stragglers = "abort"
     dynamic_sampling: bool = False
+    routing: bool = False
+    """Ask for the experts that processed the tokens of a rollout batch, for the trainer to replay."""
     span: Callable[[str], AbstractContextManager[Any]] = nullcontext
     """Measures the phase "generate", in which rewards are computed too."""
     say: Callable[[str], None] = lambda line: print(line, flush=True)
@@ -124,7 +126,7 @@ class AgentRollout:
 
     async def _all(self, prompts: Sequence[Prompt]) -> list[Group]:
         groups = list(_started(prompts, "eval", 1, Counter()))
-        async with self._agent() as agent, _Running(agent) as running:
+        async with self._agent(routing=False) as agent, _Running(agent) as running:
             running.start(groups)
             while running.groups:
                 await running.completed()
@@ -143,7 +145,7 @@ class AgentRollout:
         kept: list[Group] = []
         dropped: list[Group] = []
         try:
-            async with self._agent() as agent, _Running(agent) as running:
+            async with self._agent(routing=self.routing) as agent, _Running(agent) as running:
                 running.start(groups)
                 while running.groups and len(kept) < wanted:
                     for group in await running.completed():
@@ -169,11 +171,11 @@ class AgentRollout:
         return self._finished(kept[:wanted], version)
 
     @contextlib.asynccontextmanager
-    async def _agent(self) -> AsyncIterator[Agent]:
+    async def _agent(self, *, routing: bool) -> AsyncIterator[Agent]:
         services = Services(Scorer(self.reward), self.encode)
-        environments = self.environments
+        make, limits = self.environments.make, self.environments.limits
         async with self.connect() as engine:
-            yield Agent(engine, environments.make, services, self.decode, self.sampling, environments.limits, self.seed)
+            yield Agent(engine, make, services, self.decode, self.sampling, limits, self.seed, routing)
 
     def _fill(self, kept: list[Group], dropped: list[Group], wanted: int) -> None:
         """Where dynamic sampling gave up, take groups without a signal rather than fewer; say so."""

@@ -157,11 +157,12 @@ def _collect_little() -> None:
 
 
 def _pin_nothing() -> None:
-    """LoRA pins host memory without asking whether there is a driver (lora/layers.py:457,
-    lora/backend/torch_backend.py:225). Pinning changes no value."""
+    """LoRA and the buffer of routed experts pin host memory without asking whether there is a driver
+    (lora/layers.py:457, lora/backend/torch_backend.py:225, state_capturer/base.py:52). Pinning changes no value."""
     import torch
     from sglang.srt.lora import layers
     from sglang.srt.lora.backend import torch_backend
+    from sglang.srt.state_capturer import base
 
     class Unpinned:
         """torch, but for `pin_memory`."""
@@ -173,7 +174,7 @@ def _pin_nothing() -> None:
             return lambda *args, pin_memory=False, **named: found(*args, **named)
 
     torch.Tensor.pin_memory = lambda self, *_args: self  # type: ignore[method-assign]
-    layers.torch = torch_backend.torch = Unpinned()  # type: ignore[assignment]
+    layers.torch = torch_backend.torch = base.torch = Unpinned()  # type: ignore[assignment]
 
 
 def _sample_by_seed() -> None:

@@ -3,6 +3,8 @@
 request.sampling      in the body                            in the answer's meta_info
 logprobs, always      return_logprob                         output_token_logprobs: [logprob, token id, null]
 top_logprobs N        top_logprobs_num                       output_top_logprobs: N of these at each position
+routing_from N        return_routed_experts,                 routed_experts, of the last event: base64 of int32
+                      routed_experts_start_len               [tokens N to the last but one, layers, top_k]
 min_new_tokens, stop  never sent: SGLang refuses them without a tokenizer; see client.py
 """
 
@@ -14,8 +16,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sglang.errors import EngineError
-from megatron_sglang.types import FinishReason, GenerateRequest, SamplingParams
+from megatron_sglang import routing
+from megatron_sglang.errors import ConfigError, EngineError
+from megatron_sglang.types import FinishReason, GenerateRequest, RoutedExperts, SamplingParams
 
 FORBIDDEN = -1e9
 """Bias on the logits of tokens that must not be drawn: their probability becomes exactly 0."""
@@ -47,7 +50,7 @@ def sampling_params(sampling: SamplingParams, forbidden: Collection[int] = ()) -
 
 
 def batch_body(requests: Sequence[GenerateRequest]) -> dict[str, Any]:
-    """Body of one call for several completions."""
+    """Body of one call for several completions. `ConfigError` where they differ in what such a call has once."""
     body: dict[str, Any] = {
         "input_ids": [list(request.token_ids_T) for request in requests],
         "sampling_params": [sampling_params(request.sampling) for request in requests],
@@ -57,6 +60,13 @@ def batch_body(requests: Sequence[GenerateRequest]) -> dict[str, Any]:
         body["top_logprobs_num"] = [request.sampling.top_logprobs for request in requests]
     if any(request.adapter for request in requests):
         body["lora_path"] = [request.adapter or None for request in requests]
+    if starts := {request.routing_from for request in requests if request.routing_from is not None}:
+        if len(starts) > 1:  # SGLang takes one for the whole call
+            raise ConfigError(
+                f"requests in one call ask for routed experts from {sorted(starts)} on; give them one routing_from, or "
+                "use client().generate"
+            )
+        body |= {"return_routed_experts": True, "routed_experts_start_len": starts.pop()}
     return body
 
 
@@ -72,6 +82,8 @@ def body_of(request: GenerateRequest, rid: str, *, forbidden: Collection[int] = 
         body["top_logprobs_num"] = request.sampling.top_logprobs
     if request.adapter:
         body["lora_path"] = request.adapter
+    if request.routing_from is not None:
+        body |= {"return_routed_experts": True, "routed_experts_start_len": request.routing_from}
     return body
 
 
@@ -86,14 +98,17 @@ class Answer:
     """The token that stopped it."""
     weight_version: int
     top_logprobs_T: tuple[Mapping[int, float], ...] = ()
+    routed_experts: RoutedExperts | None = None
+    """Of the whole completion, with its end."""
 
 
 NOTHING = Answer((), (), "abort", None, NO_VERSION)
 """That nothing more was sampled when a request was aborted."""
 
 
-def read(reply: Mapping[str, Any], known: int = 0) -> Answer:
-    """The tokens of `reply` after the first `known`. `EngineError` where it contradicts itself.
+def read(reply: Mapping[str, Any], known: int = 0, routing_from: int | None = None) -> Answer:
+    """The tokens of `reply` after the first `known`. `EngineError` where it contradicts itself, or comes without the
+    experts that were asked for.
 
     SGLang's streams repeat all tokens in each event, or with incremental_streaming_output give the new ones only; an
     aborted request may repeat its last. So what is new is counted from the end.
@@ -126,6 +141,19 @@ def read(reply: Mapping[str, Any], known: int = 0) -> Answer:
         matched,
         _version(meta["weight_version"]),
         tuple({token: logprob for logprob, token, *_ in row} for row in top[len(top) - new :]) if top else (),
+        None if routing_from is None or finish is None else _routing(meta, finish, routing_from),
+    )
+
+
+def _routing(meta: Mapping[str, Any], finish: FinishReason, start: int) -> RoutedExperts | None:
+    found = meta.get("routed_experts")
+    if found is not None:
+        return routing.of_engine(found, meta["prompt_tokens"] + meta["completion_tokens"] - 1 - start)
+    if finish == "abort":  # before it was processed
+        return None
+    raise EngineError(
+        "engine returned no routed experts; start it with --enable-return-routed-experts (--moe-enable-routing-replay "
+        "does it for engines of a run), or leave --moe-enable-routing-replay out"
     )
 
 

@@ -120,7 +120,7 @@ class AsyncHttp:
             yield answers.NOTHING
             return
         _expect_ok(response.status, content)
-        yield answers.read(json.loads(content))
+        yield answers.read(json.loads(content), 0, body.get("routed_experts_start_len"))
 
     async def _streamed(self, one: Running, body: dict[str, Any]) -> AsyncGenerator[Answer]:
         deadline = self._deadline()
@@ -136,7 +136,7 @@ class AsyncHttp:
                     event = await anext(events, None)
                 if event is None:
                     raise EngineError("engine ended a stream before its completion had ended; see its log")
-                answer = answers.read(event, known)
+                answer = answers.read(event, known, body.get("routed_experts_start_len"))
                 known += len(answer.token_ids_T)
                 if answer.finish_reason is not None:
                     # A connection that was read to its end can be used again; if that fails, it is closed.

@@ -20,12 +20,13 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from megatron_sglang import routing
 from megatron_sglang.engine import answers
 from megatron_sglang.engine.answers import Answer
 from megatron_sglang.engine.async_http import Address, AsyncHttp, Running
 from megatron_sglang.errors import ConfigError, EngineError, EngineStaleError, EngineTimeoutError
 from megatron_sglang.stops import Decode, StopMatcher
-from megatron_sglang.types import Completion, FinishReason, GenerateRequest, SamplingParams
+from megatron_sglang.types import Completion, FinishReason, GenerateRequest, RoutedExperts, SamplingParams
 
 __all__ = ["Address", "EngineClient", "Piece"]
 
@@ -53,6 +54,8 @@ class Piece:
     weight_version: int
     """-1 where it is not known: in the empty last piece of an aborted completion."""
     top_logprobs_T: tuple[Mapping[int, float], ...] = ()
+    routed_experts: RoutedExperts | None = None
+    """Of all tokens of this HTTP request, with its last piece."""
 
 
 class EngineClient:
@@ -163,6 +166,11 @@ class EngineClient:
         self, one: Running, request: GenerateRequest, matcher: StopMatcher | None
     ) -> AsyncGenerator[Piece]:
         phases = self._phases(request.sampling)
+        if request.routing_from is not None and request.sampling.stop:
+            raise ConfigError(
+                f"stop texts {list(request.sampling.stop)} cut a completion before its end, where SGLang tells the "
+                "experts; end it by stop_token_ids, or leave routing_from out"
+            )
         self._running.add(one)
         try:
             async with self._places:
@@ -224,6 +232,8 @@ class EngineClient:
                 raise EngineStaleError(f"engine must not serve: {reason}; publish a weight version first")
             one.rid = uuid.uuid4().hex  # all of one length: SGLang aborts whatever *starts* with an id
             part = replace(request, token_ids_T=prompt, sampling=replace(request.sampling, max_new_tokens=tokens))
+            if number and request.routing_from is not None:  # the last token of the request before is the next one
+                part = replace(part, routing_from=len(prompt) - 1)
             body = answers.body_of(part, one.rid, forbidden=forbidden, every=one.every)
             more = number + 1 < len(phases)
             async with contextlib.aclosing(http.ask(one, body)) as found:
@@ -254,6 +264,7 @@ def _piece(answer: Answer, matcher: StopMatcher | None) -> Piece:
         matched,
         answer.weight_version,
         answer.top_logprobs_T[:keep],
+        answer.routed_experts,
     )
 
 
@@ -272,4 +283,5 @@ def _joined(pieces: Sequence[Piece]) -> Completion:
         text="".join(piece.text for piece in pieces),
         versions_T=versions_T if len(set(versions_T)) > 1 else (),
         top_logprobs_T=flat("top_logprobs_T"),
+        routed_experts=routing.joined(piece.routed_experts for piece in pieces),
     )

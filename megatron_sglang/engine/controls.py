@@ -93,7 +93,7 @@ class Controls(Announced):
         replies = self._connected.post("/generate", body, self.options.request_timeout_s, admin=False)
         if not isinstance(replies, list) or len(replies) != len(requests):
             raise EngineError(f"engine answered {len(requests)} requests with {str(replies)[:200]}, not a list of them")
-        return [_completion(reply, version) for reply in replies]
+        return [_completion(one, reply, version) for one, reply in zip(requests, replies, strict=True)]
 
     def info(self) -> dict[str, Any]:
         """SGLang's /server_info: resolved arguments, sizes, version."""
@@ -256,8 +256,8 @@ def _memory_tags(tags: Iterable[str] | None) -> list[str]:
     return [tag for tag in MEMORY_TAGS if tag in wanted]
 
 
-def _completion(reply: dict[str, Any], version: int | None) -> Completion:
-    answer = answers.read(reply)
+def _completion(request: GenerateRequest, reply: dict[str, Any], version: int | None) -> Completion:
+    answer = answers.read(reply, 0, request.routing_from)
     if answer.finish_reason is None:
         raise EngineError("engine answered a request that has not ended; expected a finish_reason")
     if answer.weight_version != version:
@@ -270,4 +270,5 @@ def _completion(reply: dict[str, Any], version: int | None) -> Completion:
         answer.finish_reason,
         answer.weight_version,
         top_logprobs_T=answer.top_logprobs_T,
+        routed_experts=answer.routed_experts,
     )

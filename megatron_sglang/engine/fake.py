@@ -29,7 +29,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from megatron_sglang.engine.fake_model import Parameters, Sampler, grouped
+from megatron_sglang.engine.fake_model import Parameters, Sampler, grouped, routed_experts, singles
 
 _OPEN_ROUTES = ("/health",)
 _USER_ROUTES = ("/generate", "/server_info", "/model_info", "/v1/models")
@@ -70,6 +70,8 @@ class FakeEngine:
         self.described = dict(script.get("server_info", {}))
         """What /server_info says otherwise."""
         self.models = [Parameters(spec.get("model_folder")) for _ in range(spec["tp_size"])]
+        self.routed: str | None = spec.get("routed_experts")
+        """Folder of the model whose experts it tells; None: of none."""
         self.version = "default"
         self.released: set[str] = set()
         self.running = 0
@@ -206,11 +208,7 @@ class FakeEngine:
 
     def generate(self, body: dict[str, Any], due: dict[str, Fault]) -> tuple[int, Any]:
         if isinstance(body["sampling_params"], list):
-            listed = ("input_ids", "sampling_params", "top_logprobs_num", "lora_path")
-            bodies = [
-                {key: body[key][number] for key in listed if body.get(key)} for number in range(len(body["input_ids"]))
-            ]
-            replies = [self._finished(one, due) for one in bodies]
+            replies = [self._finished(one, due) for one in singles(body)]
             return next((reply for reply in replies if reply[0] != 200), (200, [reply for _, reply in replies]))
         return self._finished(body, due)
 
@@ -256,11 +254,14 @@ class FakeEngine:
                     finish = {"type": "length", "length": count}
             meta = {
                 "finish_reason": finish,
+                "prompt_tokens": len(body["input_ids"]),
                 "completion_tokens": count,
                 "output_token_logprobs": [row] if row else [],
                 "output_top_logprobs": [top] if top else [],
                 "weight_version": "999" if "wrong_version" in due else self.version,
             }
+            if finish and self.routed and body.get("return_routed_experts"):
+                meta["routed_experts"] = routed_experts(self.routed, sampler.ids, body["routed_experts_start_len"])
             yield {"output_ids": [row[1]] if row else [], "meta_info": meta}
 
     def abort(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:

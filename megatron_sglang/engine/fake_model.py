@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import array
+import base64
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +62,8 @@ class Sampler:
         self._forbidden = {int(token) for token, bias in (sampling.get("logit_bias") or {}).items() if bias < -1e6}
         self._top = body.get("top_logprobs_num") or 0
         self._state = hashlib.sha256(f"{salt} {body.get('lora_path')} {seed}".encode()).digest()
+        self.ids: list[int] = []
+        """Prompt and what was drawn."""
         for token in body["input_ids"]:
             self._advance(token)
 
@@ -73,7 +78,29 @@ class Sampler:
         return [logprob, token, None], top
 
     def _advance(self, token: int) -> None:
+        self.ids.append(token)
         self._state = hashlib.sha256(self._state + token.to_bytes(4)).digest()
+
+
+def singles(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """A call for several completions as a body for each."""
+    listed = ("input_ids", "sampling_params", "top_logprobs_num", "lora_path")
+    common = {key: body[key] for key in ("return_routed_experts", "routed_experts_start_len") if key in body}
+    return [
+        common | {key: body[key][number] for key in listed if body.get(key)} for number in range(len(body["input_ids"]))
+    ]
+
+
+def routed_experts(model: str, ids: Iterable[int], start: int) -> str:
+    """What SGLang tells of all `ids` but the last, from `start` on, for the model whose config.json is in that folder:
+    top_k experts in a row, the first by token, place and layer."""
+    config = json.loads(Path(model, "config.json").read_text())
+    layers, top_k = config["num_hidden_layers"], config["num_experts_per_tok"]
+    count = config.get("num_experts") or config["num_local_experts"]
+    found = array.array("i")
+    for place, token in list(enumerate(ids))[start:-1]:
+        found.extend((token + place + layer + slot) % count for layer in range(layers) for slot in range(top_k))
+    return base64.b64encode(found.tobytes()).decode()
 
 
 def grouped(events: Iterable[dict[str, Any]], every: int | None) -> Iterator[dict[str, Any]]:

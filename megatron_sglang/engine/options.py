@@ -17,6 +17,9 @@ from megatron_sglang.errors import ConfigError
 LOADER = "megatron_sglang.engine.loader.load"
 """Where SGLang finds our weight loader; also the `load_format` of every update we send."""
 
+PREFILL_TOKENS = 16384
+"""SGLang's max_prefill_tokens: of one batch of prompts."""
+
 ENVIRONMENT = Path(".venv-sglang-server", "bin", "python")
 """Interpreter of the engine's own environment, where the working folder has one."""
 
@@ -43,6 +46,7 @@ OWNED = {
     "api_key": "nothing: a random key is made for each engine",
     "admin_api_key": "nothing: a random key is made for each engine",
     "custom_weight_loader": "nothing: weights come through our own loader",
+    "enable_return_routed_experts": "routed_experts",
     "skip_tokenizer_init": "nothing: the engine speaks token ids",
     "skip_server_warmup": "nothing: there are no weights to warm up with before the first sync",
     "trust_remote_code": "nothing: code from a checkpoint is never run",
@@ -84,6 +88,8 @@ class EngineOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = True
     """Equal requests with equal seeds give equal tokens whatever else runs (docs/engine.md: what is guaranteed)."""
+    routed_experts: bool = False
+    """Whether requests may ask which experts processed their tokens."""
     python: str = sys.executable
     """Interpreter of the server."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -199,6 +205,7 @@ def server_args(options: EngineOptions, port: int) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "skip_server_warmup": True,
         "custom_weight_loader": [LOADER],
+        "enable_return_routed_experts": options.routed_experts,
     }
     if device == "cpu":
         ours["enable_memory_saver"] = False  # it is CUDA's; `release` frees no bytes here
@@ -221,6 +228,26 @@ def server_args(options: EngineOptions, port: int) -> dict[str, Any]:
             # Idle schedulers would otherwise spin on the cores the trainer needs.
             "sleep_on_idle": True,
         }
+        if options.routed_experts:
+            # SGLang sizes its buffer of experts by it; so large, it cuts no prompt that fits into one batch.
+            defaults["chunked_prefill_size"] = PREFILL_TOKENS
     else:
         defaults |= cuda_defaults(deterministic, fa3=options.python != sys.executable or has_fa3())
+    if options.routed_experts:
+        _check_routing(defaults | dict(options.extra))
     return defaults | dict(options.extra) | ours
+
+
+def _check_routing(given: Mapping[str, Any]) -> None:
+    """Where SGLang 0.5.17 would lose experts, or fail: it keeps them by place in the KV cache (state_capturer/)."""
+    if (given.get("chunked_prefill_size") or 1) < 1:
+        raise ConfigError(
+            f"chunked_prefill_size={given['chunked_prefill_size']} with routed experts: SGLang sizes its buffer of "
+            f"them by it; set it to {PREFILL_TOKENS}, or leave it out"
+        )
+    for name in ("enable_hierarchical_cache", "speculative_algorithm"):
+        if given.get(name):
+            raise ConfigError(
+                f"{name}={given[name]} with routed experts: they are kept beside the KV cache of the device, for "
+                "tokens that were really processed there; leave one of the two out"
+            )

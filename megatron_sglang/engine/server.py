@@ -217,7 +217,9 @@ class Server:
         }
         if options.kind == "fake":
             folder = options.model_path if options.load_format == "auto" else None
-            return spec | {"tp_size": options.tp_size, "script": dict(options.extra), "model_folder": folder}
+            told = options.model_path if options.routed_experts else None
+            spec |= {"tp_size": options.tp_size, "script": dict(options.extra), "model_folder": folder}
+            return spec | {"routed_experts": told}
         return spec | {"server_args": server_args(options, self.port)}
 
     def _environment(self) -> dict[str, str]:

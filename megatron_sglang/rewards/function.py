@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_sglang.errors import ConfigError, RewardError
@@ -112,7 +112,8 @@ class _Worker:
         if self._process is None:
             self.start()
         self._channel.settimeout(timeout_s)
-        send(self._channel, {"prompt": asdict(prompt), "completion": asdict(completion)}, MESSAGE_BYTES)
+        plain = replace(completion, routed_experts=None)  # megabytes that no reward looks at
+        send(self._channel, {"prompt": asdict(prompt), "completion": asdict(plain)}, MESSAGE_BYTES)
         answer = receive(self._channel, MESSAGE_BYTES)
         if "error" in answer:
             raise RewardError(answer["error"])

@@ -20,6 +20,7 @@ from megatron_sglang import config_check
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.errors import ConfigError, DataError, SetupError
+from megatron_sglang.feed.sampler import Feed
 from megatron_sglang.plan.shapes import hub_shapes
 from megatron_sglang.training import hf_folder
 
@@ -191,9 +192,27 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
             f"--micro-batch-size={args.micro_batch_size} times {replicas} data-parallel ranks does not divide "
             f"--global-batch-size={args.global_batch_size}; lower it, or change rollout.prompts_per_batch"
         )
+    if args.moe_enable_routing_replay:
+        _check_replay(config, args, provider)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > args.seq_length:
         raise ConfigError(
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, more than --seq-length="
             f"{args.seq_length}; raise --seq-length or lower one of them"
         )
+
+
+def _check_replay(config: RunConfig, args: Any, provider: Any) -> None:
+    """ConfigError where --moe-enable-routing-replay would have no effect, or a wrong one."""
+    flag = "--moe-enable-routing-replay"
+    if not provider.num_moe_experts:
+        raise ConfigError(f"{flag}: {config.model.hf_path} has no experts; leave it out")
+    if args.moe_router_fusion or provider.moe_router_fusion:
+        raise ConfigError(f"{flag}: Megatron's fused router (--moe-router-fusion) does not replay; leave that out")
+    if args.context_parallel_size > 1:
+        raise ConfigError(
+            f"{flag} with --context-parallel-size={args.context_parallel_size}: experts are not split over context "
+            "ranks; set it to 1"
+        )
+    if Feed.asked_for(config):
+        raise ConfigError(f"{flag}: batches that another process feeds come without the engine's experts; leave it out")

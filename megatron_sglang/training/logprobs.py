@@ -6,6 +6,7 @@ micro-batches are cut where they are made.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from megatron.training import get_args
 
 from megatron_sglang.batching import MicroBatch
+from megatron_sglang.training.replay import RoutingReplay
 
 
 def token_logprobs(logits_BSV: torch.Tensor, labels_BS: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -36,14 +38,20 @@ def token_entropies(logits_BSV: torch.Tensor, temperature: float) -> torch.Tenso
     return total.log() - weighted / total
 
 
-def forward(model: Any, batch: MicroBatch) -> torch.Tensor:
-    """Run one model chunk. On the last pipeline stage: logits [B, S, V_local]; elsewhere the stage's activations."""
-    return model(batch.tokens, batch.position_ids, None)
+def forward(model: Any, batch: MicroBatch, replay: RoutingReplay | None = None, *, count: bool = False) -> torch.Tensor:
+    """Run one model chunk. On the last pipeline stage: logits [B, S, V_local]; elsewhere the stage's activations.
+
+    replay: send tokens to the batch's experts. count: see `RoutingReplay.of`."""
+    with contextlib.nullcontext() if replay is None else replay.of(model, batch, count=count):
+        return model(batch.tokens, batch.position_ids, None)
 
 
 @torch.no_grad()
-def score(model_chunks: list[Any], batches: list[MicroBatch], temperature: float) -> list[torch.Tensor]:
+def score(
+    model_chunks: list[Any], batches: list[MicroBatch], temperature: float, replay: RoutingReplay | None = None
+) -> list[torch.Tensor]:
     """[B, S] logprobs of each micro-batch under the model as it is now; empty except on the last pipeline stage.
+    replay: send tokens to the batches' experts; None: the routers choose.
 
     Collective over TP, PP, EP. `batches` have one length S (pipeline stages exchange fixed shapes otherwise).
     """
@@ -54,7 +62,7 @@ def score(model_chunks: list[Any], batches: list[MicroBatch], temperature: float
         def logprobs(logits: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
             return token_logprobs(logits, batch.labels, temperature)
 
-        return forward(model, batch), logprobs
+        return forward(model, batch, replay), logprobs
 
     for chunk in model_chunks:
         chunk.eval()
@@ -70,6 +78,8 @@ def score(model_chunks: list[Any], batches: list[MicroBatch], temperature: float
     )
     for chunk in model_chunks:
         chunk.train()
+    if replay is not None:
+        replay.clear()
     return results if mpu.is_pipeline_last_stage() else []
 
 

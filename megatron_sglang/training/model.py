@@ -30,6 +30,7 @@ _EXECUTION_FIELDS = [
     "moe_permute_fusion",
     "moe_shared_expert_overlap",
     "moe_layer_recompute",
+    "moe_enable_routing_replay",
     "gradient_accumulation_fusion",
     "masked_softmax_fusion",
     "bias_dropout_fusion",

@@ -31,6 +31,7 @@ from megatron_sglang.errors import SetupError
 from megatron_sglang.sync import require_agreement
 from megatron_sglang.training import checkpoint, logprobs, lora, rates
 from megatron_sglang.training.guard import FiniteGuard
+from megatron_sglang.training.replay import RoutingReplay
 from megatron_sglang.training.step import PolicyStep
 
 _EXPECTED = {
@@ -132,6 +133,8 @@ class Plugin:
                 iteration=iteration,
                 **kwargs,
             )
+        if self.step.replay is not None:
+            self.step.replay.clear()
         self._note_training(cycle, grad_norm=result[5])
         cycle.note_memory("train")
         if not self.pending:
@@ -142,6 +145,7 @@ class Plugin:
     def _start(self, model: list[Any], optimizer: Any, iteration: int) -> Cycle:
         self.model = model
         self.guard = FiniteGuard(optimizer, self.config.algo.max_bad_steps)
+        self.step.replay = RoutingReplay.install(model)
         if not iteration:
             self.cycle = self.make_cycle(model, None)
         else:
@@ -180,13 +184,13 @@ class Plugin:
 
     def _with_logprobs(self, by_step: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
         """Old logprobs where several train steps use the batch (with one, they are the policy's own) or those of the
-        merged weights are wanted, reference ones where the KL is. Only the last pipeline stage holds them, and only
-        there the loss is computed."""
+        merged weights are wanted, reference ones where the KL is, by the base's own routing. Only the last pipeline
+        stage holds them, and only there the loss is computed."""
         flat = [batch for step in by_step for batch in step]
         temperature, merged = self.config.rollout.temperature, self.config.algo.old_logprobs == "merged"
         if len(by_step) > 1 or merged:
             with self.with_merged(self.model) if merged else contextlib.nullcontext():
-                old = logprobs.score(self.model, flat, temperature)
+                old = logprobs.score(self.model, flat, temperature, self.step.replay)
             flat = [batch.with_logprobs(old=old[i]) if old else batch for i, batch in enumerate(flat)]
         if self.config.algo.kl_coef is not None:
             with lora.disabled(self.model):
@@ -198,6 +202,8 @@ class Plugin:
     def _note_training(self, cycle: Cycle, grad_norm: float | None) -> None:
         """Metrics of all micro-batches of all data-parallel ranks, added up on the leader."""
         parts = self.step.take_metrics() if mpu.get_tensor_model_parallel_rank() == 0 else []
+        if self.step.replay is not None:  # each rank has layers or tokens of its own
+            parts.append(self.step.replay.take_metrics())
         rows = cycle.comm.gather([metrics.to_rows(part) for part in parts])
         merged = metrics.merge(metrics.from_rows(row) for rank in rows for row in rank)
         # Tokens that older weights sampled are not expected to agree with this version's.

@@ -206,6 +206,7 @@ class Station:
             sampling=sampling,
             seed=config.seed,
             say=show,
+            routing=config.replays_routing,
         )
         prompts = source.PromptSource(
             train, config.rollout.prompts_per_batch, seed=config.seed, shuffle=config.data.shuffle
@@ -266,6 +267,7 @@ def engine_options(config: RunConfig) -> EngineOptions:
         log_path=str(Path(config.log.run_dir) / "engine.log"),
         seed=config.seed,
         deterministic=config.engine.deterministic,
+        routed_experts=config.replays_routing,
         python=find_python(config.engine.python),
         extra=extra,
         **sizes,

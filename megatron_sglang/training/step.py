@@ -14,6 +14,7 @@ from megatron_sglang.batching import MicroBatch
 from megatron_sglang.losses import LossOptions, policy_loss
 from megatron_sglang.metrics import Metric
 from megatron_sglang.training import logprobs
+from megatron_sglang.training.replay import RoutingReplay
 
 
 def sum_over_context(part: torch.Tensor) -> torch.Tensor:
@@ -31,12 +32,14 @@ class PolicyStep:
 
     def __init__(self, loss: str, options: LossOptions, temperature: float) -> None:
         self.loss, self.options, self.temperature = loss, options, temperature
+        self.replay: RoutingReplay | None = None
+        """Set when the model is built, where the engine's routing is to be replayed."""
         self._metrics: list[dict[str, Metric]] = []
 
     def forward_step(self, iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         """Output of this pipeline stage, and what turns it into a loss on the last one."""
         batch = next(iterator)
-        return logprobs.forward(model, batch), functools.partial(self._loss, batch)
+        return logprobs.forward(model, batch, self.replay, count=True), functools.partial(self._loss, batch)
 
     def _loss(
         self, batch: MicroBatch, logits: torch.Tensor

@@ -13,7 +13,9 @@ from typing import Any
 
 from megatron_sglang.agents.environment import Environments, Limits, Services, Step
 from megatron_sglang.agents.rollout import AgentRollout
+from megatron_sglang.engine.fake_model import routed_experts
 from megatron_sglang.prompts.source import PromptSource
+from megatron_sglang.routing import of_engine
 from megatron_sglang.types import Completion, GenerateRequest, Prompt, SamplingParams
 
 STOP = 0
@@ -29,6 +31,8 @@ class ScriptedEngine:
         self.slow: Callable[[GenerateRequest], float] = lambda request: 1.0
         self.spoil: Callable[[Completion], Completion] = lambda completion: completion
         self.aborts = 0
+        self.experts_of: str | None = None
+        """Folder of the model whose experts it tells, as the fake engine does."""
         self._aborted: dict[asyncio.AbstractEventLoop, asyncio.Event] = {}
 
     def whole(self, request: GenerateRequest) -> Completion:
@@ -51,6 +55,10 @@ class ScriptedEngine:
         else:
             count = min(int((loop.time() - began) / pace), len(done.token_ids_T) - 1)
             done = Completion(done.token_ids_T[:count], done.logprobs_T[:count], "abort", self.version)
+        if self.experts_of and request.routing_from is not None and done.token_ids_T:
+            ids = request.token_ids_T + done.token_ids_T
+            told = routed_experts(self.experts_of, ids, request.routing_from)
+            done = replace(done, routed_experts=of_engine(told, len(ids) - 1 - request.routing_from))
         self.asked.append((request, done))
         return done
 

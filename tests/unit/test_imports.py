@@ -24,7 +24,7 @@ ROOMS = {
 
 LAYERS = [
     "errors types copies precision digest_kernel",
-    "digests copy_kernel stops hf_files",
+    "digests copy_kernel stops hf_files routing",
     "config buckets layout placement",
     "config_check interfaces weight_folder metrics trackers advantages prompts comm",
     "config_argv losses trace rewards rollout transfer host memory",

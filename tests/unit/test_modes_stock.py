@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_sglang.buckets import pack
 from megatron_sglang.engine import EngineOptions, stock
@@ -27,11 +27,13 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Rank(ThreadingHTTPServer):
-    """One engine rank: joins as SGLang's init_custom_process_group does, and keeps what is broadcast to it."""
+    """One engine rank: joins as SGLang's init_custom_process_group does, and keeps what is broadcast to it, and what it
+    reads from a folder."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.held: dict[str, torch.Tensor] = {}
+        self.read: dict[str, torch.Tensor] = {}
         self.group: Any = None
 
     def answer(self, path: str, body: dict[str, Any]) -> None:
@@ -42,6 +44,10 @@ class Rank(ThreadingHTTPServer):
             for prefix in (body["group_name"], f"{body['group_name']}/", "cpu/"):
                 store = dist.PrefixStore(prefix, store)
             self.group = dist.ProcessGroupGloo(store, body["rank_offset"], body["world_size"], wait)
+            return
+        if path == "/update_weights_from_disk":
+            for file in Path(body["model_path"]).glob("*.safetensors"):
+                self.read |= load_file(file)
             return
         for name, dtype, shape in zip(body["names"], body["dtypes"], body["shapes"], strict=True):
             tensor = torch.empty(shape, dtype=getattr(torch, dtype))
@@ -113,8 +119,9 @@ def test_the_head_of_a_folder(rank: Rank, update: stock.StockUpdate, tmp_path: P
     weights = {EMBEDDING: torch.ones(6, 4, dtype=torch.bfloat16)}
     save_file(weights if tied else weights | {HEAD: torch.zeros(6, 4)}, tmp_path / "model.safetensors")
     update.begin()
-    update.tie_from(tmp_path)
-    update.commit(0)
+    update.read(tmp_path)
+    update.commit(1)
+    assert rank.read.keys() == ({EMBEDDING} if tied else {EMBEDDING, HEAD})
     assert (HEAD in rank.held) == tied
     if tied:
         assert torch.equal(rank.held[HEAD], torch.ones(6, 4))
