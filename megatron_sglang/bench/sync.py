@@ -20,7 +20,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,14 +104,14 @@ def run(args: argparse.Namespace) -> None:
         model = stack.enter_context(standalone.adapted_model(args.hf_model, lora, args.dtype, sizes, base))
         if options.resolved_device() == "cpu":
             model.comm.from_leader(lambda: engine and engine.wait_ready())
-        found = _measure(args, model, engine)
+        found: dict[str, Any] = {}
+        for found in _measure(args, model, engine):
+            if leads and args.output is not None:
+                args.output.write_text(json.dumps(found, indent=2) + "\n")
     standalone.leave()
     if leads:
-        text = json.dumps(found, indent=2)
-        if args.output is not None:
-            args.output.write_text(text + "\n")
         print(result.table(found), file=sys.stderr)
-        print(text)
+        print(json.dumps(found, indent=2))
 
 
 def _engine_options(args: argparse.Namespace) -> EngineOptions:
@@ -143,7 +143,8 @@ class Findings:
     """How many were compared, each on each rank."""
 
 
-def _measure(args: argparse.Namespace, model: Model, engine: Any) -> dict[str, Any]:
+def _measure(args: argparse.Namespace, model: Model, engine: Any) -> Iterator[dict[str, Any]]:
+    """The result, again with each further size of buckets: a run that is cut off keeps what it has measured."""
     import torch
 
     from megatron_sglang.bench import meter, result, stock
@@ -190,11 +191,14 @@ def _measure(args: argparse.Namespace, model: Model, engine: Any) -> dict[str, A
                 states[name] = stock.Held(**answer)
         _compare(version, states, found)
         held.append(_holdings(comm, engine))
+        if comm.rank == 0:
+            took = {name: sum(reports[-1].seconds.values()) for name, reports in found.reports.items() if reports}
+            shown = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in took.items()) or "warming up"
+            print(f"version {version}: {shown}", file=sys.stderr, flush=True)
     difference = stock.difference(stocks, model) if found.odd else None
     if args.profile is not None:
         with meter.profiled(args.profile if comm.rank == 0 else None):
             publishers["direct"](2 + args.warm_up + args.syncs)
-    resized = {size: _resized(args, replace(made, bucket_bytes=size), model) for size in args.also_buckets}
     ranks = range(comm.world_size)
     moved = _by_host(pairs, comm.world_size)
     limit = meter.all_to_all_seconds(
@@ -204,7 +208,12 @@ def _measure(args: argparse.Namespace, model: Model, engine: Any) -> dict[str, A
     )
     peaks = comm.gather(found.device_peaks)
     found.device_peaks = {name: max(one[name] for one in peaks) for name in args.paths}
-    return result.of(args, comm.world_size, found, difference, held, limit, moved) | {"direct_with_buckets": resized}
+    written = result.of(args, comm.world_size, found, difference, held, limit, moved)
+    resized: dict[int, Any] = {}
+    yield written | {"direct_with_buckets": resized}
+    for size in args.also_buckets:
+        resized[size] = _resized(args, replace(made, bucket_bytes=size), model)
+        yield written | {"direct_with_buckets": resized}
 
 
 def _resized(args: argparse.Namespace, made: Paths, model: Model) -> dict[str, Any]:
