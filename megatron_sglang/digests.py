@@ -52,13 +52,17 @@ def finite_digests(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[boo
     if is_on_gpu(tensors[0]) and (kernel := _kernel()) is not None:
         totals, odd = torch.stack(_by_kernel(kernel, tensors, look=True)).tolist()
         return totals, [not found for found in odd]
-    looked_at = [tensor.dtype.is_floating_point and tensor.element_size() > 1 for tensor in tensors]
     # NaN passes through both ends; isfinite itself would read and write each tensor several times.
     finite = [
-        not look or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
-        for look, tensor in zip(looked_at, tensors, strict=True)
+        not has_nan(tensor) or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+        for tensor in tensors
     ]
     return digests(tensors), finite
+
+
+def has_nan(tensor: torch.Tensor) -> bool:
+    """Does its dtype know NaN? Quantised ones, 8-bit floats among them, are left to the digests."""
+    return tensor.dtype.is_floating_point and tensor.element_size() > 1
 
 
 def segments_of(flat: torch.Tensor, lengths: Sequence[int]) -> Any:

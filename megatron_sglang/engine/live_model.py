@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_sglang.digests import digest
+from megatron_sglang.digests import digest, has_nan
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -41,12 +41,8 @@ def refresh(model: torch.nn.Module) -> None:
 
 
 def floating(model: Any) -> list[tuple[str, torch.Tensor]]:
-    """Parameters whose dtype has a NaN; quantised ones are left to the digests."""
-    return [
-        (name, parameter.data)
-        for name, parameter in model.named_parameters()
-        if parameter.dtype.is_floating_point and parameter.element_size() > 1
-    ]
+    """Parameters whose dtype has a NaN."""
+    return [(name, parameter.data) for name, parameter in model.named_parameters() if has_nan(parameter)]
 
 
 @torch.no_grad()

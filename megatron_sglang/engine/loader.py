@@ -195,7 +195,7 @@ def _merge_bucket(model: Any, session: _Session, message: dict[str, Any], bucket
 
 
 def _load_folder(model: Any, session: _Session, message: dict[str, Any]) -> None:
-    device = next(parameter.device for _, parameter in model.named_parameters())
+    device = _device(model)
     for bucket in weight_folder.buckets(Path(message["folder"]), message["manifest"]):
         _load_bucket(model, session, dataclasses.replace(bucket, data=bucket.data.to(device)))
 
@@ -257,9 +257,8 @@ def _stream(model: Any, session: _Session, message: dict[str, Any]) -> None:
                 f"got delivery {header['index']} of version {header['version']}, expected {session.buckets} of version "
                 f"{session.version}: one was dropped, repeated or reordered"
             )
+        # Its last step reads a digest of what was written, which waits for all before it: the sender may go on.
         direct.deliver(live, plan, session.buckets, header, data)
-        if data.is_cuda:
-            torch.cuda.synchronize(data.device)
         session.buckets += 1
 
     line.receive(message, live.device, deliver)

@@ -42,11 +42,7 @@ def choose(config: RunConfig) -> Choice:
         external=config.engine.external,
         fits=_fits(config) if found == 1 else None,
     )
-    if choice.mode == "shared" and config.sync.method not in ("auto", "generic"):
-        raise ConfigError(
-            f"sync.method={config.sync.method} in mode shared ({choice.why}): there merged weights go through the "
-            "host; leave sync.method at auto"
-        )
+    check_method(choice.mode, config.sync.method, choice.why)
     return choice
 
 
@@ -68,7 +64,6 @@ def engines_of(config: RunConfig) -> list[range]:
 def create(config: RunConfig, options: EngineOptions, show: Callable[[str], None]) -> Any:
     """The run's engines, as one; not started yet. Says which mode, and why."""
     choice = choose(config)
-    check_method(choice.mode, config.sync.method)
     show(f"rollout mode: {choice.mode}, because {choice.why}")
     if choice.mode == "external":
         from megatron_sglang.engine.external import connect
@@ -77,11 +72,12 @@ def create(config: RunConfig, options: EngineOptions, show: Callable[[str], None
     return create_engines(options, len(engines_of(config)))
 
 
-def check_method(mode: placement.Mode, method: str) -> None:
-    """Raises `ConfigError` for a sync method that the mode cannot have."""
+def check_method(mode: placement.Mode, method: str, why: str = "") -> None:
+    """Raises `ConfigError` for a sync method that the mode cannot have. why: the mode was chosen."""
     if mode == "shared" and method not in ("auto", "generic"):
         raise ConfigError(
-            f"sync.method={method} in shared mode, where weights go through the host by the generic path; leave it out"
+            f"sync.method={method} in shared mode{f' ({why})' if why else ''}, where weights go through the host by "
+            "the generic path; leave it out"
         )
     if mode == "external" and method == "restart":
         raise ConfigError("sync.method=restart ends and starts engines, and external ones are not ours; choose another")
@@ -147,11 +143,10 @@ def make_room(config: RunConfig, engine: Any, show: Callable[[str], None]) -> No
     """Before the trainer's model is built: the engine takes its memory, and gives it back where they take turns."""
     if not engine_first(config):
         return
-    ledger, before = Ledger.of_device(), None
-    if ledger is not None:
-        before = ledger.free()
+    ledger = Ledger.of_device()
+    before = ledger.free() if ledger is not None else 0
     wait_ready(engine, show)
     if choose(config).mode == "shared" or releases(config):
         engine.release()
-        if ledger is not None and before is not None:
+        if ledger is not None:
             ledger.require("start", before, tolerance=ENGINE_KEEPS)

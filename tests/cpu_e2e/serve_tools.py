@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 from engine_tools import fake_options
 
@@ -135,3 +136,41 @@ def idle(served: Served, engine: HttpEngine) -> None:
     wait_until(lambda: served.endpoint.gate.taken == 0 and served.endpoint.gate.waiting == 0, 10)
     wait_until(lambda: served.endpoint.guard.in_flight == 0, 10)
     engine.reset_prefix_cache()
+
+
+# ---- fixtures, which a test module takes by giving them a name of its own ----
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_template(EXAMPLE, tmp_path_factory.mktemp("served") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def shared(model: Path, run_folder: Path) -> Iterator[HttpEngine]:
+    with fake_engine(model) as running:
+        running.announce(run_folder / NAME)
+        yield running
+
+
+@pytest.fixture
+def engine(shared: HttpEngine) -> Iterator[HttpEngine]:
+    """A serving engine without faults; afterwards nothing may still run in it."""
+    pace(shared, 0.0)
+    publish(shared)
+    yield shared
+    pace(shared, 0.0)
+    if not shared.stale:
+        shared.reset_prefix_cache()
+
+
+@pytest.fixture(scope="module")
+def plain(run_folder: Path, shared: HttpEngine) -> Iterator[Served]:
+    """With default limits, but for those that a test must not wait for."""
+    with serving(run_folder, body_bytes=1 << 20) as served:
+        yield served

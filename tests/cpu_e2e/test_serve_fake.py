@@ -10,24 +10,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+import serve_tools
 from engine_tools import script
 from serve_tools import (
     COMPLETIONS,
     EXAMPLE,
     Served,
     error_of,
-    fake_engine,
     idle,
     pace,
     publish,
     serving,
     wait_until,
-    with_template,
 )
 
 from megatron_sglang.engine.beacon import NAME
@@ -36,39 +34,8 @@ from megatron_sglang.engine.http_engine import HttpEngine
 pytestmark = pytest.mark.timeout(200)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_template(EXAMPLE, tmp_path_factory.mktemp("served") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("run")
-
-
-@pytest.fixture(scope="module")
-def shared(model: Path, run_folder: Path) -> Iterator[HttpEngine]:
-    with fake_engine(model) as running:
-        running.announce(run_folder / NAME)
-        yield running
-
-
-@pytest.fixture
-def engine(shared: HttpEngine) -> Iterator[HttpEngine]:
-    """A serving engine without faults; afterwards nothing may still run in it."""
-    pace(shared, 0.0)
-    publish(shared)
-    yield shared
-    pace(shared, 0.0)
-    if not shared.stale:
-        shared.reset_prefix_cache()
-
-
-@pytest.fixture(scope="module")
-def plain(run_folder: Path, shared: HttpEngine) -> Iterator[Served]:
-    """With default limits, but for those that a test must not wait for."""
-    with serving(run_folder, body_bytes=1 << 20) as served:
-        yield served
+model, run_folder, shared = serve_tools.model, serve_tools.run_folder, serve_tools.shared
+engine, plain = serve_tools.engine, serve_tools.plain
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])

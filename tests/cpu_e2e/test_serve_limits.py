@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import serve_tools
 from serve_fuzz import Fuzz
 from serve_tools import (
     CHAT,
@@ -23,13 +24,10 @@ from serve_tools import (
     KEY,
     Served,
     error_of,
-    fake_engine,
     idle,
     pace,
-    publish,
     serving,
     wait_until,
-    with_template,
 )
 
 from megatron_sglang.engine.beacon import NAME
@@ -40,39 +38,8 @@ EXAMPLES = int(os.environ.get("MEGATRON_SGLANG_TEST_EXAMPLES", "15"))
 """Of the fuzzing, for each kind of request and route; more by hand."""
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_template(EXAMPLE, tmp_path_factory.mktemp("served") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("run")
-
-
-@pytest.fixture(scope="module")
-def shared(model: Path, run_folder: Path) -> Iterator[HttpEngine]:
-    with fake_engine(model) as running:
-        running.announce(run_folder / NAME)
-        yield running
-
-
-@pytest.fixture
-def engine(shared: HttpEngine) -> Iterator[HttpEngine]:
-    """A serving engine without faults; afterwards nothing may still run in it."""
-    pace(shared, 0.0)
-    publish(shared)
-    yield shared
-    pace(shared, 0.0)
-    if not shared.stale:
-        shared.reset_prefix_cache()
-
-
-@pytest.fixture(scope="module")
-def plain(run_folder: Path, shared: HttpEngine) -> Iterator[Served]:
-    """With default limits, but for those that a test must not wait for."""
-    with serving(run_folder, body_bytes=1 << 20) as served:
-        yield served
+model, run_folder, shared = serve_tools.model, serve_tools.run_folder, serve_tools.shared
+engine, plain = serve_tools.engine, serve_tools.plain
 
 
 def test_every_route_but_health_wants_the_key(plain: Served, engine: HttpEngine) -> None:

@@ -16,6 +16,7 @@ import re
 import signal
 import types
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -113,12 +114,19 @@ def train(
     # The sampler's logprobs stand in for old ones, so that ratios, clips and gradients differ from sample to sample.
     if not on_policy:
         batches = [batch.with_logprobs(old=batch.rollout_logprobs) for batch in batches]
+    steps = train_steps(step, model, optimizer, scheduler, batches, iterations)
+    return [[float(result[0].get(f"{loss} loss", math.nan)), float(result[5])] for result in steps]
+
+
+def train_steps(
+    step: PolicyStep, model: list[Any], optimizer: Any, scheduler: Any, batches: list[Any], iterations: int
+) -> Iterator[Any]:
+    """What Megatron's train_step returns, of so many steps on the same micro-batches."""
     config = training.get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = training.finalize_model_grads
-    curve = []
     for iteration in range(iterations):
-        result = training.train_step(
+        yield training.train_step(
             step.forward_step,
             _rerunnable(model, batches),
             model,
@@ -128,8 +136,6 @@ def train(
             get_forward_backward_func(),
             iteration=iteration,
         )
-        curve.append([float(result[0].get(f"{loss} loss", math.nan)), float(result[5])])
-    return curve
 
 
 def logits(model: list[Any], tokens: torch.Tensor) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import torch
-from cases import _rerunnable, get_forward_backward_func, logits, mpu, randomize, set_up, training
+from cases import logits, mpu, randomize, set_up, train_steps
 
 from megatron_sglang import batching
 from megatron_sglang.losses import LossOptions
@@ -61,18 +61,6 @@ def masked_loss(hf: str, layout: dict[str, Any], loss: str) -> dict[str, float]:
     )
     batches = [batching.collate(part, 8) for part in split[0]]
     batches = [batch.with_logprobs(old=batch.rollout_logprobs) for batch in batches]
-    config = training.get_model_config(model[0])
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = training.finalize_model_grads
     step = PolicyStep(loss, LossOptions(clip_low=CLIP[0], clip_high=CLIP[1], aggregation=aggregation), temperature=1.0)
-    result = training.train_step(
-        step.forward_step,
-        _rerunnable(model, batches),
-        model,
-        optimizer,
-        scheduler,
-        config,
-        get_forward_backward_func(),
-        iteration=0,
-    )
+    [result] = train_steps(step, model, optimizer, scheduler, batches, 1)
     return {"megatron": float(result[0][f"{loss} loss"]), "by hand": by_hand / weights, "norm": float(result[5])}

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import torch
-from cases import randomize, samples, set_up
+from cases import randomize, samples, set_up, train_steps
 from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
@@ -84,21 +84,8 @@ def train(hf: str, layout: dict[str, Any], told: list[list[list[int]]] | None, s
     batches = [batching.collate(part, 8) for part in by_step[0]]
     scored = logprobs.score(model, batches, 1.0, step.replay)
     batches = [batch.with_logprobs(old=batch.rollout_logprobs) for batch in batches]
-    config = training.get_model_config(model[0])
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = training.finalize_model_grads
     curve, metrics = [], []
-    for iteration in range(3):
-        result = training.train_step(
-            step.forward_step,
-            _rerunnable(model, batches),
-            model,
-            optimizer,
-            scheduler,
-            config,
-            get_forward_backward_func(),
-            iteration=iteration,
-        )
+    for result in train_steps(step, model, optimizer, scheduler, batches, 3):
         if step.replay is not None:
             step.replay.clear()
             metrics.append({name: value.value() for name, value in step.replay.take_metrics().items()})
