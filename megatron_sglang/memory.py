@@ -5,11 +5,14 @@
     train     after a train step                      -
     sync      a weight version is published           -
     rollout   its samples are there                   -
-    release   the engine has given its memory back    not less than after the first release
+    release   the engine has given its memory back    not less than after the first release, see below
     start     the same, before there is a model       what was free before the engine started, less what it may keep
 
 The numbers are the device's own (cudaMemGetInfo), so they hold what every process has on it, and what a process's
 allocator keeps counts as used. `memory/<phase>_free_gb` is the fullest device's, in 10^9 bytes. Nothing on a CPU.
+
+At a release the trainer may hold more than at the first one (Adam's state comes with the first train step), so what its
+own allocator keeps is added to what is free before the two are compared: what is missing then, others have.
 """
 
 from __future__ import annotations
@@ -28,10 +31,10 @@ ENGINE_KEEPS = 8 * GB
 
 
 class Ledger:
-    """Of one rank's device. read: gives its free bytes."""
+    """Of one rank's device. read: gives its free bytes. own: bytes of it that this process's allocator keeps."""
 
-    def __init__(self, read: Callable[[], int]) -> None:
-        self.free = read
+    def __init__(self, read: Callable[[], int], own: Callable[[], int] = lambda: 0) -> None:
+        self.free, self.own = read, own
         self._first: dict[str, int] = {}
 
     @classmethod
@@ -39,16 +42,19 @@ class Ledger:
         """Of this process's CUDA device; None on a CPU."""
         import torch
 
-        return cls(lambda: torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+        if not torch.cuda.is_available():
+            return None
+        return cls(lambda: torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved)
 
     def note(self, comm: Comm, phase: str, *, same: bool = False) -> dict[str, metrics.Metric]:
-        """Collective. The metric of `phase`. same: as much must be free as when it was noted first, on every rank; else
-        `MegatronSglangError` on all."""
+        """Collective. The metric of `phase`. same: with what this process keeps, as much must be free as when it was
+        noted first, on every rank; else `MegatronSglangError` on all."""
         free = self.free()
         error = None
         if same:
             try:
-                self._require(phase, free, self._first.setdefault(phase, free), TOLERANCE)
+                without = free + self.own()
+                self._require(phase, without, self._first.setdefault(phase, without), TOLERANCE)
             except MegatronSglangError as found:
                 error = found
         comm.agree(error)

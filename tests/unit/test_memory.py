@@ -48,6 +48,15 @@ def test_less_after_a_later_release_is_an_error() -> None:
     assert "enable_memory_saver" in str(caught.value)
 
 
+def test_what_the_trainer_itself_took_since_is_not_missing() -> None:
+    """Adam's state comes with the first train step, after the first release."""
+    ledger = Ledger(readings(100.0, 90.0, 90.0), own=readings(5.0, 15.0, 10.0))
+    for _ in range(2):
+        ledger.note(Alone(), "release", same=True)
+    with pytest.raises(MegatronSglangError, match=r"expected 105\.0 GB"):
+        ledger.note(Alone(), "release", same=True)
+
+
 def test_a_leak_that_never_jumps_is_found() -> None:
     """Each release is compared with the first, not with the one before."""
     ledger = Ledger(readings(*(100.0 - 0.5 * batch for batch in range(20))))
