@@ -61,10 +61,10 @@ class Ledger:
         comm.agree(error)
         ranks = comm.gather({"free": free, **self.take_peaks()})
         peaks = {name: max(rank[name] for rank in ranks) for name in ranks[0] if name != "free"}
-        found: dict[str, metrics.Metric] = {
+        noted: dict[str, metrics.Metric] = {
             f"memory/{phase}_{name}_gb": metrics.Max(peak / GB) for name, peak in peaks.items()
         }
-        return found | {f"memory/{phase}_free_gb": metrics.Last(min(rank["free"] for rank in ranks) / GB)}
+        return noted | {f"memory/{phase}_free_gb": metrics.Last(min(rank["free"] for rank in ranks) / GB)}
 
     def require(self, phase: str, expected: int, *, tolerance: int) -> None:
         """`MegatronSglangError` if fewer than `expected` - `tolerance` bytes are free now."""
