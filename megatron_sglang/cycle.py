@@ -84,6 +84,8 @@ class Cycle:
                 self.make_direct = None
         self.version = version
         self.add({f"sync/{name}": metrics.Last(number) for name, number in _numbers(report).items()})
+        if self.leader is not None and (resume_s := self.leader.engine.take_resume_s()):
+            self.add({"sync/resume_s": metrics.Last(resume_s)})
         self.note_memory("sync")
         return report
 

@@ -47,6 +47,10 @@ class Engine(Protocol):
         """Give back the memory of weights and caches; the next update brings them back."""
         ...
 
+    def take_resume_s(self) -> float:
+        """Seconds in which updates took it back, since the last call."""
+        ...
+
     def why_dead(self) -> str | None:
         """None while it runs; else what is known of its end."""
         ...

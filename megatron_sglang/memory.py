@@ -5,6 +5,7 @@
     train     after a train step                      -
     sync      a weight version is published           -
     rollout   its samples are there                   -
+    logprobs  old and reference logprobs are there    -
     release   the engine has given its memory back    not less than after the first release, see below
     start     the same, before there is a model       what was free before the engine started, less what it may keep
 
@@ -13,11 +14,14 @@ allocator keeps counts as used. `memory/<phase>_free_gb` is the fullest device's
 
 At a release the trainer may hold more than at the first one (Adam's state comes with the first train step), so what its
 own allocator keeps is added to what is free before the two are compared: what is missing then, others have.
+
+`memory/<phase>_allocated_gb` and `_reserved_gb` are the trainer's own peaks since the phase before, of the largest
+rank: in tensors, and in what torch's allocator holds for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from megatron_sglang import metrics
 from megatron_sglang.errors import MegatronSglangError
@@ -30,11 +34,15 @@ ENGINE_KEEPS = 8 * GB
 """What an engine may keep when weights and KV cache are released: context, kernels, graphs, communicators."""
 
 
-class Ledger:
-    """Of one rank's device. read: gives its free bytes. own: bytes of it that this process's allocator keeps."""
+Peaks = Callable[[], Mapping[str, int]]
 
-    def __init__(self, read: Callable[[], int], own: Callable[[], int] = lambda: 0) -> None:
-        self.free, self.own = read, own
+
+class Ledger:
+    """Of one rank's device. read: gives its free bytes. own: bytes of it that this process's allocator keeps.
+    take_peaks: by name, most bytes since it was last asked."""
+
+    def __init__(self, read: Callable[[], int], own: Callable[[], int] = lambda: 0, take_peaks: Peaks = dict) -> None:
+        self.free, self.own, self.take_peaks = read, own, take_peaks
         self._first: dict[str, int] = {}
 
     @classmethod
@@ -44,7 +52,7 @@ class Ledger:
 
         if not torch.cuda.is_available():
             return None
-        return cls(lambda: torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved)
+        return cls(lambda: torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved, _take_peaks)
 
     def note(self, comm: Comm, phase: str, *, same: bool = False) -> dict[str, metrics.Metric]:
         """Collective. The metric of `phase`. same: with what this process keeps, as much must be free as when it was
@@ -58,7 +66,12 @@ class Ledger:
             except MegatronSglangError as found:
                 error = found
         comm.agree(error)
-        return {f"memory/{phase}_free_gb": metrics.Last(min(comm.gather(free)) / GB)}
+        ranks = comm.gather({"free": free, **self.take_peaks()})
+        peaks = {name: max(rank[name] for rank in ranks) for name in ranks[0] if name != "free"}
+        noted: dict[str, metrics.Metric] = {
+            f"memory/{phase}_{name}_gb": metrics.Max(peak / GB) for name, peak in peaks.items()
+        }
+        return noted | {f"memory/{phase}_free_gb": metrics.Last(min(rank["free"] for rank in ranks) / GB)}
 
     def require(self, phase: str, expected: int, *, tolerance: int) -> None:
         """`MegatronSglangError` if fewer than `expected` - `tolerance` bytes are free now."""
@@ -72,3 +85,11 @@ class Ledger:
                 f"most {tolerance / GB:.1f} GB less: released memory did not come back; the engine must run with "
                 "enable_memory_saver, with torch_memory_saver installed, and no other process on this device"
             )
+
+
+def _take_peaks() -> dict[str, int]:
+    import torch
+
+    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    torch.cuda.reset_peak_memory_stats()
+    return peaks

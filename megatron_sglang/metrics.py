@@ -18,7 +18,8 @@ Names users know:
     eval/{pass_rate,reward}   eval/pass_rate/<family>
     timing_s/<phase>   perf/tokens_per_s
     sync/{version,tensors,buckets,bytes,update_norm,cast_loss,<phase>_s}
-    memory/{build,train,sync,rollout,release}_free_gb
+    train/tokens: of prompts and completions in the rollout batch, padding not counted
+    memory/{build,train,sync,rollout,release,logprobs}_{free,allocated,reserved}_gb
 """
 
 from __future__ import annotations

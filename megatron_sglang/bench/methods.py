@@ -198,8 +198,8 @@ def _result(
         }
     return {
         "command": "megatron-sglang " + " ".join(sys.argv[1:]),
-        "versions": {"python": shared.platform.python_version(), **dict(shared._versions())},
-        "device": shared._device(),
+        "versions": shared.versions(),
+        "device": shared.device(),
         "ranks": ranks,
         "engine_tp": args.engine_tp,
         "dtype": args.dtype,

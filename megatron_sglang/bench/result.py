@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def of(
 
     return {
         "command": "megatron-sglang " + " ".join(sys.argv[1:]),
-        "versions": {"python": platform.python_version(), **dict(_versions())},
-        "device": _device(),
+        "versions": versions(),
+        "device": device(),
         "load_average": os.getloadavg()[1],
         "ranks": ranks,
         "warm_up": args.warm_up,
@@ -125,13 +125,17 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a number depends on."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield package, importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
-def _device() -> str:
+def device() -> str:
+    """Of this machine."""
     import torch
 
     if torch.cuda.is_available():

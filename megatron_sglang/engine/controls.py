@@ -53,6 +53,7 @@ class Controls(Announced):
     _http: Http | None
     _updating: int | None
     _released: set[str]
+    _resume_s: float = 0.0
 
     # ---- generation ----
 
@@ -149,6 +150,11 @@ class Controls(Announced):
         if tags := [tag for tag in reversed(_memory_tags(tags)) if tag in self._released]:
             self._memory("resume", *tags, timeout_s=timeout_s)
 
+    def take_resume_s(self) -> float:
+        """Seconds in which memory was taken back since the last call; part of the updates that did it."""
+        taken, self._resume_s = self._resume_s, 0.0
+        return taken
+
     def release(self) -> None:
         """Give back the memory of weights and KV cache (a no-op for bytes on a CPU); stale until the next update."""
         self.sleep()
@@ -206,7 +212,10 @@ class Controls(Announced):
 
     def _memory(self, action: str, *tags: str, timeout_s: float | None = None) -> None:
         timeout_s = timeout_s or self.options.update_timeout_s
+        began = time.perf_counter()
         self._connected.post(f"/{action}_memory_occupation", {"tags": list(tags)}, timeout_s)
+        if action == "resume":
+            self._resume_s += time.perf_counter() - began
         (self._released.update if action == "release" else self._released.difference_update)(tags)
 
 

@@ -211,6 +211,10 @@ class EngineGroup(Announced):
         self.stale = "its memory is released"
         self._each(lambda _, engine: engine.release())
 
+    def take_resume_s(self) -> float:
+        """Of the slowest: they do it at the same time."""
+        return max(engine.take_resume_s() for engine in self.engines)
+
     def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:
         """By engine rank, counted through."""
         with self._as_one():

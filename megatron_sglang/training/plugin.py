@@ -33,6 +33,7 @@ from megatron_sglang.training import checkpoint, logprobs, lora, rates
 from megatron_sglang.training.guard import FiniteGuard
 from megatron_sglang.training.replay import RoutingReplay
 from megatron_sglang.training.step import PolicyStep
+from megatron_sglang.types import TrainSample
 
 _EXPECTED = {
     "train_step": (
@@ -84,7 +85,8 @@ class Plugin:
             return self._train_step(original_step, model, optimizer, *args, **kwargs)
 
         def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
-            with checkpoint.writing(get_args().save, iteration):
+            assert self.cycle is not None
+            with self.cycle.span("checkpoint"), checkpoint.writing(get_args().save, iteration):
                 self._save_state(iteration)
                 return original_save(iteration, *args, **kwargs)
 
@@ -158,13 +160,22 @@ class Plugin:
 
     def _next_rollout(self, cycle: Cycle) -> list[list[MicroBatch]]:
         """Publish, sample, score: this rank's micro-batches by train step."""
-        args = get_args()
         cycle.publish()
         interval = self.config.rollout.eval_interval
         if self.rollout_step == 0 or (interval and self.rollout_step % interval == 0):
             cycle.evaluate()
         samples = cycle.collect(self.rollout_step)
         self.rollout_step += 1
+        cycle.add({"train/tokens": metrics.Sum(float(sum(sample.length for sample in samples)))})
+        with cycle.span("batches"):
+            batches = self._batches(samples)
+        with cycle.span("logprobs"):
+            batches = self._with_logprobs(cycle, batches)
+        cycle.note_memory("logprobs")
+        return batches
+
+    def _batches(self, samples: list[TrainSample]) -> list[list[MicroBatch]]:
+        args = get_args()
         by_step = batching.split(
             samples,
             global_batch=args.global_batch_size,
@@ -175,25 +186,23 @@ class Plugin:
         # Context parallelism cuts the length in 2 CP pieces, sequence parallelism a rank's part in TP.
         context, size = mpu.get_context_parallel_rank(), args.context_parallel_size
         multiple = 8 * args.tensor_model_parallel_size * size
-        batches = [
+        return [
             [batching.collate(part, multiple).of_context_rank(context, size).to(_device()) for part in step]
             for step in by_step
         ]
-        with cycle.span("logprobs"):
-            return self._with_logprobs(batches)
 
-    def _with_logprobs(self, by_step: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
+    def _with_logprobs(self, cycle: Cycle, by_step: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
         """Old logprobs where several train steps use the batch (with one, they are the policy's own) or those of the
         merged weights are wanted, reference ones where the KL is, by the base's own routing. Only the last pipeline
         stage holds them, and only there the loss is computed."""
         flat = [batch for step in by_step for batch in step]
         temperature, merged = self.config.rollout.temperature, self.config.algo.old_logprobs == "merged"
         if len(by_step) > 1 or merged:
-            with self.with_merged(self.model) if merged else contextlib.nullcontext():
+            with cycle.span("old"), self.with_merged(self.model) if merged else contextlib.nullcontext():
                 old = logprobs.score(self.model, flat, temperature, self.step.replay)
             flat = [batch.with_logprobs(old=old[i]) if old else batch for i, batch in enumerate(flat)]
         if self.config.algo.kl_coef is not None:
-            with lora.disabled(self.model):
+            with cycle.span("reference"), lora.disabled(self.model):
                 ref = logprobs.score(self.model, flat, temperature)
             flat = [batch.with_logprobs(ref=ref[i]) if ref else batch for i, batch in enumerate(flat)]
         per_step = len(by_step[0])

@@ -87,8 +87,9 @@ class SharedCycle(Cycle):
     def collect(self, step: int) -> list[TrainSample]:
         """As `Cycle.collect`; afterwards it is the trainer's turn."""
         samples = super().collect(step)
-        with self.span("reload"):
+        with self.span("release"):
             self.comm.from_leader(lambda: self._lead.engine.release())
+        with self.span("reload"):
             self._bring_back()
         return samples
 
@@ -108,8 +109,9 @@ class ReleasingCycle(Cycle):
     def publish(self) -> SyncReport:
         """As `Cycle.publish`, which takes the engine's memory back."""
         if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # what training has left in the allocator is the engine's room
-            self.comm.agree(None)
+            with self.span("empty_cache"):
+                torch.cuda.empty_cache()  # what training has left in the allocator is the engine's room
+                self.comm.agree(None)
         return super().publish()
 
     def collect(self, step: int) -> list[TrainSample]:

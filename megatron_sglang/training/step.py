@@ -44,9 +44,9 @@ class PolicyStep:
     def _loss(
         self, batch: MicroBatch, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        policy = logprobs.token_logprobs(logits, batch.labels, self.temperature)
-        with torch.set_grad_enabled(self.options.entropy_coef != 0):
-            entropy = logprobs.token_entropies(logits, self.temperature)
+        policy, entropy = logprobs.logprobs_and_entropies(logits, batch.labels, self.temperature)
+        if not self.options.entropy_coef:
+            entropy = entropy.detach()
         outputs = policy_loss(self.loss, batch.loss_inputs(policy, entropy), self.options, sum_over_context)
         self._metrics.append(outputs.metrics)
         denominator = outputs.denominator.to(torch.int)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import sysconfig
 import venv
@@ -12,7 +14,8 @@ import pytest
 
 pytestmark = pytest.mark.dist
 
-HF = str(Path(__file__).parents[2] / "examples" / "tiny_fim" / "model")
+ROOT = Path(__file__).parents[2]
+HF = str(ROOT / "examples" / "tiny_fim" / "model")
 
 
 @pytest.fixture
@@ -98,3 +101,14 @@ def test_an_engine_that_gives_its_memory_back_changes_no_digit(run_ranks, tmp_pa
         assert not any(name.startswith("memory/") for one in records for name in one), "a CPU has no ledger"
     assert kept["true"] == kept["false"]
     assert len(kept["true"][0]) > 4
+    command = [sys.executable, str(ROOT / "benchmarks/cycle.py"), str(tmp_path / "true"), "--output", "times.json"]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=120)
+    times = json.loads((tmp_path / "times.json").read_text())
+    phases = {name: found["median"] for name, found in times["seconds"]["phases"].items()}
+    expected = "resume sync rollout/generate rollout/reward release batches logprobs/reference train other"
+    assert phases.keys() > set(expected.split())
+    assert all(seconds >= 0 for seconds in phases.values()), phases
+    assert sum(phases.values()) == pytest.approx(times["seconds"]["whole"]["median"])
+    assert phases["resume"] > 0
+    assert times["tokens_per_s"]["trained"]["median"] > times["tokens"]["generated"]["median"] / phases["train"]
+    assert times["configuration"]["rollout"]["batches"] == 2

@@ -18,8 +18,8 @@ class WithOthers(Alone):
     def __init__(self, *free: int) -> None:
         self.others = list(free)
 
-    def gather(self, value: int) -> list[int]:
-        return [value, *self.others]
+    def gather(self, value: dict[str, int]) -> list[dict[str, int]]:
+        return [value, *(value | {"free": free} for free in self.others)]
 
 
 def readings(*gb: float) -> Callable[[], int]:
@@ -32,6 +32,18 @@ def test_the_fullest_device_is_reported() -> None:
     ledger = Ledger(readings(60.0, 50.0))
     assert metrics.values(ledger.note(WithOthers(40 * GB, 90 * GB), "sync")) == {"memory/sync_free_gb": 40.0}
     assert metrics.values(ledger.note(WithOthers(80 * GB, 90 * GB), "rollout")) == {"memory/rollout_free_gb": 50.0}
+
+
+def test_peaks_are_of_one_phase_and_the_largest_rank() -> None:
+    """A peak that is not taken back would show the build's in every phase after it."""
+    peaks = [{"allocated": 7 * GB, "reserved": 9 * GB}, {"allocated": 2 * GB, "reserved": 3 * GB}]
+    some = {"allocated": GB, "reserved": GB}
+    ledger = Ledger(readings(50.0, 50.0, 50.0), take_peaks=lambda: peaks.pop(0) if peaks else some)
+    first, second, third = (ledger.note(Alone(), "train") for _ in range(3))
+    assert metrics.values(first) == {
+        "memory/train_free_gb": 50.0, "memory/train_allocated_gb": 7.0, "memory/train_reserved_gb": 9.0
+    }  # fmt: skip
+    assert metrics.values(metrics.merge([second, third]))["memory/train_reserved_gb"] == 3.0, "of several train steps"
 
 
 def test_less_after_a_later_release_is_an_error() -> None:

@@ -1,0 +1,271 @@
+"""Our train step against plain Megatron's, in turns in one run, with the same model, flags and tokens.
+
+    torchrun --nproc-per-node 2 benchmarks/training_efficiency.py --config conf/tiny_cpu.yaml --micro-batch-size 8
+    torchrun --nproc-per-node 8 benchmarks/training_efficiency.py --config conf/qwen3_30b_fim_gspo_h200.yaml \\
+        model.random_weights=true --output training.json
+
+    ours    the plugin's own step (`training/plugin.py`): micro-batches, old and reference logprobs, then Megatron's
+            train_step with our forward step, loss and guard, as often as a rollout batch has train steps
+    plain   Megatron's train_step on the same tokens with pretrain_gpt's loss: the model computes cross entropy itself
+
+All arguments but those of `--help` are pretrain_gspo.py's. Samples are random tokens of the longest length that the
+configuration allows, so nothing is padding. No engine is started. Seconds are rank 0's, with the device waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_sglang import config_load, host
+from megatron_sglang.bench import result
+from megatron_sglang.types import TrainSample
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_sglang.batching import MicroBatch
+    from megatron_sglang.config import RunConfig
+
+GB = 10**9
+
+
+class FixedSamples:
+    """Stands in for `Cycle`: every rollout batch is the same, published to nobody. Times the spans."""
+
+    ledger = None
+
+    def __init__(self, samples: list[TrainSample], comm: Any) -> None:
+        self.samples, self.comm = samples, comm
+        self.seconds: list[dict[str, float]] = []
+        """By rollout batch."""
+
+    def collect(self, _step: int) -> list[TrainSample]:
+        self.comm.agree(None)
+        self.seconds.append({})
+        return self.samples
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        with _timed(took := []):
+            yield
+        self.seconds[-1][name] = self.seconds[-1].get(name, 0.0) + took[0]
+
+    def publish(self) -> None: ...
+    def evaluate(self) -> None: ...
+    def learning_rate(self) -> None: ...
+    def add(self, _found: Any) -> None: ...
+    def note_memory(self, _phase: str) -> None: ...
+    def close_step(self, _step: int) -> None: ...
+
+
+@contextlib.contextmanager
+def _timed(seconds: list[float]) -> Iterator[None]:
+    import torch
+
+    began = time.perf_counter()
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    seconds.append(time.perf_counter() - began)
+
+
+class Trainer:
+    """Megatron's set-up of model, optimizer and schedule, and both ways to take a step."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from megatron.core.enums import ModelType
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.training import initialize, training
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+        from megatron_sglang.comm import TorchComm
+        from megatron_sglang.losses import LossOptions
+        from megatron_sglang.training.model import ModelRecipe
+        from megatron_sglang.training.plugin import Plugin
+        from megatron_sglang.training.step import PolicyStep
+        from megatron_sglang.weights.merge import in_place
+
+        initialize._compile_dependencies = lambda: None  # see training/plugin.py
+        recipe = ModelRecipe(config)
+        training.initialize_megatron()
+        self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            model_provider_func=recipe.model_provider,
+            checkpointing_context={},
+            cfg_container=pretrain_cfg_container_from_args(recipe.args),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        self.args, self.train_step, self.forward_backward = (
+            recipe.args,
+            training.train_step,
+            get_forward_backward_func(),
+        )
+        self.config = training.get_model_config(self.model[0])
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = training.finalize_model_grads
+        self.cycle = FixedSamples(_samples(config, recipe.args.padded_vocab_size), TorchComm())
+        step = PolicyStep(
+            config.algo.loss, LossOptions.of(config.algo, config.rollout.max_new_tokens), config.rollout.temperature
+        )
+        cycle: Any = self.cycle
+        self.plugin = Plugin(config, step, lambda *_: cycle, lambda chunks: in_place(recipe.bridge, chunks))
+        self.batches = self.plugin._batches(self.cycle.samples)
+
+    def ours(self) -> list[float]:
+        """Seconds of each train step of a rollout batch; the spans before it are in `cycle.seconds`."""
+        seconds: list[float] = []
+        for _ in self.batches:
+            before = self.cycle.seconds[-1].get("train", 0.0) if self.cycle.seconds and seconds else 0.0
+            self.plugin._train_step(
+                self.train_step,
+                self.model,
+                self.optimizer,
+                self.scheduler,
+                self.config,
+                self.forward_backward,
+                iteration=0,
+            )
+            seconds.append(self.cycle.seconds[-1]["train"] - before)
+        return seconds
+
+    def plain(self) -> list[float]:
+        """The same of plain Megatron."""
+        from megatron_sglang.training.plugin import _rerunnable
+
+        seconds: list[float] = []
+        self.cycle.comm.agree(None)
+        for batches in self.batches:
+            with _timed(seconds):
+                self.train_step(
+                    _plain_forward_step,
+                    _rerunnable(self.model, batches),
+                    self.model,
+                    self.optimizer,
+                    self.scheduler,
+                    self.config,
+                    self.forward_backward,
+                    iteration=0,
+                )
+        return seconds
+
+
+def _plain_forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+    batch = next(iterator)
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    return output, functools.partial(_plain_loss, batch.loss_mask)
+
+
+def _plain_loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[Any, ...]:
+    """pretrain_gpt's: summed over tokens that count, which Megatron divides by their number."""
+    import torch
+
+    loss = torch.sum(losses.float().view(-1) * mask.view(-1))
+    tokens = mask.sum().detach().to(torch.int)
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
+
+
+def _samples(config: RunConfig, vocabulary: int) -> list[TrainSample]:
+    """The same on all ranks."""
+    draw = random.Random(config.seed)
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    made = []
+    for _ in range(config.rollout.prompts_per_batch * config.rollout.samples_per_prompt):
+        ids = [draw.randrange(5, vocabulary) for _ in range(prompt + response)]
+        logprobs = tuple(-draw.random() for _ in range(response))
+        made.append(TrainSample(tuple(ids[:prompt]), tuple(ids[prompt:]), logprobs, draw.gauss(0, 1), 0.0, 1))
+    return made
+
+
+def measure(trainer: Trainer, rounds: int, warm_up: int) -> Iterator[dict[str, Any]]:
+    """The result so far after each round: a run that is cut off keeps what it has measured."""
+    import torch
+
+    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    peaks: dict[str, float] = {}
+    for number in range(warm_up + rounds):
+        for name in seconds:
+            if torch.cuda.is_initialized():
+                torch.cuda.reset_peak_memory_stats()
+            found = trainer.ours() if name == "ours" else trainer.plain()
+            if torch.cuda.is_initialized():
+                peaks[name] = max(trainer.cycle.comm.gather(torch.cuda.max_memory_allocated())) / GB
+            seconds[name] += found if number >= warm_up else []
+        if number < warm_up:
+            continue
+        tokens = sum(sample.length for sample in trainer.cycle.samples) / len(trainer.batches)
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
+        phases = [_outermost(one) for one in trainer.cycle.seconds[warm_up:]]
+        names = dict.fromkeys(name for one in trainer.cycle.seconds for name in one)
+        yield {
+            "tokens_of_a_step": tokens,
+            "steps_of_a_rollout_batch": len(trainer.batches),
+            "rounds": number + 1 - warm_up,
+            "seconds_of_a_step": {name: _spread(each) | {"each": each} for name, each in seconds.items()},
+            "tokens_per_s": {name: tokens / median for name, median in medians.items()},
+            "ours_over_plain": medians["plain"] / medians["ours"],
+            "phases_of_a_rollout_batch": {
+                name: _spread([one.get(name, 0.0) for one in trainer.cycle.seconds[warm_up:]]) for name in names
+            },
+            "train_share_of_training": _spread([one["train"] / sum(one.values()) for one in phases]),
+            "allocated_peak_gb": peaks,
+        }
+
+
+def _outermost(seconds: dict[str, float]) -> dict[str, float]:
+    """`old` and `reference` are parts of `logprobs`."""
+    return {name: value for name, value in seconds.items() if name in ("batches", "logprobs", "train")}
+
+
+def _spread(numbers: Sequence[float]) -> dict[str, float]:
+    return {"min": min(numbers), "median": statistics.median(numbers), "max": max(numbers)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="measured rollout batches (5)")
+    parser.add_argument("--warm-up", type=int, default=1, help="rollout batches before them (1)")
+    parser.add_argument("--output", type=Path, help="JSON file, written again after each round")
+    args, rest = parser.parse_known_args()
+    for changed in host.prepare(os.environ):
+        print(changed, file=sys.stderr)
+    # Without an engine nobody can be asked whether random tokens have these logprobs.
+    config = config_load.split_argv([*rest, "--rollout-engine", "fake"]).config
+
+    import torch
+
+    from megatron_sglang.cpu import trainer as cpu_room
+
+    cpu_room.enter()
+    trainer = Trainer(config)
+    leads = torch.distributed.get_rank() == 0
+    fixed = {
+        "command": "benchmarks/training_efficiency.py " + " ".join(sys.argv[1:]),
+        "versions": result.versions(),
+        "device": result.device(),
+        "ranks": torch.distributed.get_world_size(),
+        "configuration": dataclasses.asdict(config),
+    }
+    for found in measure(trainer, args.rounds, args.warm_up):
+        if leads:
+            print(f"ours over plain: {found['ours_over_plain']:.3f}", found["tokens_per_s"], file=sys.stderr)
+            if args.output:
+                args.output.write_text(json.dumps(fixed | found, indent=1) + "\n")
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
