@@ -6,14 +6,15 @@
     sync      a weight version is published           -
     rollout   its samples are there                   -
     logprobs  old and reference logprobs are there    -
-    release   the engine has given its memory back    not less than after the first release, see below
+    release   the engine has given its memory back    not less than after the second release, see below
     start     the same, before there is a model       what was free before the engine started, less what it may keep
 
 The numbers are the device's own (cudaMemGetInfo), so they hold what every process has on it, and what a process's
 allocator keeps counts as used. `memory/<phase>_free_gb` is the fullest device's, in 10^9 bytes. Nothing on a CPU.
 
-At a release the trainer may hold more than at the first one (Adam's state comes with the first train step), so what its
-own allocator keeps is added to what is free before the two are compared: what is missing then, others have.
+What the trainer's own allocator keeps is added to what is free before two releases are compared: what is missing then,
+others have. At the first one nothing has been trained, and communicators and workspaces of a first train step are for
+good (4 GB with four ranks of Qwen3-30B-A3B), so the second is the measure.
 
 `memory/<phase>_allocated_gb` and `_reserved_gb` are the trainer's own peaks since the phase before, of the largest
 rank: in tensors, and in what torch's allocator holds for them.
@@ -29,7 +30,7 @@ from megatron_sglang.interfaces import Comm
 
 GB = 10**9
 TOLERANCE = 2 * GB
-"""What may be missing at a later release: workspaces and communicators that came with the first batches."""
+"""What may be missing at a later release: workspaces of longer sequences."""
 ENGINE_KEEPS = 8 * GB
 """What an engine may keep when weights and KV cache are released: context, kernels, graphs, communicators."""
 
@@ -43,7 +44,8 @@ class Ledger:
 
     def __init__(self, read: Callable[[], int], own: Callable[[], int] = lambda: 0, take_peaks: Peaks = dict) -> None:
         self.free, self.own, self.take_peaks = read, own, take_peaks
-        self._first: dict[str, int] = {}
+        self._seen: dict[str, tuple[int, ...]] = {}
+        """By phase, the first two times."""
 
     @classmethod
     def of_device(cls) -> Ledger | None:
@@ -55,14 +57,15 @@ class Ledger:
         return cls(lambda: torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved, _take_peaks)
 
     def note(self, comm: Comm, phase: str, *, same: bool = False) -> dict[str, metrics.Metric]:
-        """Collective. The metric of `phase`. same: with what this process keeps, as much must be free as when it was
-        noted first, on every rank; else `MegatronSglangError` on all."""
+        """Collective. The metrics of `phase`. same: with what this process keeps, as much must be free as when it was
+        noted for the second time, on every rank; else `MegatronSglangError` on all."""
         free = self.free()
         error = None
         if same:
             try:
                 without = free + self.own()
-                self._require(phase, without, self._first.setdefault(phase, without), TOLERANCE)
+                self._seen[phase] = (*self._seen.get(phase, ()), without)[:2]
+                self._require(phase, without, self._seen[phase][-1], TOLERANCE)
             except MegatronSglangError as found:
                 error = found
         comm.agree(error)
