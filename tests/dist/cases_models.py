@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from cases import direct as direct_of_cases
 from cases import set_up
+from cases import shards_of_this_rank as shards_of_cases
 
 
 def direct(**given: Any) -> dict[str, Any]:
@@ -16,6 +17,12 @@ def direct(**given: Any) -> dict[str, Any]:
     _attention_of_two_widths()
     _experts_one_by_one()
     return direct_of_cases(**given)
+
+
+def shards_of_this_rank(**given: Any) -> list[list[Any]]:
+    """`cases.shards_of_this_rank` with such a model."""
+    _experts_one_by_one()
+    return shards_of_cases(**given)
 
 
 def router_bias(hf: str) -> dict[str, Any]:

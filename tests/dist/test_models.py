@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_layouts import HF, LAYOUTS
+from test_layouts import HF, LAYOUTS, assert_planned
 
 sys.path.append(str(Path(__file__).parents[1] / "cpu_e2e"))  # for its tiny models
 
@@ -42,6 +42,15 @@ def test_other_models_are_delivered_as_the_generic_path_exports_them(run_ranks, 
     ranks, layout = LAYOUTS[name]
     given = {"hf": hf, "layout": layout, "engine_ranks": 2, "limit": 50_000}
     assert_delivered(run_ranks(ranks, "cases_models.direct", **given))
+
+
+@pytest.mark.parametrize("name", ["tp2_sp", "tp2_ep2_pp2"])
+def test_the_plan_command_knows_glm4_moe(run_ranks, name, tmp_path):
+    """Shared experts are split over TP as dense layers are, and not over EP; the router's bias is whole everywhere."""
+    from tiny_models import make_model
+
+    hf = str(make_model("glm4_moe", tmp_path))
+    assert_planned(run_ranks, hf, *LAYOUTS[name], case="cases_models.shards_of_this_rank")
 
 
 @pytest.mark.parametrize("model", ["glm4_moe", "deepseek_v3"])
