@@ -171,6 +171,7 @@ class DirectPath:
 
     def send(self, version: int) -> Sent:
         call = self.comm.from_leader(lambda: _lead(self.engine).open_stream(version))
+        seen: MegatronSglangError | None = None
         gave_up = True
         try:
             with contextlib.ExitStack() as stack:
@@ -185,12 +186,24 @@ class DirectPath:
                 self.comm.from_leader(lambda: _lead(self.engine).start_stream(call))
                 self.comm.agree(self._hand_over(lines))
             gave_up = False
+        except MegatronSglangError as error:
+            seen = error
+            raise
         finally:
-            # What an engine rank found wrong comes before what its trainer rank saw of it.
-            self.comm.from_leader(lambda: _lead(self.engine).end_stream(gave_up=gave_up))
+            self._end_stream(gave_up, seen)
         if torch.cuda.is_initialized():
             torch.cuda.ipc_collect()  # every rank has lent memory, and the engine has given it back
         return self._sent
+
+    def _end_stream(self, gave_up: bool, seen: MegatronSglangError | None) -> None:
+        """What an engine rank found wrong comes before what its trainer rank saw of it. An engine that has died or does
+        not answer cannot say which of its ranks it was, and after which delivery: the line can."""
+        try:
+            self.comm.from_leader(lambda: _lead(self.engine).end_stream(gave_up=gave_up))
+        except WeightSyncError as verdict:
+            if seen is None:
+                raise
+            raise WeightSyncError(f"{verdict}; as the trainer saw it: {seen}") from seen
 
     def _hand_over(self, lines: Mapping[int, Line]) -> MegatronSglangError | None:
         """Send all deliveries; what went wrong on this rank. Its lines rest then, but it takes part in the exchanges

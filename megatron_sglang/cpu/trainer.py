@@ -6,6 +6,7 @@ Each patch names the place upstream that makes it necessary (megatron-core 0.19.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_sglang.cpu import exact_matmul, te_import, torch_facade
+from megatron_sglang.errors import DataError
 
 # Megatron and Bridge import these when they are installed, and use none of them on a CPU: 27 s become 17 s.
 _ONLY_FOR_GPUS = ("flashinfer", "fla", "torchao", "tilelang", "tvm", "flash_attn", "cutlass")
@@ -43,6 +45,24 @@ def enter() -> None:
     te_import.install()
     _patch_core()
     _patch_training()
+
+
+def layer_spec(provider: Any) -> Any:
+    """What builds the layers of Bridge's `provider` without Transformer Engine. DataError if nothing does."""
+    from megatron.bridge.models.gpt_provider import local_layer_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    widths = inspect.signature(DotProductAttention.__init__).parameters
+    if getattr(provider, "multi_latent_attention", False) and "k_channels" not in widths:
+        raise DataError(
+            "the model has latent attention (DeepSeek's), which Megatron computes with Transformer Engine only; choose "
+            "another model, or a GPU"
+        )
+    own = provider.transformer_layer_spec
+    if isinstance(own, functools.partial) and own.func is get_gpt_decoder_block_spec:  # layers of several kinds, or MLA
+        return functools.partial(own.func, **(own.keywords | {"use_transformer_engine": False}))
+    return local_layer_spec
 
 
 def _patch_core() -> None:

@@ -34,10 +34,21 @@ def tie_head(model: Any) -> None:
 
 
 def refresh(model: torch.nn.Module) -> None:
-    """State that the model derives from its parameters (DeepSeek's w_kc and w_vc), by its own hook."""
+    """State that the model derives from its parameters (DeepSeek's w_kc and w_vc), by its own hook; and kept casts."""
     hook = getattr(model, "post_load_weights", None)
     if callable(hook):
         hook()
+    recast(model)
+
+
+@torch.no_grad()
+def recast(model: Any) -> None:
+    """Casts that SGLang takes at the first forward and keeps: GLM4-MoE's routers in fp32 (models/glm4_moe.py:380), else
+    those of the weights before the first version, for ever. In place, since CUDA graphs hold the address."""
+    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
+        kept = getattr(module, "_weight_fp32", None)
+        if kept is not None:
+            kept.copy_(module.weight)
 
 
 def floating(model: Any) -> list[tuple[str, torch.Tensor]]:

@@ -41,7 +41,7 @@ from megatron_sglang import weight_folder
 from megatron_sglang.buckets import Bucket
 from megatron_sglang.digests import digest, finite_digests
 from megatron_sglang.engine import adapters, direct, line, merge_on_engine, process_group, seeded_min_p
-from megatron_sglang.engine.live_model import floating, poison, tie_head
+from megatron_sglang.engine.live_model import floating, poison, recast, tie_head
 from megatron_sglang.engine.options import MAILBOX_VARIABLE
 from megatron_sglang.engine.wire import reply_name, write_reply
 
@@ -104,6 +104,7 @@ def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str
         return {}
     if command == "adopt":
         tie_head(model)
+        recast(model)
         return {"digests": _digests(model)}
     if command == "adapter":
         return {"bound": adapters.prove(model, message), "digests": _digests(model)}
@@ -292,6 +293,7 @@ def _commit(model: Any, session: _Session, message: dict[str, Any]) -> dict[str,
         changed = sorted(name for name, _ in before.items() ^ session.received.items())
         raise ValueError(f"{len(changed)} tensors are missing, new or of another shape than before: {_names(changed)}")
     tie_head(model)
+    recast(model)
     return _digests(model)
 
 

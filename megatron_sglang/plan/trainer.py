@@ -22,11 +22,11 @@ _RULES = (
     (r"model\.embed_tokens\.weight|lm_head\.weight", "vocabulary"),
     (r"model\.norm\.weight", "whole"),
     (r".*(?:_layernorm|[qk]_norm)\.weight", "whole"),
-    (r".*\.mlp\.gate\.weight", "whole"),
+    (r".*\.mlp\.gate\.(?:weight|e_score_correction_bias)", "whole"),
     (r".*\.self_attn\.([qkv])_proj\.(?:weight|bias)", "qkv"),
     (r".*\.self_attn\.o_proj\.weight", "columns"),
-    (r".*\.mlp\.(?:experts\.\d+\.)?(gate|up)_proj\.weight", "gate_up"),
-    (r".*\.mlp\.(?:experts\.\d+\.)?down_proj\.weight", "columns"),
+    (r".*\.mlp\.(?:experts\.\d+\.|shared_experts\.)?(gate|up)_proj\.weight", "gate_up"),
+    (r".*\.mlp\.(?:experts\.\d+\.|shared_experts\.)?down_proj\.weight", "columns"),
 )
 """Names of the hub -> how Megatron splits such a tensor over TP; the first that matches."""
 
@@ -146,7 +146,7 @@ def _tensor(name: str, shape: tuple[int, ...]) -> _Tensor:
     if found is None or len(shape) > 2:
         raise WeightSyncError(
             f"plan: {name} {shape} is no tensor whose split over trainer ranks is known; it knows models of "
-            "Llama, Qwen3 and Qwen3-MoE kind; run others and read the log's first weight sync"
+            "Llama, Qwen3, Qwen3-MoE and GLM4-MoE kind; run others and read the log's first weight sync"
         )
     layer, expert = re.search(r"\.layers\.(\d+)\.", name), re.search(r"\.experts\.(\d+)\.", name)
     rows, cols = (*shape, 1, 1)[:2]

@@ -104,14 +104,13 @@ class ModelRecipe:
             "pipeline_dtype": args.params_dtype,
             "autocast_dtype": args.params_dtype,
             "moe_aux_loss_coeff": 0.0,
+            "moe_router_bias_update_rate": 0.0,  # the base is frozen, and so is its routers' expert_bias
             "num_layers_in_first_pipeline_stage": args.decoder_first_pipeline_num_layers,
             "num_layers_in_last_pipeline_stage": args.decoder_last_pipeline_num_layers,
             # Batches are padded to their longest sequence, so pipeline stages tell each other the length.
             "variable_seq_lengths": args.pipeline_model_parallel_size > 1,
         }
         if cpu_room.needed():
-            from megatron.bridge.models.gpt_provider import local_layer_spec
-
-            overrides |= {"transformer_layer_spec": local_layer_spec, "moe_grouped_gemm": False}
+            overrides |= {"transformer_layer_spec": cpu_room.layer_spec(self.provider), "moe_grouped_gemm": False}
         known = {name: value for name, value in overrides.items() if hasattr(self.provider, name)}
         self.provider.apply_overrides_and_finalize(dtype=args.params_dtype, overrides=known)

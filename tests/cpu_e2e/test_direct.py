@@ -6,10 +6,14 @@ shards get into a delivery is tests/dist/test_layouts.py's.
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import signal
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
 from engine_tools import Publisher, Weights
@@ -176,3 +180,61 @@ def test_a_plan_that_does_not_cover_every_element_once_is_refused(engine, publis
     with pytest.raises(WeightSyncError, match=r"transfer plan, engine rank 0: the plan (leaves|writes)"):
         engine.install_plan(receipts)
     publish(weights)
+
+
+def scheduler_of(engine: HttpEngine, rank: int) -> psutil.Process:
+    """The process of one engine rank, by the number that SGLang puts into its title."""
+    tree = psutil.Process(engine.server.pid).children(recursive=True)
+    return next(process for process in tree if f"scheduler_TP{rank}" in "".join(process.cmdline()))
+
+
+def stopped_in(engine: HttpEngine, plan: list[list[Piece]], weights: Weights, send_signal: int) -> str:
+    """All that is said where engine rank 1 gets a signal between two deliveries, by the engine and on the line."""
+
+    def strike(index: int, _flat: torch.Tensor, _header: dict[str, Any]) -> None:
+        if index == 1:
+            scheduler_of(engine, 1).send_signal(send_signal)
+
+    with pytest.raises(WeightSyncError) as caught:
+        send(engine, plan, weights, (engine.version or 0) + 1, strike)
+    with pytest.raises(EngineStaleError):
+        engine.generate([REQUEST])
+    said: list[str] = []
+    error: BaseException | None = caught.value
+    while error is not None:
+        said.append(f"{type(error).__name__}: {error}")
+        error = error.__context__
+    return "\n".join(said)
+
+
+def test_an_engine_rank_that_is_slow_meets_the_deadline(engine, publish, plan, weights, monkeypatch) -> None:
+    """A trainer that waits for ever holds all its devices; one that goes on leaves a rank with other weights."""
+    good = send(engine, plan, weights, publish.next_version)
+    monkeypatch.setattr(engine, "options", dataclasses.replace(engine.options, update_timeout_s=4.0))
+    began = time.monotonic()
+    try:
+        message = stopped_in(engine, plan, weights, signal.SIGSTOP)
+        assert time.monotonic() - began < 20
+    finally:
+        scheduler_of(engine, 1).send_signal(signal.SIGCONT)
+    assert "engine did not answer /update_weights_from_tensor within 4 s" in message, message
+    assert re.search(
+        r"stream after \d deliveries, engine rank 1: (no sign of life|the other side has ended)", message
+    ), message
+    monkeypatch.undo()
+    assert publish(weights) == good
+
+
+def test_an_engine_rank_that_dies_is_named_and_its_engine_heals(engine, publish, plan, weights) -> None:
+    """SGLang takes the whole engine down with it. A new one knows neither plan nor weights, and gets both."""
+    good = send(engine, plan, weights, publish.next_version)
+    began = time.monotonic()
+    message = stopped_in(engine, plan, weights, signal.SIGKILL)
+    assert time.monotonic() - began < 30
+    assert "engine died during /update_weights_from_tensor" in message, message
+    assert re.search(r"stream after \d deliveries, engine rank 1: the other side", message), message
+    engine.restart()
+    assert publish(weights) == good
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    engine.install_plan([receipt_of(found, plan) for found in engine.layout(shapes)])
+    assert send(engine, plan, weights, publish.next_version) == good

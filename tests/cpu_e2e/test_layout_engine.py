@@ -147,3 +147,23 @@ def test_other_architectures(model: str, ranks: tuple[int, int], tmp_path: Path)
         padding = [w for w in layouts[1].writes if w.param == "model.embed_tokens.weight" and w.const is not None]
         assert [(write.const, write.size) for write in padding] == [(0.0, (12, 128))]
         assert layouts[0].aliases == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_a_router_that_is_kept_in_fp32_follows_its_weight(tmp_path: Path) -> None:
+    """SGLang casts GLM4-MoE's routers at the first forward and keeps that: every parameter is the new version's, and
+    tokens go to the old one's experts. The judge is an engine that has never held another version."""
+    folder = make_model("glm4_moe", tmp_path)
+    first = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    routers = {name: -tensor for name, tensor in first.items() if name.endswith("mlp.gate.weight")}
+    assert routers
+    options = engine_options(folder, tp_size=1, dtype="bfloat16", max_total_tokens=1024, max_running_requests=4)
+
+    def logprobs(*versions: Weights) -> list[tuple[float, ...]]:
+        """Of one engine that gets `versions` one after the other."""
+        with create_engine(options) as engine:
+            publish = Publisher(engine)
+            return [(publish(weights), engine.generate(ASKED)[0].logprobs_T)[1] for weights in versions]
+
+    before, after = logprobs(first, first | routers)
+    assert [after] == logprobs(first | routers)
+    assert after != before, "routers that say the opposite must matter"

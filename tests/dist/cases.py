@@ -17,7 +17,7 @@ import signal
 import types
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  (imported once, before the fork)
@@ -41,11 +41,13 @@ from megatron_sglang.types import TrainSample
 initialize._compile_dependencies = lambda: None
 
 
-def make_config(hf: str, layout: dict[str, Any], random_weights: bool = False) -> RunConfig:
+def make_config(
+    hf: str, layout: dict[str, Any], random_weights: bool = False, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> RunConfig:
     """8 x 2 samples, one train step; `layout` are Megatron flags."""
     sizes = {"micro-batch-size": 2, "lr": 1e-2, "min-lr": 1e-2, "lr-decay-style": "constant", "clip-grad": 1.0}
     config = RunConfig(
-        model=ModelConfig(hf_path=hf, dtype="float32", random_weights=random_weights),
+        model=ModelConfig(hf_path=hf, dtype=dtype, random_weights=random_weights),
         data=DataConfig(train="-", max_prompt_tokens=40),
         lora=LoraConfig(rank=8, alpha=16),
         rollout=RolloutConfig(max_new_tokens=24, prompts_per_batch=8, samples_per_prompt=2, batches=10),
@@ -56,9 +58,11 @@ def make_config(hf: str, layout: dict[str, Any], random_weights: bool = False) -
     return config_check.resolve(config, local_world_size=world)
 
 
-def set_up(hf: str, layout: dict[str, Any], random_weights: bool = False) -> tuple[ModelRecipe, list[Any], Any, Any]:
+def set_up(
+    hf: str, layout: dict[str, Any], random_weights: bool = False, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> tuple[ModelRecipe, list[Any], Any, Any]:
     """Megatron's own set-up of model, optimizer and schedule."""
-    recipe = ModelRecipe(make_config(hf, layout, random_weights))
+    recipe = ModelRecipe(make_config(hf, layout, random_weights, dtype))
     training.initialize_megatron()
     torch.rand(torch.distributed.get_rank())  # as in a run, where the leader has drawn more than the others
     model, optimizer, scheduler = training.setup_model_and_optimizer(
@@ -235,7 +239,13 @@ def run(argv: list[str], kill_at: int | None = None, bad_steps: tuple[int, ...] 
 
 
 def direct(
-    hf: str, layout: dict[str, Any], engine_ranks: int, limit: int, hosts: int | None = None, fused: bool = False
+    hf: str,
+    layout: dict[str, Any],
+    engine_ranks: int,
+    limit: int,
+    hosts: int | None = None,
+    fused: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> dict[str, Any]:
     """Send to engine ranks that each want a strange rectangle of every tensor; compare with the generic export. fused:
     both merge by the GPU's kernel."""
@@ -245,7 +255,8 @@ def direct(
     from megatron_sglang.weights.direct import DirectSender
     from megatron_sglang.weights.export import hf_layers
 
-    recipe, model, _, _ = set_up(hf, layout)
+    recipe, model, _, _ = set_up(hf, layout, dtype=dtype)
+    sent_as = getattr(torch, dtype)
     merge._is_on_gpu = digests.is_on_gpu = lambda _: fused
     randomize(model, 0.2)
     shapes = tensor_shapes(hf)
@@ -265,7 +276,7 @@ def direct(
     by_torch = {name: tensor.clone() for layer in hf_layers(recipe.bridge, model) for name, tensor in layer}
     off = max(float((full[name] - tensor).abs().max()) for name, tensor in by_torch.items())
     merge._is_on_gpu = lambda _: fused
-    sender = DirectSender(recipe.bridge, model, cut(plan, limit), torch.float32, shapes, hosts)
+    sender = DirectSender(recipe.bridge, model, cut(plan, limit), sent_as, shapes, hosts)
     wrong, elements = 0, 0
     rank, ranks = torch.distributed.get_rank(), hosts or len(everyone)
     received: dict[tuple[int, str], torch.Tensor] = {}
@@ -277,7 +288,7 @@ def direct(
         at = 0
         for piece in incoming(sender.buckets[delivery.index], delivery.target):
             box = boxes[key := (delivery.target, piece.name)]
-            target = received.setdefault(key, torch.full((box.rows, box.cols), math.nan))
+            target = received.setdefault(key, torch.full((box.rows, box.cols), math.nan, dtype=sent_as))
             strides = (piece.there.row_stride, piece.there.col_stride)
             view = target.view(-1).as_strided((piece.rows, piece.cols), strides, piece.there.offset)
             wrong += int((~view.isnan()).sum())

@@ -261,7 +261,7 @@ def test_adapters_without_a_name_in_the_hugging_face_model_are_refused(run_ranks
     ]
     for _, refused in run_ranks(2, "cases_convert.convert", calls=calls):
         assert "are nothing in the Hugging Face model, " in refused
-        assert "layers.0.mlp.experts.local_experts.0.linear_fc1.to_wrap.weight first: Megatron-Bridge" in refused
+        assert "layers.1.mlp.experts.local_experts.0.linear_fc1.to_wrap.weight first: Megatron-Bridge" in refused
     assert not (tmp_path / "new").exists()
 
 

@@ -25,7 +25,7 @@ from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.errors import MegatronSglangError, WeightSyncError
 from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.rollout import Rollout
-from megatron_sglang.sync import GenericPath
+from megatron_sglang.sync import GenericPath, plan_for
 from megatron_sglang.trace import RunLog
 from megatron_sglang.types import Completion, MergeFidelity, Prompt, SamplingParams, Score
 
@@ -197,6 +197,51 @@ def test_a_flipped_bit_is_caught_and_the_next_sync_heals(tmp_path: Path) -> None
         assert "not published" in reason
         assert "engine rank" in reason
         assert version == sampled == 1
+
+
+class Shifted(TwoTensors):
+    """Other values than those to be published."""
+
+    def buckets(self, version: int) -> Iterator[Bucket]:
+        for bucket in super().buckets(version):
+            yield pack(version, bucket.index, [(name, tensor + 1) for name, tensor in bucket.tensors()])
+
+
+def _better_path_that_is_none(folder: Path) -> Any:
+    found = []
+    for kind in ("plain", "untraceable", "different"):
+        cycle, said = make(folder), []
+
+        def direct(cycle: Cycle = cycle, kind: str = kind) -> Any:
+            if kind == "different":
+                return GenericPath(cycle.comm, Shifted(), cycle._engine)
+            shapes = {"a.weight": (4, 4), "b.weight": (8,)}
+            return plan_for(cycle.comm, cycle._engine, 2, shapes, list, limit=100)
+
+        try:
+            if cycle.leader is not None:
+                cycle.leader.log._echo = said.append
+            cycle.make_direct = None if kind == "plain" else direct
+            digests = [cycle.publish().engine_digest for _ in range(2)]
+            served = {sample.weight_version for sample in cycle.collect(0)}
+            found.append([digests, sorted(served), cycle.path.name, said])
+        finally:
+            close(cycle)
+    return found
+
+
+def test_where_the_direct_path_does_not_apply_the_generic_one_is_taken_and_said_once(tmp_path: Path) -> None:
+    """An engine that cannot be traced, and one that the direct path would leave with other weights: the run goes on with
+    the right ones, on all ranks, and its owner learns why it is slow."""
+    (plain, untraceable, different), on_the_other = two_ranks(_better_path_that_is_none, tmp_path)
+    assert plain[3] == []
+    for result in (untraceable, different):
+        assert result[:3] == plain[:3] == [plain[0], [2], "generic"]
+        assert len(result[3]) == 1, result[3]
+    assert "the generic path, because the direct one does not apply: layout, engine rank 0: " in untraceable[3][0]
+    assert "has no layout" in untraceable[3][0]
+    assert f"is not that of the generic path, {plain[0][0]}" in different[3][0]
+    assert [result[:3] for result in on_the_other] == [plain[:3]] * 3
 
 
 def _shuffled(folder: Path) -> Any:

@@ -123,12 +123,12 @@ def test_direct_path_between_sides_of_other_sizes(run_ranks, name, engine_ranks,
     assert [result["wanted"] > 0 for result in found] == [rank < (hosts or engine_ranks) for rank in range(ranks)]
 
 
-def assert_planned(run_ranks, hf, ranks, layout):
+def assert_planned(run_ranks, hf, ranks, layout, case="shards_of_this_rank"):
     """The plan's rectangles of the trainer are those of a real model, and lie where it has them."""
     sizes = {short: layout.get(f"{flag}-parallel-size", 1) for short, flag in FLAGS.items()}
     found, heads = shapes.hub_shapes(Path(hf)), shapes.heads(Path(hf))
     planned = Trainer(found, heads, Placement(world_size=ranks, **sizes)).shards()
-    real = [row for rows in run_ranks(ranks, "shards_of_this_rank", hf=hf, layout=layout) for row in rows]
+    real = [row for rows in run_ranks(ranks, case, hf=hf, layout=layout) for row in rows]
     fields = [
         Counter(json.dumps([rank, name, box, place[1:]]) for rank, name, box, place in rows)
         for rows in (real, map(row_of, planned))

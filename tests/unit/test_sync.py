@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self, cast
 
 import pytest
 import torch
@@ -17,8 +17,9 @@ from megatron_sglang.types import MergeFidelity
 class Calls:
     """The part of an engine that a stream asks, in the order in which it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, verdict: str = "") -> None:
         self.made: list[str] = []
+        self.verdict = verdict
 
     def open_stream(self, version: int) -> dict[str, Any]:
         self.made.append(f"open {version}")
@@ -29,6 +30,8 @@ class Calls:
 
     def end_stream(self, *, gave_up: bool) -> None:
         self.made.append(f"end {gave_up}")
+        if self.verdict:
+            raise WeightSyncError(self.verdict)
 
 
 class NothingToSend:
@@ -54,3 +57,30 @@ def test_a_rank_that_cannot_listen_fails_the_version_on_all() -> None:
     with pytest.raises(WeightSyncError, match=r"version 3: cannot listen .*No space left"):
         path.send(3)
     assert engine.made == ["open 3", "end True"], "nothing was started, and the engine was told"
+
+
+class Broken:
+    """A line whose engine rank is gone."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def finish(self) -> None:
+        raise WeightSyncError("weight version 3, stream after 1 deliveries, engine rank 0: the other side hung up")
+
+
+def test_an_engine_that_dies_is_told_with_the_rank_and_the_delivery() -> None:
+    """The engine knows that it is dead, the trainer rank where: either alone sends people to the wrong log."""
+    engine: Any = Calls("stream: EngineDiedError: engine died")
+    path = DirectPath(Alone(), NothingToSend(), engine, 1, lambda *_: cast("Any", Broken()))
+    with pytest.raises(
+        WeightSyncError, match=r"EngineDiedError.*; as the trainer saw it: .* 1 deliveries, engine rank 0:"
+    ):
+        path.send(3)
+    assert engine.made == ["open 3", "start", "end True"]
+    silent: Any = Calls()
+    path = DirectPath(Alone(), NothingToSend(), silent, 1, lambda *_: cast("Any", Broken()))
+    with pytest.raises(WeightSyncError, match=r"^weight version 3, stream after 1 deliveries"):
+        path.send(3)
