@@ -98,15 +98,16 @@ def deliver(live: Live, plan: Plan, index: int, message: dict[str, Any], data: t
         launches.moves.write(flat, live.addresses)
         launches.moves.read(written, live.addresses)
         arrived_digests, written_digests = torch.stack([arrived, launches.segments.digests(written)]).tolist()
-        _compare(index, arrived_digests, lengths, digests, "arrived with")
-        _compare(index, written_digests, lengths, digests, "reads back from the parameters as")
+        _compare(index, copies, lengths, digests, arrived_digests, "arrived with")
+        _compare(index, copies, lengths, digests, written_digests, "reads back from the parameters as")
         return
-    _compare(index, digests_of(flat.split(lengths)), lengths, digests, "arrived with")
+    _compare(index, copies, lengths, digests, digests_of(flat.split(lengths)), "arrived with")
     for copy in copies:
         copy.of(live.parameters[copy.tensor]).copy_(copy.of_flat(flat))
     for copy in copies:
         copy.of_flat(written).copy_(copy.of(live.parameters[copy.tensor]))
-    _compare(index, digests_of(written.split(lengths)), lengths, digests, "reads back from the parameters as")
+    written_digests = digests_of(written.split(lengths))
+    _compare(index, copies, lengths, digests, written_digests, "reads back from the parameters as")
 
 
 def _launches(live: Live, copies: Sequence[Copy], lengths: Sequence[int], flat: torch.Tensor) -> _Launches | None:
@@ -139,7 +140,22 @@ def _copy(row: Sequence[Any]) -> Copy:
     return Copy(tensor, offset, flat, *(tuple(numbers) for numbers in geometry))
 
 
-def _compare(index: int, found: Sequence[int], lengths: list[int], digests: list[int], how: str) -> None:
-    for source, (length, got, sent) in enumerate(zip(lengths, found, digests, strict=True)):
-        if length and got != sent:
-            raise ValueError(f"delivery {index}, part of trainer rank {source}, {how} digest {got:#x}, sent {sent:#x}")
+def _compare(
+    index: int, copies: Sequence[Copy], lengths: list[int], sent: list[int], found: Sequence[int], how: str
+) -> None:
+    """ValueError for the first segment whose digest is another; it names the parameters that the segment is for."""
+    begin = 0
+    for source, length in enumerate(lengths):
+        if length and found[source] != sent[source]:
+            names = dict.fromkeys(copy.tensor for copy in copies if copy.flat < begin + length and _end(copy) > begin)
+            raise ValueError(
+                f"delivery {index}, part of trainer rank {source}, for {', '.join(names)}: {how} digest "
+                f"{found[source]:#x}, sent {sent[source]:#x}"
+            )
+        begin += length
+
+
+def _end(copy: Copy) -> int:
+    """Behind its last element in the flat buffer."""
+    steps = zip(copy.sizes, copy.flat_strides, strict=True)
+    return copy.flat + sum((size - 1) * stride for size, stride in steps) + 1

@@ -106,7 +106,10 @@ for by_kernel in (False, True):
         try:
             delivered(by_kernel, changed)
         except ValueError as error:
-            assert f"part of trainer rank {source}, arrived with digest" in str(error), error
+            assert f"part of trainer rank {source}, for " in str(error), error
+            assert ": arrived with digest" in str(error), error
+            named = str(error).partition(", for ")[2].partition(":")[0].split(", ")
+            assert set(named) < set(names) and (made[0] if changed == 0 else made[-1]).tensor in named, error
         else:
             raise AssertionError("a changed element was not noticed")
 

@@ -50,9 +50,24 @@ def test_changed_bytes_touch_no_parameter() -> None:
     model, flat = Model(), torch.arange(1.0, 10.0)
     sent = message(flat, [9])
     flat[4] = -5.0
-    with pytest.raises(ValueError, match=r"delivery 0, part of trainer rank 0, arrived with digest"):
+    with pytest.raises(ValueError, match=r"delivery 0, part of trainer rank 0, for fused: arrived with digest"):
         direct.deliver(direct.Live(model), plan(), 0, sent, flat.view(torch.uint8))
     assert model.fused.isnan().all()
+
+
+def test_only_the_parameters_of_the_changed_part_are_named() -> None:
+    """Two parameters, three sources: the second source's part ends in the middle of the second parameter."""
+    model = torch.nn.ParameterDict({"first": torch.zeros(2, 2), "second": torch.zeros(2, 2), "third": torch.zeros(2)})
+    flat = torch.arange(1.0, 11.0)
+    copies = [("first", 0, 0, (2, 2), (2, 1), (2, 1)), ("second", 0, 4, (4,), (1,), (1,))]
+    copies.append(("third", 0, 8, (2,), (1,), (1,)))
+    checked = direct.check(model, {"buckets": [copies], "constants": []})
+    for lengths, at, named in (([4, 6], 3, "first"), ([6, 4], 5, "first, second"), ([6, 4], 6, "second, third")):
+        sent = message(flat, lengths)
+        changed = flat.clone()
+        changed[at] = -5.0
+        with pytest.raises(ValueError, match=rf"trainer rank {int(at >= lengths[0])}, for {named}: arrived with"):
+            direct.deliver(direct.Live(model), checked, 0, sent, changed.view(torch.uint8))
 
 
 def test_a_parameter_that_does_not_keep_the_bytes_is_noticed() -> None:
