@@ -180,7 +180,9 @@ def start(config: RunConfig) -> Any:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--nproc", type=int, default=1, help="trainer ranks that the run would have on this node (1)")
     parser.add_argument("--rounds", type=int, default=5, help="measured rollout batches of each way (5)")
     parser.add_argument("--warm-up", type=int, default=1, help="rollout batches of each way before them (1)")
