@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -91,7 +92,7 @@ def test_phases_add_what_is_there_at_that_time() -> None:
 
 
 @pytest.mark.parametrize("sizes", [{"world_size": 1}, {"world_size": 2, "ep": 2}])
-def test_text_says_what_is_a_guess(sizes: dict[str, int]) -> None:
+def test_text_says_what_is_a_guess(sizes: dict[str, Any]) -> None:
     """A number without it would be taken for a measurement."""
     lines = memory.as_text(peaks(**sizes), JOB)
     assert [line.split()[0] for line in lines[2:6]] == ["build", "train", "sync", "rollout"]
