@@ -234,7 +234,9 @@ def _spread(numbers: Sequence[float]) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measured rollout batches (5)")
     parser.add_argument("--warm-up", type=int, default=1, help="rollout batches before them (1)")
     parser.add_argument("--output", type=Path, help="JSON file, written again after each round")

@@ -70,4 +70,9 @@ def plan_command(config: RunConfig) -> str:
             words.append(f"--{name}-parallel-size {size}")
     if config.engine.ep_size > 1:
         words.append(f"--engine-ep {config.engine.ep_size}")
-    return " ".join([*words, f"--dtype {config.model.dtype} --bucket-bytes {config.sync.bucket_bytes}"])
+    words.append(f"--dtype {config.model.dtype} --bucket-bytes {config.sync.bucket_bytes}")
+    words.append(f"--micro-batch-size {config.megatron.get('micro-batch-size', 1)} --lora-rank {config.lora.rank}")
+    words.append(f"--sequence-tokens {config.data.max_prompt_tokens + config.rollout.max_new_tokens}")
+    if "mem_fraction_static" in config.sglang:
+        words.append(f"--mem-fraction {config.sglang['mem_fraction_static']}")
+    return " ".join([*words, *(["--memory-saver"] if config.sglang.get("enable_memory_saver") else [])])

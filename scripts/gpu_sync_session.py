@@ -153,7 +153,7 @@ def count_gpus() -> int:
     return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
 
 
-def summary(records: Sequence[dict[str, Any]]) -> str:
+def summary(records: Sequence[dict[str, Any]], targets: dict[str, float]) -> str:
     """One line a step, then the targets."""
     lines = []
     for record in records:
@@ -164,8 +164,12 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
             text += (
                 f"({ratio:.1f} x all_to_all, {record['result']['paths']['direct']['extra_device_bytes'] / 1e6:.0f} MB)"
             )
+        ratios = {name: one for name, one in record.get("result", {}).items() if name.startswith("ours_over_")}
+        text += "  ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+        if switch := record.get("result", {}).get("seconds", {}).get("switch"):
+            text += f"switch {switch['median']:.3f} s"
         lines.append(text.rstrip())
-    return "\n".join([*lines, f"targets: {TARGETS}"])
+    return "\n".join([*lines, f"targets: {targets}"])
 
 
 def main() -> int:
@@ -198,10 +202,13 @@ def main() -> int:
                 print(f"{step.name} (at most {step.timeout_s} s)\n    {' '.join(step.arguments)}")
             print(f"{len(planned)} steps, at most {sum(step.timeout_s for step in planned)} s")
             return 0
-        return _run_all(planned, chosen, work, began)
+        return run_all(planned, chosen, work, began, TARGETS)
 
 
-def _run_all(planned: Sequence[Step], chosen: argparse.Namespace, work: Path, began: float) -> int:
+def run_all(
+    planned: Sequence[Step], chosen: argparse.Namespace, work: Path, began: float, targets: dict[str, float]
+) -> int:
+    """All that are not done yet; 0 if all of them have gone well. chosen: out, again, deadline_s."""
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / "session.json"
     records = {record["step"]: record for record in json.loads(path.read_text())} if path.exists() else {}
@@ -213,8 +220,8 @@ def _run_all(planned: Sequence[Step], chosen: argparse.Namespace, work: Path, be
             continue
         record = records[step.name] = run(step, chosen.out, work)
         path.write_text(json.dumps(list(records.values()), indent=1) + "\n")
-        print(summary([record]).splitlines()[0], flush=True)
-    print(summary(list(records.values())))
+        print(summary([record], targets).splitlines()[0], flush=True)
+    print(summary(list(records.values()), targets))
     return 0 if all(records.get(step.name, {}).get("status") == 0 for step in planned) else 1
 
 

@@ -18,6 +18,7 @@ from megatron_sglang.engine.trace_offline import trace_ranks
 from megatron_sglang.errors import ConfigError, WeightSyncError
 from megatron_sglang.hf_files import ITEMSIZE
 from megatron_sglang.placement import Placement
+from megatron_sglang.plan import memory
 from megatron_sglang.plan import shapes as model_shapes
 from megatron_sglang.plan.cost import H200, figures
 from megatron_sglang.plan.trainer import Trainer
@@ -39,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine-ep", type=_positive, default=1, help="expert parallelism inside the engine")
     add("--dtype", choices=sorted(ITEMSIZE), default="bfloat16", help="of the engine's parameters")
     add("--bucket-bytes", type=_positive, default=SyncConfig().bucket_bytes, help="as sync.bucket_bytes")
+    add("--micro-batch-size", type=_positive, default=1, help="as Megatron's; for the memory of a train step")
+    add("--sequence-tokens", type=_positive, default=memory.Job().sequence, help="longest prompt and completion (3072)")
+    add("--lora-rank", type=_positive, default=memory.Job().lora_rank, help="as lora.rank (32)")
+    add("--mem-fraction", type=float, default=memory.Job().mem_fraction, help="as sglang.mem_fraction_static (0.3)")
+    add("--memory-saver", action="store_true", help="as sglang.enable_memory_saver")
+    add("--device-gb", type=float, default=memory.H200_BYTES / memory.GB, help="memory of a GPU, 10^9 bytes (150.1)")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -57,14 +64,30 @@ def run(args: argparse.Namespace) -> None:
         str(args.hf_folder), tp_size=engine_tp, ep_size=args.engine_ep, dtype=args.dtype, device="cpu"
     )
     shapes = model_shapes.hub_shapes(args.hf_folder)
-    shards = Trainer(shapes, model_shapes.heads(args.hf_folder), placement).shards()
+    trainer = Trainer(shapes, model_shapes.heads(args.hf_folder), placement)
+    shards = trainer.shards()
     print(f"{len(shapes):,} tensors; asking SGLang for the layout of {engine_tp} engine ranks", file=sys.stderr)
     slots = engine_slots(options, shapes)
     began = time.perf_counter()
     host = replace(H200, gpus=args.nproc_per_node)
     update = update_of(shards, slots, args.nproc, ITEMSIZE[args.dtype], args.bucket_bytes, host)
     print(f"planned in {time.perf_counter() - began:.1f} s", file=sys.stderr)
-    print(json.dumps(as_json(placement, update), indent=1) if args.json else "\n".join(as_text(placement, update)))
+    job = memory.Job(
+        micro_batch=args.micro_batch_size,
+        sequence=args.sequence_tokens,
+        lora_rank=args.lora_rank,
+        itemsize=ITEMSIZE[args.dtype],
+        experts_per_token=model_shapes.experts_per_token(args.hf_folder),
+        mem_fraction=args.mem_fraction,
+        releases=args.memory_saver,
+        device_bytes=int(args.device_gb * memory.GB),
+    )
+    peaks = memory.peaks_of(shapes, trainer, job, [one.total for one in update.memory])
+    if args.json:
+        print(json.dumps(as_json(placement, update) | {"memory": memory.as_json(peaks, job)}, indent=1))
+    else:
+        text = [*as_text(placement, update), "", "# peak memory of the fullest rank", *memory.as_text(peaks, job)]
+        print("\n".join(text))
 
 
 def engine_slots(options: EngineOptions, shapes: model_shapes.Shapes) -> list[transfer.Region]:
@@ -94,7 +117,7 @@ def as_json(placement: Placement, update: Update) -> dict[str, Any]:
         "buckets": update.buckets,
         "largest_bucket_bytes": update.largest,
         "largest_bucket_bytes_of_a_rank": update.largest_of_rank,
-        "peak_extra_bytes": [asdict(memory) | {"total": memory.total} for memory in update.memory],
+        "peak_extra_bytes": [asdict(extra) | {"total": extra.total} for extra in update.memory],
         "seconds": asdict(update.seconds) | {"total": update.seconds.total},
         "host": H200.name,
         "figures": {name: asdict(figure) for name, figure in figures().items()},
@@ -119,11 +142,11 @@ def as_text(placement: Placement, update: Update) -> Iterator[str]:
         f"at most {_mb(update.largest_of_rank)} MB for one engine rank"
     )
     rank = max(range(placement.world_size), key=lambda rank: update.memory[rank].total)
-    memory = update.memory[rank]
+    extra = update.memory[rank]
     yield from ("", "# peak extra memory")
     yield (
-        f"rank {rank}: {_mb(memory.total)} MB = two send buffers {_mb(memory.send)} + two receive buffers "
-        f"{_mb(memory.receive)} + the engine's reading back {_mb(memory.read_back)}"
+        f"rank {rank}: {_mb(extra.total)} MB = two send buffers {_mb(extra.send)} + two receive buffers "
+        f"{_mb(extra.receive)} + the engine's reading back {_mb(extra.read_back)}"
     )
     yield from ("", f"# predicted seconds of one update on {H200.name}")
     for name, figure in figures().items():

@@ -47,6 +47,12 @@ def heads(folder: Path) -> tuple[int, int]:
         ) from error
 
 
+def experts_per_token(folder: Path) -> int:
+    """Of a model with experts, from config.json; else 0."""
+    config = json.loads((folder / "config.json").read_text())
+    return int(config.get("text_config", config).get("num_experts_per_tok") or 0)
+
+
 def _built(folder: Path) -> Shapes:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -318,13 +318,14 @@ def direct(
     }
 
 
-def shards_of_this_rank(hf: str, layout: dict[str, Any]) -> list[list[Any]]:
-    """What a real Megatron model holds, as rows of regions."""
+def shards_of_this_rank(hf: str, layout: dict[str, Any]) -> tuple[list[list[Any]], int]:
+    """What a real Megatron model holds, as rows of regions; and the parameters of its adapters."""
     from megatron_sglang.transfer import row_of
     from megatron_sglang.weights import shards
 
     recipe, model, _, _ = set_up(hf, layout)
-    return [row_of(shard) for shard in shards.of_this_rank(recipe.bridge, model, tensor_shapes(hf))]
+    adapters = sum(parameter.numel() for parameter in model[0].parameters() if parameter.requires_grad)
+    return [row_of(shard) for shard in shards.of_this_rank(recipe.bridge, model, tensor_shapes(hf))], adapters
 
 
 def merged_in_place(hf: str, layout: dict[str, Any]) -> dict[str, Any]:

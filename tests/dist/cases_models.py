@@ -19,7 +19,7 @@ def direct(**given: Any) -> dict[str, Any]:
     return direct_of_cases(**given)
 
 
-def shards_of_this_rank(**given: Any) -> list[list[Any]]:
+def shards_of_this_rank(**given: Any) -> tuple[list[list[Any]], int]:
     """`cases.shards_of_this_rank` with such a model."""
     _experts_one_by_one()
     return shards_of_cases(**given)

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_sglang.hf_files import tensor_shapes
 from megatron_sglang.placement import Placement
-from megatron_sglang.plan import shapes
+from megatron_sglang.plan import memory, shapes
 from megatron_sglang.plan.trainer import Trainer
 from megatron_sglang.transfer import row_of
 
@@ -127,8 +127,11 @@ def assert_planned(run_ranks, hf, ranks, layout, case="shards_of_this_rank"):
     """The plan's rectangles of the trainer are those of a real model, and lie where it has them."""
     sizes = {short: layout.get(f"{flag}-parallel-size", 1) for short, flag in FLAGS.items()}
     found, heads = shapes.hub_shapes(Path(hf)), shapes.heads(Path(hf))
-    planned = Trainer(found, heads, Placement(world_size=ranks, **sizes)).shards()
-    real = [row for rows in run_ranks(ranks, case, hf=hf, layout=layout) for row in rows]
+    trainer = Trainer(found, heads, Placement(world_size=ranks, **sizes))
+    planned, held = trainer.shards(), run_ranks(ranks, case, hf=hf, layout=layout)
+    peaks = memory.peaks_of(found, trainer, memory.Job(lora_rank=8), [0] * ranks)  # as cases.make_config
+    assert [adapters for _, adapters in held] == [one.trained.gradients // memory.GRADIENT_BYTES for one in peaks]
+    real = [row for rows, _ in held for row in rows]
     fields = [
         Counter(json.dumps([rank, name, box, place[1:]]) for rank, name, box, place in rows)
         for rows in (real, map(row_of, planned))

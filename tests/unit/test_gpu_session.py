@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts/gpu_sync_session.py"
+SCRIPT, FLAGSHIP = ROOT / "scripts/gpu_sync_session.py", ROOT / "scripts/gpu_flagship_session.py"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,17 @@ def test_every_number_of_gpus_up_to_what_is_there() -> None:
     large = next(line for line in said.splitlines() if "qwen3_30b_a3b" in line)
     assert "--engine-tp 4 --expert-model-parallel-size 4" in large
     assert "--random-weights --dtype bfloat16 --lora-rank 32 --moe-grouped-gemm" in large
+
+
+def test_the_flagships_steps_get_the_same_overrides() -> None:
+    """A ratio of other batches than the run's would say nothing of it."""
+    command = [sys.executable, str(FLAGSHIP), "rollout.max_new_tokens=512", "--lr", "2e-6", "--dry-run", "--gpus", "4"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    found = {said[line].split()[0]: said[line + 1] for line in range(0, len(said) - 1, 2)}
+    assert list(found) == ["doctor", "flagship", "cycle", "training", "rollout", "plan"]
+    for name in ("flagship", "training", "rollout"):
+        assert "engine.tp_size=4 --expert-model-parallel-size 4 rollout.max_new_tokens=512 --lr 2e-6" in found[name]
+    assert "--nproc-per-node 4" in found["training"]
 
 
 def test_one_step_cannot_spend_the_others_time(

@@ -1,0 +1,191 @@
+"""Peak memory of a GPU by phase, from shapes, placement and a few sizes of the run. Pure; 10^9 bytes are a GB.
+
+    build     weights, adapters, gradients and fp32 copies are there; the engine is, or has given its memory back
+    train     the same, Adam's state, activations with full recompute, logits; the engine as while building
+    sync      weights, adapters, buffers of the update (`plan/update.py`); the engine's weights and KV cache
+    rollout   weights, adapters; the engine with its graphs
+
+What stands for the trainer is what it has in tensors (memory/<phase>_allocated_gb of a run): torch's allocator holds
+more. Exact are weights, adapters, gradients, optimizer and buffers; `GUESSES` and a layer's activations are not.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from megatron_sglang.placement import Placement
+from megatron_sglang.plan.trainer import Shapes, Trainer, is_adapted
+
+GB = 10**9
+H200_BYTES = 150_110_000_000
+"""Of one H200, by cudaMemGetInfo (benchmarks/results/offload_h200.json: 139.8 GiB)."""
+GUESSES = {"context": 1 * GB, "nccl": 2 * GB, "graphs": 3 * GB}
+"""Nobody has measured these. context and nccl: of each process, trainer and engine; graphs: CUDA graphs and activations
+of the engine, beside its share of the memory."""
+LOGIT_COPIES = 3
+"""In the logits' dtype, at the peak: themselves, their gradient, and that gradient in the order of the output layer."""
+CHUNK_BYTES = 3 << 29
+"""fp32 temporaries of `training/logprobs.py`: three of its chunks."""
+LAYER_PASSES = 2
+"""A recomputed layer's tensors, and as much for their gradients: a guess."""
+ADAM_BYTES, MAIN_BYTES, GRADIENT_BYTES = 8, 4, 4
+"""Of each adapter parameter, in fp32: two moments, the copy that is stepped, the gradient. The first two are split over
+data-parallel ranks (distributed optimizer)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The sizes of a run that placement does not say."""
+
+    micro_batch: int = 1
+    sequence: int = 3072
+    """Longest prompt and completion together, in tokens."""
+    lora_rank: int = 32
+    itemsize: int = 2
+    """Of weights, adapters, activations and logits, in bytes."""
+    experts_per_token: int = 0
+    mem_fraction: float = 0.3
+    """The engine's share of the device for weights and KV cache."""
+    releases: bool = True
+    """Does the engine give that back while the trainer trains?"""
+    device_bytes: int = H200_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What one rank's trainer holds, in bytes."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    main: int
+    """fp32 copies of this rank's part of the adapters."""
+    adam: int
+    activations: int
+    """Inputs of all layers of the micro-batches in flight, and one layer's tensors with their gradients: a guess."""
+    logits: int
+    """0 but on the last pipeline stage."""
+
+    @property
+    def standing(self) -> int:
+        """Between train steps, after the first."""
+        return self.weights + self.adapters + self.gradients + self.main + self.adam
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """Of one rank, in bytes by phase."""
+
+    trained: Trained
+    trainer: Mapping[str, int]
+    """What the trainer has in tensors."""
+    device: Mapping[str, int]
+    """With the engine's processes and `GUESSES`."""
+
+
+def peaks_of(shapes: Shapes, trainer: Trainer, job: Job, buffers: Sequence[int], engine: bool = True) -> list[Peaks]:
+    """By rank. buffers: bytes of an update's buffers by rank; engine: is an engine rank on the trainer's device?"""
+    return [_peaks(_trained(shapes, trainer, rank, job), job, buffers[rank], engine) for rank in _ranks(trainer)]
+
+
+def _ranks(trainer: Trainer) -> range:
+    return range(trainer.placement.world_size)
+
+
+def _peaks(found: Trained, job: Job, buffers: int, engine: bool) -> Peaks:
+    holds = {
+        "build": found.standing - found.adam,
+        "train": found.standing + found.activations + found.logits,
+        "sync": found.standing + buffers,
+        "rollout": found.standing,
+    }
+    process = GUESSES["context"] + GUESSES["nccl"]
+    share = int(job.mem_fraction * job.device_bytes) if engine else 0
+    kept = (process + GUESSES["graphs"]) if engine else 0
+    device = {
+        phase: size + process + kept + (0 if job.releases and phase in ("build", "train") else share)
+        for phase, size in holds.items()
+    }
+    return Peaks(found, holds, device)
+
+
+def _trained(shapes: Shapes, trainer: Trainer, rank: int, job: Job) -> Trained:
+    placement, place = trainer.placement, trainer.placement.of(rank)
+    elements: defaultdict[str, int] = defaultdict(int)
+    columns: dict[str, int] = {}
+    names: dict[str, str] = {}
+    for shard in trainer.of(rank):
+        param = shard.place.tensor
+        elements[param] += shard.box.rows * shard.box.cols
+        columns[param], names[param] = shard.box.cols, shard.name
+    dense = experts = 0
+    for param, name in names.items():
+        if is_adapted(name):
+            of_expert = ".experts." in name
+            size = _adapter(name, elements[param], columns[param], job.lora_rank, 1 if of_expert else placement.tp)
+            dense, experts = (dense, experts + size) if of_expert else (dense + size, experts)
+    replicas = placement.world_size // (placement.tp * placement.pp)
+    expert_replicas = placement.world_size // (placement.ep * placement.pp)
+    mine = -(-dense // replicas) + -(-experts // expert_replicas)
+    tokens = job.micro_batch * job.sequence // placement.cp
+    vocabulary = shapes["model.embed_tokens.weight"][0] // placement.tp
+    last = place.pp == placement.pp - 1
+    return Trained(
+        weights=sum(elements.values()) * job.itemsize,
+        adapters=(dense + experts) * job.itemsize,
+        gradients=(dense + experts) * GRADIENT_BYTES,
+        main=mine * MAIN_BYTES,
+        adam=mine * ADAM_BYTES,
+        activations=_activations(shapes, placement, place.pp, tokens, job),
+        logits=tokens * vocabulary * job.itemsize * LOGIT_COPIES + CHUNK_BYTES if last else 0,
+    )
+
+
+def _adapter(name: str, elements: int, columns: int, lora_rank: int, tp: int) -> int:
+    """Parameters of A and B beside a shard of a weight: B is split by rows, A by its rank or, beside a weight that is
+    split by columns, by columns (`weights/merge.py`)."""
+    rows = elements // columns
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return lora_rank * columns + rows // tp * lora_rank
+    return lora_rank // tp * columns + rows * lora_rank
+
+
+def _activations(shapes: Shapes, placement: Placement, stage: int, tokens: int, job: Job) -> int:
+    hidden = shapes["model.embed_tokens.weight"][1]
+    layers = len({name.split(".")[2] for name in shapes if name.startswith("model.layers.")}) // placement.pp
+    in_flight = placement.pp - stage  # one forward, one backward: the first stage is ahead by all of them
+    inputs = layers * tokens * hidden * job.itemsize * in_flight // placement.tp
+    first = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")}
+    attention = sum(rows for name, (rows, *_) in first.items() if "self_attn" in name and name.endswith("_proj.weight"))
+    expert = {name: shape for name, shape in first.items() if ".experts.0." in name}
+    mlp = expert or {name: shape for name, shape in first.items() if ".mlp." in name}
+    # Each weight's input and output, and what its adapter adds to the output; for all experts of a token.
+    wide = sum(2 * rows + columns for rows, columns in (shape for shape in mlp.values() if len(shape) == 2))
+    copies = job.experts_per_token if expert else 1
+    layer = tokens * (2 * attention + 4 * hidden + wide * copies) * job.itemsize // (1 if expert else placement.tp)
+    return inputs + LAYER_PASSES * layer
+
+
+def as_json(found: list[Peaks], job: Job) -> dict[str, object]:
+    """Bytes by rank, with what they were computed from."""
+    ranks = [{"trainer": dict(one.trainer), "device": dict(one.device), "parts": asdict(one.trained)} for one in found]
+    return {"job": asdict(job), "guesses": GUESSES, "ranks": ranks}
+
+
+def as_text(found: list[Peaks], job: Job) -> list[str]:
+    """Lines for people: the fullest rank of each phase."""
+    lines = [
+        f"micro-batches of {job.micro_batch} x {job.sequence:,} tokens, LoRA {job.lora_rank}, engine "
+        f"{job.mem_fraction:g} of {job.device_bytes / GB:.0f} GB{', given back while training' if job.releases else ''}"
+    ]
+    lines.append(f"{'phase':8} {'trainer GB':>11} {'device GB':>10}")
+    for phase in found[0].device:
+        fullest = max(found, key=lambda one: one.device[phase])
+        lines.append(f"{phase:8} {fullest.trainer[phase] / GB:11.1f} {fullest.device[phase] / GB:10.1f}")
+    parts = asdict(max(found, key=lambda one: one.trainer["train"]).trained)
+    lines.append("trainer = " + " + ".join(f"{name} {size / GB:.1f}" for name, size in parts.items()))
+    guesses = ", ".join(f"{name} {size / GB:.0f}" for name, size in GUESSES.items())
+    lines.append(f"guesses, nobody has measured them: a layer's activations; {guesses} GB (of trainer and of engine)")
+    return lines

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""What the flagship has to show on a GPU host, in one go: python scripts/gpu_flagship_session.py [--dry-run]
+
+Each step runs under its own deadline; one that fails or hangs costs its own time only.
+
+    doctor     what of this host will not work
+    flagship   examples/run_qwen3moe_30b_fim_gspo.sh with random weights for --cycles rollout batches
+    cycle      where its time and memory went (benchmarks/cycle.py), also if it was cut off
+    plan       the memory that was predicted for it
+    training   our train step against plain Megatron's (benchmarks/training_efficiency.py)
+    rollout    our rollout against a bare client (benchmarks/rollout_efficiency.py)
+
+Further arguments, given first, are pretrain_gspo.py's and go to flagship, training and rollout:
+rollout.max_new_tokens=512 rollout.prompts_per_batch=32. Results go to OUT (--out, else $OUT, else build/gpu_flagship):
+session.json, written after each step, session.log with all output, run/ with what the run left. A second call goes on
+where the first one stopped (--again NAME repeats a step). With --deadline-s no step is started that may not end in
+time. --rehearse runs the same program on a CPU with two ranks and the small model: it proves the script, not the
+numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpu_sync_session import COMMAND, LARGE, ROOT, TINY, Step, count_gpus, run_all
+
+TARGETS = {"ours_over_bare": 0.98, "ours_over_plain": 0.97, "switch_s_on_8": 1.0, "memory_off_plan": 0.1}
+CONFIG = "conf/qwen3_30b_fim_gspo_h200.yaml"
+SMALL = """
+model.dtype=float32 rollout.prompts_per_batch=4 --global-batch-size 16 --micro-batch-size 2
+rollout.max_new_tokens=16 data.max_prompt_tokens=72 lora.rank=8 megatron.moe-grouped-gemm=false
+sglang.max_total_tokens=16384 sglang.mem_fraction_static=0.1 reward.workers=1
+""".split()  # noqa: SIM905
+"""The large model's configuration, cut down to a small one on a CPU."""
+
+
+def steps(
+    gpus: int, cycles: int, out: Path, model: str, overrides: Sequence[str], *, rehearse: bool = False
+) -> list[Step]:
+    """gpus: how many there are; rehearsing, ranks on the CPU. model: folder with a config.json."""
+    python = sys.executable
+    environment = {"CUDA_VISIBLE_DEVICES": ""} if rehearse else cudnn()
+    sizes = (f"engine.tp_size={gpus}", "--expert-model-parallel-size", str(gpus))
+    words = (*sizes, *(SMALL if rehearse else ()), *overrides)
+    run_dir = str(out.resolve() / "run")
+    script = {"MODEL": model, "DATA": "examples/tiny_fim/train.jsonl", "OUT": run_dir, "RANDOM_WEIGHTS": "1"}
+    script |= {"PRESET": "h200", "NPROC": str(gpus), "PYTHON": python}
+    launcher = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus))
+    config = ("--config", CONFIG, f"model.hf_path={model}", "model.random_weights=true", *words)
+    flagship = (
+        "bash",
+        "examples/run_qwen3moe_30b_fim_gspo.sh",
+        "--num-rollout",
+        str(cycles),
+        "--no-save-optim",
+        *words,
+    )
+    plan = (python, "-c", COMMAND, "plan", model, "--nproc", str(gpus), "--expert-model-parallel-size", str(gpus))
+    plan += ("--micro-batch-size", "4", "--memory-saver")
+    output = ("--output", "{result}")
+    return [
+        Step("doctor", (python, "-c", COMMAND, "doctor"), 120, environment, result=False),
+        Step("flagship", flagship, 580, environment | script, result=False),
+        Step("cycle", (python, "benchmarks/cycle.py", run_dir, *output), 120, environment),
+        Step("training", (*launcher, "benchmarks/training_efficiency.py", *config, *output), 580, environment),
+        Step("rollout", (python, "benchmarks/rollout_efficiency.py", "--nproc", str(gpus), *config, *output), 580,
+             environment),
+        Step("plan", plan, 400, {"CUDA_VISIBLE_DEVICES": ""}, result=False),
+    ]  # fmt: skip
+
+
+def cudnn() -> dict[str, str]:
+    """So that Transformer Engine finds the environment's cuDNN, as the flagship's script sets it."""
+    for one in importlib.metadata.distributions(name="nvidia-cudnn-cu13"):
+        home = str(one.locate_file("nvidia/cudnn"))
+        libraries = [f"{home}/lib", *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        return {"CUDNN_HOME": home, "LD_LIBRARY_PATH": os.pathsep.join(libraries)}
+    return {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "build/gpu_flagship")))
+    parser.add_argument("--cycles", type=int, default=6, help="rollout batches of the run, the first is warm-up (6)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these steps")
+    parser.add_argument("--again", nargs="+", default=[], metavar="NAME", help="also if they were done")
+    parser.add_argument("--deadline-s", type=float, default=float("inf"), help="start nothing that may end later")
+    parser.add_argument("--gpus", type=int, help="instead of counting them")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps")
+    parser.add_argument("--rehearse", action="store_true", help="two ranks on the CPU")
+    chosen, overrides = parser.parse_known_args()
+    began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step under way is ended too
+    gpus = chosen.gpus or (2 if chosen.rehearse else count_gpus())
+    if not gpus:
+        print("no GPU is visible; --rehearse runs the same on a CPU, --dry-run --gpus 8 shows the plan")
+        return 1
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        model = LARGE
+        if chosen.rehearse:
+            model = str(work / "tiny")
+            Path(model).mkdir()
+            shutil.copy(ROOT / TINY / "config.json", model)
+        planned = [
+            step
+            for step in steps(gpus, chosen.cycles, chosen.out, model, overrides, rehearse=chosen.rehearse)
+            if step.name in chosen.only or not chosen.only
+        ]
+        if chosen.dry_run:
+            for step in planned:
+                print(f"{step.name} (at most {step.timeout_s} s)\n    {' '.join(step.arguments)}")
+            print(f"{len(planned)} steps, at most {sum(step.timeout_s for step in planned)} s")
+            return 0
+        return run_all(planned, chosen, work, began, TARGETS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Peak memory by phase, by hand for a model that fits on a page, and what the flagship's presets come to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_sglang.placement import Placement
+from megatron_sglang.plan import memory
+from megatron_sglang.plan.memory import CHUNK_BYTES, GUESSES, Job
+from megatron_sglang.plan.trainer import Trainer
+
+LAYER = "model.layers.{}."
+DENSE = {"self_attn.q_proj": (16, 8), "self_attn.k_proj": (8, 8), "self_attn.v_proj": (8, 8)}
+DENSE |= {"self_attn.o_proj": (8, 16), "mlp.gate": (4, 8)}
+EXPERT = {"gate_proj": (6, 8), "up_proj": (6, 8), "down_proj": (8, 6)}
+JOB = Job(micro_batch=2, sequence=10, lora_rank=2, experts_per_token=2, mem_fraction=0.5, device_bytes=1000)
+
+
+def small_model() -> dict[str, tuple[int, ...]]:
+    """Two layers of width 8 with 4 experts, 2 heads of 8 with one key-value head, 20 words."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (20, 8), "lm_head.weight": (20, 8)}
+    for layer in range(2):
+        prefix = LAYER.format(layer)
+        found |= {f"{prefix}{name}.weight": shape for name, shape in DENSE.items()}
+        for expert in range(4):
+            found |= {f"{prefix}mlp.experts.{expert}.{name}.weight": shape for name, shape in EXPERT.items()}
+    return found
+
+
+def peaks(job: Job = JOB, buffers: int = 0, engine: bool = True, **sizes: int) -> list[memory.Peaks]:
+    placement = Placement(**sizes)  # type: ignore[arg-type]
+    trainer = Trainer(small_model(), (2, 1), placement)
+    return memory.peaks_of(small_model(), trainer, job, [buffers] * placement.world_size, engine)
+
+
+def test_one_rank_by_hand() -> None:
+    """Weights in bf16; LoRA 2 beside q/k/v, o, gate/up and down; not beside the router."""
+    trained = peaks(world_size=1)[0].trained
+    dense, expert = (16 + 8 + 8) * 8 + 8 * 16, 2 * 6 * 8 + 8 * 6
+    assert trained.weights == 2 * (2 * 20 * 8 + 2 * (dense + 4 * 8 + 4 * expert))
+    qkv, o, gate_up, down = 2 * (8 + 32), 2 * (16 + 8), 2 * (8 + 12), 2 * (6 + 8)
+    adapters = 2 * (qkv + o + 4 * (gate_up + down))
+    assert (trained.adapters, trained.gradients) == (2 * adapters, 4 * adapters)
+    assert (trained.main, trained.adam) == (4 * adapters, 8 * adapters)
+    tokens = 20
+    inputs = 2 * tokens * 8 * 2
+    layer = tokens * (2 * (16 + 8 + 8 + 8) + 4 * 8 + 2 * (2 * (6 + 6 + 8) + 8 + 8 + 6)) * 2
+    assert trained.activations == inputs + 2 * layer
+    assert trained.logits == 3 * tokens * 20 * 2 + CHUNK_BYTES
+
+
+def test_ranks_share_experts_and_optimizer() -> None:
+    """EP 2 over two data-parallel ranks: half the experts each, whose optimizer nobody shares; the rest's is halved."""
+    whole, half = peaks(world_size=1)[0].trained, peaks(world_size=2, ep=2)[0].trained
+    experts = 2 * 4 * (2 * (8 + 12) + 2 * (6 + 8))
+    dense = whole.gradients // 4 - experts
+    assert half.gradients == 4 * (dense + experts // 2)
+    assert half.main == 4 * (dense // 2 + experts // 2)
+    assert half.weights == whole.weights - 2 * 2 * 2 * (2 * 6 * 8 + 8 * 6)
+    assert (half.activations, half.logits) == (whole.activations, whole.logits)
+
+
+def test_pipeline_stages_differ() -> None:
+    """The first has more micro-batches in flight, the last the logits."""
+    first, last = (one.trained for one in peaks(world_size=2, pp=2))
+    assert first.logits == 0 < last.logits
+    assert first.activations - last.activations == 20 * 8 * 2, "one more input of one layer"
+
+
+def test_phases_add_what_is_there_at_that_time() -> None:
+    """The engine's share counts while it serves, and while it trains only where it is not given back."""
+    [found] = peaks(buffers=7, world_size=1)
+    trained, overhead = found.trained, 2 * (GUESSES["context"] + GUESSES["nccl"]) + GUESSES["graphs"]
+    standing = trained.weights + trained.adapters + trained.gradients + trained.main + trained.adam
+    assert trained.standing == standing
+    assert found.trainer == {
+        "build": standing - trained.adam,
+        "train": standing + trained.activations + trained.logits,
+        "sync": standing + 7,
+        "rollout": standing,
+    }
+    assert {phase: found.device[phase] - found.trainer[phase] - overhead for phase in found.device} == {
+        "build": 0, "train": 0, "sync": 500, "rollout": 500
+    }  # fmt: skip
+    [kept] = peaks(replace(JOB, releases=False), world_size=1)
+    assert kept.device["train"] - found.device["train"] == 500
+    [alone] = peaks(engine=False, world_size=1)
+    assert alone.device["rollout"] == alone.trainer["rollout"] + GUESSES["context"] + GUESSES["nccl"]
+
+
+@pytest.mark.parametrize("sizes", [{"world_size": 1}, {"world_size": 2, "ep": 2}])
+def test_text_says_what_is_a_guess(sizes: dict[str, Any]) -> None:
+    """A number without it would be taken for a measurement."""
+    lines = memory.as_text(peaks(**sizes), JOB)
+    assert [line.split()[0] for line in lines[2:6]] == ["build", "train", "sync", "rollout"]
+    assert "guesses, nobody has measured them" in lines[-1]
+    assert memory.as_json(peaks(**sizes), JOB)["guesses"] == GUESSES
