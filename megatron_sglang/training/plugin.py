@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ from megatron.core import parallel_state as mpu
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import get_args, initialize, training
 
-from megatron_sglang import batching, metrics
+from megatron_sglang import metrics
 from megatron_sglang.batching import MicroBatch
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cycle import Cycle
 from megatron_sglang.errors import SetupError
 from megatron_sglang.sync import require_agreement
-from megatron_sglang.training import checkpoint, logprobs, lora, rates
+from megatron_sglang.training import checkpoint, logprobs, lora, micro_batches, rates
 from megatron_sglang.training.guard import FiniteGuard
 from megatron_sglang.training.replay import RoutingReplay
 from megatron_sglang.training.step import PolicyStep
@@ -121,15 +122,17 @@ class Plugin:
             rates.set_learning_rate(optimizer, self.learning_rate)
             cycle.add({"train/learning_rate": metrics.Last(self.learning_rate)})
         assert self.guard is not None
+        batches = self.pending.pop(0)
+        cycle.add({"train/micro_batches": metrics.Mean(len(batches))})
         with cycle.span("train"):
             result = original(
                 self.step.forward_step,
-                _rerunnable(model, self.pending.pop(0)),
+                _rerunnable(model, batches),
                 model,
                 optimizer,
                 scheduler,
                 config,
-                self.guard.watch(forward_backward),
+                self.guard.watch(micro_batches.counted(forward_backward, len(batches))),
                 iteration=iteration,
                 **kwargs,
             )
@@ -158,27 +161,13 @@ class Plugin:
 
     def _next_rollout(self, cycle: Cycle) -> list[list[MicroBatch]]:
         """Publish, sample, score: this rank's micro-batches by train step."""
-        args = get_args()
         cycle.publish()
         interval = self.config.rollout.eval_interval
         if self.rollout_step == 0 or (interval and self.rollout_step % interval == 0):
             cycle.evaluate()
         samples = cycle.collect(self.rollout_step)
         self.rollout_step += 1
-        by_step = batching.split(
-            samples,
-            global_batch=args.global_batch_size,
-            micro_batch=args.micro_batch_size,
-            dp_rank=mpu.get_data_parallel_rank(),
-            dp_size=mpu.get_data_parallel_world_size(),
-        )
-        # Context parallelism cuts the length in 2 CP pieces, sequence parallelism a rank's part in TP.
-        context, size = mpu.get_context_parallel_rank(), args.context_parallel_size
-        multiple = 8 * args.tensor_model_parallel_size * size
-        batches = [
-            [batching.collate(part, multiple).of_context_rank(context, size).to(_device()) for part in step]
-            for step in by_step
-        ]
+        batches = micro_batches.of_this_rank(samples, get_args())
         with cycle.span("logprobs"):
             return self._with_logprobs(batches)
 
@@ -196,8 +185,8 @@ class Plugin:
             with lora.disabled(self.model):
                 ref = logprobs.score(self.model, flat, temperature)
             flat = [batch.with_logprobs(ref=ref[i]) if ref else batch for i, batch in enumerate(flat)]
-        per_step = len(by_step[0])
-        return [flat[start : start + per_step] for start in range(0, len(flat), per_step)]
+        rest = iter(flat)
+        return [list(islice(rest, len(step))) for step in by_step]
 
     def _note_training(self, cycle: Cycle, grad_norm: float | None) -> None:
         """Metrics of all micro-batches of all data-parallel ranks, added up on the leader."""
@@ -222,11 +211,6 @@ class Plugin:
             "dtype": self.config.model.dtype,
         }
         self.cycle.comm.from_leader(lambda: checkpoint.write_state(args.save, iteration, state))
-
-
-def _device() -> torch.device:
-    current = torch.cuda.current_device()
-    return current if isinstance(current, torch.device) else torch.device("cuda", current)
 
 
 def _rerunnable(model: list[Any], batches: list[MicroBatch]) -> Any:
