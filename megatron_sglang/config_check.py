@@ -202,6 +202,8 @@ def _check_batches(config: RunConfig) -> None:
             f"train-iters={given} but {rollout.batches} rollout batches of {samples} samples make {iterations} "
             f"iterations of {step_samples}; leave train-iters out or change --num-rollout"
         )
+    if (given := _megatron_int(config, BUDGET, 0)) < 0:
+        raise ConfigError(f"{BUDGET}={given}; expected the tokens of a packed micro-batch, or 0 to pad")
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
     if (given := _megatron_int(config, "seq-length", longest)) < longest:
         raise ConfigError(

@@ -1,18 +1,18 @@
 """Attention over packed sequences where there is no Transformer Engine.
 
-Megatron's `DotProductAttention` refuses packed sequences. Here it runs once for each of them, so that a model is called
-the same way on a CPU and on a GPU, rotary positions start anew with each sequence on both, and no mask of all tokens
-by all tokens is made.
+Megatron's `DotProductAttention` refuses packed sequences. Here it gets them side by side, padded for its own time only,
+so that a model is called the same way on a CPU and on a GPU, rotary positions start anew with each sequence on both,
+and no mask of all tokens by all tokens is made.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 def by_sequence(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -32,10 +32,9 @@ def by_sequence(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
         if packed_seq_params is None:
             return forward(self, query, key, value, attention_mask, **kwargs)
         assert attention_mask is None, "each sequence gets the causal one"
-        whole = [tensor.unsqueeze(1) for tensor in (query, key, value)]  # the batch dimension that unpacked ones have
-        found = []
-        for start, end in pairwise(packed_seq_params.cu_seqlens_q.tolist()):
-            found.append(forward(self, *(tensor[start:end] for tensor in whole), None, **kwargs))
-        return torch.cat(found)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        padded = [pad_sequence(tensor.split(lengths)) for tensor in (query, key, value)]  # [S, B, heads, head size]
+        found = forward(self, *padded, None, **kwargs)
+        return torch.cat([row[:length] for row, length in zip(found.unbind(1), lengths, strict=True)]).unsqueeze(1)
 
     return packed
