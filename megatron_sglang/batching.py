@@ -1,4 +1,4 @@
-"""From samples to padded micro-batches, and which rank trains on which sample. Torch only.
+"""From samples to micro-batches, padded or packed, and which rank trains on which sample. Torch only.
 
 Alignment: entry t of `labels`, `loss_mask`, `advantages`' sequence and every logprob tensor is about the token at
 position t + 1, which is what a language model predicts at position t:
@@ -11,7 +11,14 @@ position t + 1, which is what a language model predicts at position t:
 
 Order: the samples of a rollout batch stay in their list's order. Train step s takes the s-th run of `global_batch`
 samples; of these data-parallel rank d takes the d-th run of `global_batch / dp_size`; its micro-batches are
-consecutive runs of `micro_batch`. So the samples of a step are the same for any dp_size.
+consecutive runs of `micro_batch`. So the samples of a step are the same for any dp_size. By a budget of tokens
+(`packing.py`) a step has the same samples too; which rank and micro-batch gets which of them goes by length.
+
+Packed: what the model gets is one sequence [1, T] of all samples, each with the padding that its ranks need to cut it,
+while everything about losses stays [B, S]:
+
+    [B, S]  p0 p1 r0 __ __ __         lay      [1, T]  p0 p1 r0 __ p0 p1 p2 r0 r1 __
+            p0 p1 p2 r0 r1 __          ->              spans (4, 6); `spread` is the way back
 """
 
 from __future__ import annotations
@@ -22,10 +29,12 @@ from itertools import batched
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from megatron_sglang import routing
+from megatron_sglang import packing, routing
 from megatron_sglang.errors import ConfigError, EngineError
 from megatron_sglang.losses import LossInputs
+from megatron_sglang.metrics import Mean
 from megatron_sglang.types import RoutedExperts, TrainSample
 
 
@@ -47,6 +56,12 @@ class MicroBatch:
     """[B]"""
     lengths: Tensor
     """[B] int64, tokens of prompt and response."""
+    spans: tuple[int, ...]
+    """[B] positions that the model computes for each sample, on all context-parallel ranks together."""
+    packed: bool = False
+    """Whether the model gets the samples as one sequence."""
+    context_size: int = 1
+    """Context-parallel ranks that hold parts of each sample."""
     routed_experts: Tensor | None = None
     """[B, S, layers x top_k] int16 of the tokens, from the engine; -1 where it told none: in the padding and for the
     last token. Stays on the host: each rank needs little of it at a time."""
@@ -55,9 +70,8 @@ class MicroBatch:
     ref_logprobs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        moved = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "routed_experts"}
-        moved = {name: value if value is None else value.to(device) for name, value in moved.items()}
-        return replace(self, **moved)
+        tensors = {name: value for name, value in self._tensors().items() if name != "routed_experts"}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
     def with_logprobs(self, *, old: Tensor | None = None, ref: Tensor | None = None) -> MicroBatch:
         """The same batch with logprobs [B, S] the trainer has computed."""
@@ -68,21 +82,47 @@ class MicroBatch:
     def of_context_rank(self, rank: int, size: int) -> MicroBatch:
         """What context-parallel rank `rank` of `size` holds: [B, S] becomes [B, S / size].
 
-        Of 2 x size equal pieces of the positions it is the `rank`-th from either end, so that causal attention costs
-        all ranks the same: the order of Megatron and Transformer Engine. S must be a multiple of 2 x size.
+        Of 2 x size equal pieces of each sample's positions it is the `rank`-th from either end, so that causal
+        attention costs all ranks the same: the order of Megatron and Transformer Engine. Spans must be multiples of
+        2 x size.
         """
-        width = self.tokens.shape[1]
         if size == 1:
             return self
-        assert width % (2 * size) == 0, f"{width} positions do not divide into 2 x {size} pieces"
+        for span in self.spans:
+            assert span % (2 * size) == 0, f"{span} positions do not divide into 2 x {size} pieces"
 
-        def part(value: Tensor) -> Tensor:
-            pieces = value.chunk(2 * size, dim=1)
-            return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], dim=1)
+        def part(row: Tensor, span: int) -> Tensor:
+            pieces = row[:span].chunk(2 * size)
+            return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
 
+        cut = {
+            name: pad_sequence([part(row, span) for row, span in zip(value, self.spans, strict=True)], batch_first=True)
+            for name, value in self._tensors().items()
+            if value.dim() == 2
+        }
+        return replace(self, context_size=size, **cut)
+
+    def lay(self, value: Tensor) -> Tensor:
+        """[B, S, ...] as the model gets it: [1, T, ...] where packed, T the sum of this rank's parts of the spans."""
+        if not self.packed:
+            return value
+        return torch.cat([row[:width] for row, width in zip(value, self._widths(), strict=True)]).unsqueeze(0)
+
+    def spread(self, value: Tensor) -> Tensor:
+        """What the model gives for each position, as [B, S]: inverse of `lay` with 0 in the padding, differentiable."""
+        return pad_sequence(value[0].split(self._widths()), batch_first=True) if self.packed else value
+
+    def padding(self) -> Mean:
+        """The share of positions computed for no token."""
+        computed = sum(self.spans)
+        return Mean(computed - self.lengths.sum(), float(computed))
+
+    def _widths(self) -> list[int]:
+        return [span // self.context_size for span in self.spans]
+
+    def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        cut = {name: part(value) for name, value in values.items() if value is not None and value.dim() == 2}
-        return MicroBatch(**(values | cut))
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def loss_inputs(self, logprobs: Tensor, entropy: Tensor | None = None) -> LossInputs:
         """Inputs of the loss for the policy's logprobs [B, S]; without old ones the policy is taken as the sampler's
@@ -99,13 +139,16 @@ class MicroBatch:
         )
 
 
-def collate(samples: Sequence[TrainSample], multiple_of: int = 1, seq_length: int | None = None) -> MicroBatch:
-    """Pad samples to `seq_length`, or else to the longest of them rounded up to `multiple_of`.
+def collate(
+    samples: Sequence[TrainSample], multiple_of: int = 1, seq_length: int | None = None, packed: bool = False
+) -> MicroBatch:
+    """Pad samples to `seq_length`, or else to the longest of them rounded up to `multiple_of`. packed: the model gets
+    each of them rounded up by itself.
 
     Raises `ConfigError` for a sample longer than `seq_length`; nothing is ever cut off.
     """
     longest = max(sample.length for sample in samples)
-    width = -(-longest // multiple_of) * multiple_of if seq_length is None else seq_length
+    width = packing.aligned(longest, multiple_of) if seq_length is None else seq_length
     if longest > width:
         raise ConfigError(
             f"a sample has {longest} tokens, seq_length is {seq_length}; raise --seq-length, or lower "
@@ -129,6 +172,8 @@ def collate(samples: Sequence[TrainSample], multiple_of: int = 1, seq_length: in
         rollout_logprobs=rollout_logprobs,
         advantages=torch.tensor([sample.advantage for sample in samples]),
         lengths=torch.tensor([sample.length for sample in samples]),
+        spans=tuple(packing.aligned(sample.length, multiple_of) if packed else width for sample in samples),
+        packed=packed,
         routed_experts=_routed(samples, width),
     )
 
@@ -169,6 +214,20 @@ def split[T](
     per_rank = global_batch // dp_size
     starts = range(dp_rank * per_rank, len(items), global_batch)
     return [[list(part) for part in batched(items[start : start + per_rank], micro_batch)] for start in starts]
+
+
+def split_by_tokens(
+    samples: Sequence[TrainSample], *, global_batch: int, budget: int, multiple_of: int, dp_rank: int, dp_size: int
+) -> list[list[list[TrainSample]]]:
+    """This rank's samples by train step and micro-batch of at most `budget` tokens, each sample rounded up to
+    `multiple_of`; see `packing.micro_batches`. Raises `ConfigError` as `split` does."""
+    split(samples, global_batch=global_batch, micro_batch=1, dp_rank=dp_rank, dp_size=dp_size)
+    found = []
+    for step in batched(samples, global_batch):
+        lengths = [packing.aligned(sample.length, multiple_of) for sample in step]
+        mine = packing.micro_batches(lengths, budget, dp_size)[dp_rank]
+        found.append([[step[place] for place in part] for part in mine])
+    return found
 
 
 def join[T](by_rank: Sequence[Sequence[Sequence[Sequence[T]]]]) -> list[T]:

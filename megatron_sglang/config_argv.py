@@ -62,6 +62,7 @@ FLAGS = {
     "rollout-external-engine-addrs": "engine.external",
     "weight-sync": "sync.method",
     "update-weight-buffer-size": "sync.bucket_bytes",
+    "max-tokens-per-gpu": "megatron.max-seqlen-per-dp-cp-rank",
     "seed": "seed",
     "grpo-prompts-per-step": "rollout.prompts_per_batch",
     "grpo-group-size": "rollout.samples_per_prompt",

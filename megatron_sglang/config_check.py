@@ -40,6 +40,9 @@ MEGATRON_RESERVED = {
 MEGATRON_RL = ("rl-", "grpo-", "langrl-", "perform-rl-step", "refit-method")
 """How the arguments of Megatron's own RL loop begin; it does not run here, so they would have no effect."""
 
+BUDGET = "max-seqlen-per-dp-cp-rank"
+"""Megatron's argument for the tokens that a rank can train on at a time; here, of a packed micro-batch."""
+
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("lora.rank lora.alpha data.max_prompt_tokens algo.tis_cap algo.max_bad_steps", lambda v: v > 0, "above 0"),
     (
@@ -91,7 +94,8 @@ def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
 def resolve(config: RunConfig, *, local_world_size: int) -> RunConfig:
     """A new config with the engine's size and those of Megatron's arguments that follow from our own filled in.
 
-    `local_world_size`: trainer ranks on this node. What the user set is never overwritten.
+    `local_world_size`: trainer ranks on this node. What the user set is never overwritten, but for the micro-batch-size
+    of packed micro-batches, which has no meaning.
     """
     rollout = config.rollout
     samples = rollout.prompts_per_batch * rollout.samples_per_prompt
@@ -102,10 +106,12 @@ def resolve(config: RunConfig, *, local_world_size: int) -> RunConfig:
         "seq-length": config.data.max_prompt_tokens + rollout.max_new_tokens,
         "expert-tensor-parallel-size": 1,
     }
+    # Micro-batches by tokens have no fixed number of samples; Megatron still counts a train step's samples by one.
+    packed = {"micro-batch-size": 1} if _megatron_int(config, BUDGET, 0) else {}
     return dataclasses.replace(
         config,
         engine=dataclasses.replace(config.engine, tp_size=config.engine.tp_size or local_world_size),
-        megatron=derived | config.megatron,
+        megatron=derived | config.megatron | packed,
     )
 
 
@@ -196,6 +202,8 @@ def _check_batches(config: RunConfig) -> None:
             f"train-iters={given} but {rollout.batches} rollout batches of {samples} samples make {iterations} "
             f"iterations of {step_samples}; leave train-iters out or change --num-rollout"
         )
+    if (given := _megatron_int(config, BUDGET, 0)) < 0:
+        raise ConfigError(f"{BUDGET}={given}; expected the tokens of a packed micro-batch, or 0 to pad")
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
     if (given := _megatron_int(config, "seq-length", longest)) < longest:
         raise ConfigError(
@@ -221,6 +229,12 @@ def _warnings(config: RunConfig) -> Iterable[str]:
         yield (
             f"algo.clip_low={algo.clip_low}, algo.clip_high={algo.clip_high} suit the ratios of tokens (GRPO); those "
             "of sequences stay nearer to 1, GSPO's authors use 3e-4 and 4e-4"
+        )
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    if 0 < (budget := _megatron_int(config, BUDGET, 0) * _megatron_int(config, "context-parallel-size", 1)) < longest:
+        yield (
+            f"{BUDGET} times context-parallel-size is {budget} tokens, a sample may have {longest} and then is a "
+            "micro-batch of its own, larger than that"
         )
     if rollout.top_p < 1 or rollout.top_k != -1:
         yield "rollout.top_p/top_k cut the sampler's distribution; the trainer's ratios are taken against the uncut one"

@@ -35,6 +35,10 @@ configuration, which is also written to the run folder.
 * Megatron's own arguments keep their names: `--lr 1e-5` on the command line, `lr: 1e-5` under `megatron:` in YAML. The
   plugin derives `global-batch-size` (one step per rollout batch), `train-iters` (from `rollout.batches`), `seq-length`
   (longest prompt plus longest completion), `seed` and `bf16`; the model's architecture comes from `model.hf_path`.
+* `--max-seqlen-per-dp-cp-rank N`, also Megatron's (slime's `--max-tokens-per-gpu`, verl's
+  `ppo_max_token_len_per_gpu`), packs the samples of a train step without padding into micro-batches of at most N
+  tokens, N on each context-parallel rank ([algorithm.md](algorithm.md)); `--micro-batch-size` then has no meaning.
+  0 or absent: micro-batches of `--micro-batch-size` samples, padded to the longest.
 * SGLang's ServerArgs are reached as `--sglang-log-level info`, or `log_level: info` under `sglang:` in YAML.
 * In YAML `${oc.env:NAME}` is the value of an environment variable.
 """

@@ -13,6 +13,7 @@ device synchronisation. Over ranks, which need not hold the same metrics:
 Names users know:
     train/{loss,clip_fraction,ratio,kl_old,kl_old_k1,kl_ref,entropy,tis_weight,grad_norm,learning_rate}
     train/{logprob_gap_mean,logprob_gap_max,token_mult_prob_error,kl_rollout,response_length}
+    train/{padding,micro_batches}
     train/routing_disagreement, with --moe-enable-routing-replay
     rollout/{reward,pass_rate,response_length,tokens,truncated,informative_groups,unique}
     eval/{pass_rate,reward}   eval/pass_rate/<family>

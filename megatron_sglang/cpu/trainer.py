@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_sglang.cpu import exact_matmul, te_import, torch_facade
+from megatron_sglang.cpu import exact_matmul, packed_attention, te_import, torch_facade
 from megatron_sglang.errors import DataError
 
 # Megatron and Bridge import these when they are installed, and use none of them on a CPU: 27 s become 17 s.
@@ -69,6 +69,7 @@ def _patch_core() -> None:
     import megatron.bridge.peft.utils as bridge_peft
     from megatron.core.tensor_parallel import random as tp_random
     from megatron.core.transformer import torch_norm
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # bridge/peft/utils.py:591: without TE its classes are MagicMock *instances*, which isinstance() refuses.
@@ -93,6 +94,9 @@ def _patch_core() -> None:
         return norm
 
     torch_norm.WrappedTorchNorm.__new__ = new_norm
+
+    # dot_product_attention.py:148 refuses packed sequences.
+    DotProductAttention.forward = packed_attention.by_sequence(DotProductAttention.forward)
 
 
 def _patch_training() -> None:

@@ -192,6 +192,8 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
             f"--micro-batch-size={args.micro_batch_size} times {replicas} data-parallel ranks does not divide "
             f"--global-batch-size={args.global_batch_size}; lower it, or change rollout.prompts_per_batch"
         )
+    if args.max_seqlen_per_dp_cp_rank:
+        _check_packing(args)
     if args.moe_enable_routing_replay:
         _check_replay(config, args, provider)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
@@ -199,6 +201,19 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
         raise ConfigError(
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, more than --seq-length="
             f"{args.seq_length}; raise --seq-length or lower one of them"
+        )
+
+
+def _check_packing(args: Any) -> None:
+    """ConfigError where micro-batches cannot be made by a budget of tokens."""
+    flag = f"--max-seqlen-per-dp-cp-rank={args.max_seqlen_per_dp_cp_rank}"
+    if args.hybrid_context_parallel:
+        raise ConfigError(f"{flag} packs sequences here, and --hybrid-context-parallel is not there; leave that out")
+    virtual = (args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank)
+    if any(virtual) or args.pipeline_model_parallel_layout:
+        raise ConfigError(
+            f"{flag} with virtual pipeline stages: they need micro-batches in multiples of the pipeline's size, and "
+            "samples are packed into as few as hold them; leave one of the two out"
         )
 
 

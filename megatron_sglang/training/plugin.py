@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,17 +24,16 @@ from megatron.core import parallel_state as mpu
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import get_args, initialize, training
 
-from megatron_sglang import batching, metrics
+from megatron_sglang import metrics
 from megatron_sglang.batching import MicroBatch
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cycle import Cycle
 from megatron_sglang.errors import SetupError
 from megatron_sglang.sync import require_agreement
-from megatron_sglang.training import checkpoint, logprobs, lora, rates
+from megatron_sglang.training import checkpoint, logprobs, lora, micro_batches, rates
 from megatron_sglang.training.guard import FiniteGuard
 from megatron_sglang.training.replay import RoutingReplay
 from megatron_sglang.training.step import PolicyStep
-from megatron_sglang.types import TrainSample
 
 _EXPECTED = {
     "train_step": (
@@ -123,15 +123,17 @@ class Plugin:
             rates.set_learning_rate(optimizer, self.learning_rate)
             cycle.add({"train/learning_rate": metrics.Last(self.learning_rate)})
         assert self.guard is not None
+        batches = self.pending.pop(0)
+        cycle.add({"train/micro_batches": metrics.Mean(len(batches))})
         with cycle.span("train"):
             result = original(
                 self.step.forward_step,
-                _rerunnable(model, self.pending.pop(0)),
+                _rerunnable(model, batches),
                 model,
                 optimizer,
                 scheduler,
                 config,
-                self.guard.watch(forward_backward),
+                self.guard.watch(micro_batches.counted(forward_backward, len(batches))),
                 iteration=iteration,
                 **kwargs,
             )
@@ -168,28 +170,11 @@ class Plugin:
         self.rollout_step += 1
         cycle.add({"train/tokens": metrics.Sum(float(sum(sample.length for sample in samples)))})
         with cycle.span("batches"):
-            batches = self._batches(samples)
+            batches = micro_batches.of_this_rank(samples, get_args())
         with cycle.span("logprobs"):
             batches = self._with_logprobs(cycle, batches)
         cycle.note_memory("logprobs")
         return batches
-
-    def _batches(self, samples: list[TrainSample]) -> list[list[MicroBatch]]:
-        args = get_args()
-        by_step = batching.split(
-            samples,
-            global_batch=args.global_batch_size,
-            micro_batch=args.micro_batch_size,
-            dp_rank=mpu.get_data_parallel_rank(),
-            dp_size=mpu.get_data_parallel_world_size(),
-        )
-        # Context parallelism cuts the length in 2 CP pieces, sequence parallelism a rank's part in TP.
-        context, size = mpu.get_context_parallel_rank(), args.context_parallel_size
-        multiple = 8 * args.tensor_model_parallel_size * size
-        return [
-            [batching.collate(part, multiple).of_context_rank(context, size).to(_device()) for part in step]
-            for step in by_step
-        ]
 
     def _with_logprobs(self, cycle: Cycle, by_step: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
         """Old logprobs where several train steps use the batch (with one, they are the policy's own) or those of the
@@ -205,8 +190,8 @@ class Plugin:
             with cycle.span("reference"), lora.disabled(self.model):
                 ref = logprobs.score(self.model, flat, temperature)
             flat = [batch.with_logprobs(ref=ref[i]) if ref else batch for i, batch in enumerate(flat)]
-        per_step = len(by_step[0])
-        return [flat[start : start + per_step] for start in range(0, len(flat), per_step)]
+        rest = iter(flat)
+        return [list(islice(rest, len(step))) for step in by_step]
 
     def _note_training(self, cycle: Cycle, grad_norm: float | None) -> None:
         """Metrics of all micro-batches of all data-parallel ranks, added up on the leader."""
@@ -231,11 +216,6 @@ class Plugin:
             "dtype": self.config.model.dtype,
         }
         self.cycle.comm.from_leader(lambda: checkpoint.write_state(args.save, iteration, state))
-
-
-def _device() -> torch.device:
-    current = torch.cuda.current_device()
-    return current if isinstance(current, torch.device) else torch.device("cuda", current)
 
 
 def _rerunnable(model: list[Any], batches: list[MicroBatch]) -> Any:

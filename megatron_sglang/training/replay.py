@@ -98,7 +98,7 @@ class RoutingReplay:
         if batch.routed_experts is None or not routers:
             yield
             return
-        experts_SBLK = self._mine(batch.routed_experts)
+        experts_SBLK = self._mine(batch.lay(batch.routed_experts))
         for router in routers:
             router.set_target_indices(experts_SBLK[:, :, router.layer_number - 1].flatten(0, 1))
             router.counting = count

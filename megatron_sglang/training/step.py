@@ -44,11 +44,11 @@ class PolicyStep:
     def _loss(
         self, batch: MicroBatch, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        policy, entropy = logprobs.logprobs_and_entropies(logits, batch.labels, self.temperature)
+        policy, entropy = logprobs.of_labels_and_entropies(logits, batch, self.temperature)
         if not self.options.entropy_coef:
             entropy = entropy.detach()
         outputs = policy_loss(self.loss, batch.loss_inputs(policy, entropy), self.options, sum_over_context)
-        self._metrics.append(outputs.metrics)
+        self._metrics.append({**outputs.metrics, "train/padding": batch.padding()})
         denominator = outputs.denominator.to(torch.int)
         report = torch.stack([outputs.loss_sum.detach(), denominator.float()])
         return outputs.loss_sum, denominator, {f"{self.loss} loss": report}

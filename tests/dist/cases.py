@@ -33,6 +33,7 @@ from megatron_sglang.config import DataConfig, LoraConfig, ModelConfig, RolloutC
 from megatron_sglang.hf_files import tensor_shapes
 from megatron_sglang.losses import LossOptions
 from megatron_sglang.training import lora
+from megatron_sglang.training.micro_batches import counted
 from megatron_sglang.training.model import ModelRecipe
 from megatron_sglang.training.plugin import _rerunnable
 from megatron_sglang.training.step import PolicyStep
@@ -137,7 +138,7 @@ def train_steps(
             optimizer,
             scheduler,
             config,
-            get_forward_backward_func(),
+            counted(get_forward_backward_func(), len(batches)),
             iteration=iteration,
         )
 

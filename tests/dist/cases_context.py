@@ -17,9 +17,9 @@ from megatron_sglang.training.step import PolicyStep
 WORDS = 40
 
 
-def bigram(loss: str) -> dict[str, Any]:
+def bigram(loss: str, packed: bool = False) -> dict[str, Any]:
     """One train step of a table of logits by token, cut over all ranks as one context: loss, gradient and metrics as
-    Megatron adds them up."""
+    Megatron adds them up. packed: the model sees each micro-batch as one sequence."""
     dist.init_process_group("gloo")
     size = dist.get_world_size()
     mpu.initialize_model_parallel(context_parallel_size=size)
@@ -28,10 +28,10 @@ def bigram(loss: str) -> dict[str, Any]:
     step = PolicyStep(loss, LossOptions(kl_coef=0.1, entropy_coef=0.01, tis="token"), temperature=0.7)
     tokens = 0
     for start in (0, 3):
-        whole = batching.collate(samples[start : start + 3], 8 * size)
+        whole = batching.collate(samples[start : start + 3], 8 * size, packed=packed)
         whole = whole.with_logprobs(old=whole.rollout_logprobs, ref=whole.rollout_logprobs * 1.1)
         batch = whole.of_context_rank(mpu.get_context_parallel_rank(), size)
-        output, turn = step.forward_step(iter([batch]), lambda tokens, *_: table[tokens])
+        output, turn = step.forward_step(iter([batch]), lambda tokens, *_, **__: table[tokens])
         loss_sum, denominator, _ = turn(output)
         loss_sum.backward()
         tokens += int(denominator)
@@ -43,11 +43,17 @@ def bigram(loss: str) -> dict[str, Any]:
     rows: list[Any] = [None] * size
     dist.all_gather_object(rows, [metrics.to_rows(part) for part in step.take_metrics()])
     merged = metrics.merge(metrics.from_rows(row) for rank in rows for row in rank)
-    theirs = get_batch_on_this_cp_rank(
-        {"tokens": whole.tokens}, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-    )
+    uncut = whole.lay(whole.tokens)
+    group = mpu.get_context_parallel_group()
+    if packed:  # Megatron leaves that to a kernel of Transformer Engine (thd_get_partitioned_indices): each by itself
+        pieces = [sequence.chunk(2 * size) for sequence in uncut[0].split(list(whole.spans))]
+        mine = [piece for cut in pieces for piece in (cut[group.rank()], cut[2 * size - 1 - group.rank()])]
+        theirs = torch.cat(mine).unsqueeze(0)
+    else:
+        theirs = get_batch_on_this_cp_rank({"tokens": uncut}, is_hybrid_cp=False, cp_group=group)["tokens"]
     return {
         "gradient": (gradient / counted).flatten().tolist(),
-        "metrics": metrics.values(merged),
-        "as_megatron_cuts": torch.equal(theirs["tokens"], batch.tokens),
+        # Padding is not the same: lengths are rounded up for the ranks that cut them.
+        "metrics": {name: value for name, value in metrics.values(merged).items() if name != "train/padding"},
+        "as_megatron_cuts": torch.equal(theirs, batch.lay(batch.tokens)),
     }

@@ -90,6 +90,14 @@ def test_megatron_gets_what_follows_from_our_own_options() -> None:
     )
 
 
+def test_a_budget_of_tokens_takes_the_place_of_the_micro_batch_size() -> None:
+    """Megatron would refuse a batch that does not divide by a size that nothing uses."""
+    for flag in ("--max-seqlen-per-dp-cp-rank", "--max-tokens-per-gpu"):
+        packed = parse("--micro-batch-size=48", flag, "4096").config.megatron
+        assert (packed["micro-batch-size"], str(packed["max-seqlen-per-dp-cp-rank"])) == (1, "4096")
+    assert parse("--micro-batch-size=4", "--max-seqlen-per-dp-cp-rank=0").config.megatron["micro-batch-size"] == "4"
+
+
 def test_a_dumped_config_is_the_same_config(tmp_path: Path) -> None:
     """The YAML in a run folder must start the same run again."""
     config = parse("--use-tis", "--lr", "1e-5", "--sglang-log-level=info", "lora.targets=[linear_qkv]").config
@@ -126,6 +134,7 @@ WRONG = {
     "batch": (["--global-batch-size", "48"], "does not divide the 64 samples"),
     "batch text": (["--global-batch-size", "x"], "expected a whole number"),
     "iterations": (["--train-iters", "7"], "make 30 iterations"),
+    "budget": (["--max-seqlen-per-dp-cp-rank", "-1"], "the tokens of a packed micro-batch, or 0 to pad"),
     "length": (["--seq-length", "100"], "set it to 3072 or more"),
     "engine size": (["--rollout-num-gpus-per-engine", "3"], "set --rollout-num-gpus-per-engine to 1 or 2 or 4 or 8"),
     "expert size": (["engine.ep_size=3"], "engine.ep_size=3 does not divide engine.tp_size=8"),
@@ -163,6 +172,8 @@ def test_warnings_name_what_is_probably_not_meant() -> None:
         "rollout.top_p/top_k",
     ]
     assert parse("--eps-clip", "0.2", "--advantage-estimator", "grpo").warnings == ()
+    assert "a sample may have 3072" in parse("--max-tokens-per-gpu", "2048").warnings[0]
+    assert parse("--max-tokens-per-gpu", "2048", "--context-parallel-size", "2").warnings == ()
 
 
 def test_short_flags_do_not_hide_megatrons() -> None:
@@ -170,7 +181,7 @@ def test_short_flags_do_not_hide_megatrons() -> None:
     shared = FLAGS.keys() & known_options("megatron").keys()
     assert {name for name in shared if not name.startswith(MEGATRON_RL)} == {"seed"}
     targets = {".".join(target.split("=")[0].split(".")[:2]) for target in FLAGS.values()}
-    assert targets <= field_types().keys()
+    assert targets <= field_types().keys() | {f"megatron.{name}" for name in known_options("megatron")}
 
 
 def test_option_tables_are_of_the_pinned_versions() -> None:

@@ -23,7 +23,7 @@ ROOMS = {
 """Heavy package -> the parts of ours that may import it, at the top of a file or in a function."""
 
 LAYERS = [
-    "errors types copies precision digest_kernel",
+    "errors types copies precision packing digest_kernel",
     "digests copy_kernel stops hf_files routing",
     "config buckets layout placement",
     "config_check interfaces weight_folder metrics trackers advantages prompts comm",
