@@ -93,6 +93,7 @@ class Trainer:
 
         from megatron_sglang.comm import TorchComm
         from megatron_sglang.losses import LossOptions
+        from megatron_sglang.training import micro_batches
         from megatron_sglang.training.model import ModelRecipe
         from megatron_sglang.training.plugin import Plugin
         from megatron_sglang.training.step import PolicyStep
@@ -122,7 +123,7 @@ class Trainer:
         )
         cycle: Any = self.cycle
         self.plugin = Plugin(config, step, lambda *_: cycle, lambda chunks: in_place(recipe.bridge, chunks))
-        self.batches = self.plugin._batches(self.cycle.samples)
+        self.batches = micro_batches.of_this_rank(self.cycle.samples, recipe.args)
 
     def ours(self) -> list[float]:
         """Seconds of each train step of a rollout batch; the spans before it are in `cycle.seconds`."""
