@@ -28,7 +28,7 @@ from megatron_sglang.engine.options import EngineOptions  # noqa: E402
 from megatron_sglang.placement import Placement  # noqa: E402
 from megatron_sglang.plan import shapes as model_shapes  # noqa: E402
 from megatron_sglang.plan.command import engine_slots  # noqa: E402
-from megatron_sglang.plan.cost import H200, Figure, Host, predict  # noqa: E402
+from megatron_sglang.plan.cost import H200, Figure, Host, Steps, predict  # noqa: E402
 from megatron_sglang.plan.trainer import Trainer  # noqa: E402
 from megatron_sglang.plan.update import loads_of, update_of  # noqa: E402
 
@@ -76,7 +76,7 @@ def curve(folder: Path) -> dict[str, Any]:
             loads = loads_of(groups[ep], ep, H200.gpus)
             for network in NETWORKS:
                 host: Host = replace(H200, network=Figure(network, "assumed", ""))
-                seconds = predict(loads, whole.buckets, host)
+                seconds = predict(loads, Steps.even(loads, whole.buckets), host)
                 rows.append(
                     {"gpus": gpus, "ep": ep, "widest_ep": widest, "network": network}
                     | {"leaves_machine": max(load.sent_far for load in loads)}

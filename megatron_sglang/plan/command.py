@@ -20,7 +20,7 @@ from megatron_sglang.hf_files import ITEMSIZE
 from megatron_sglang.placement import Placement
 from megatron_sglang.plan import memory
 from megatron_sglang.plan import shapes as model_shapes
-from megatron_sglang.plan.cost import H200, figures
+from megatron_sglang.plan.cost import H200, figures, host_for
 from megatron_sglang.plan.trainer import Trainer
 from megatron_sglang.plan.update import Update, update_of
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(shapes):,} tensors; asking SGLang for the layout of {engine_tp} engine ranks", file=sys.stderr)
     slots = engine_slots(options, shapes)
     began = time.perf_counter()
-    host = replace(H200, gpus=args.nproc_per_node)
+    host = replace(host_for(min(args.nproc, args.nproc_per_node)), gpus=args.nproc_per_node)
     update = update_of(shards, slots, args.nproc, ITEMSIZE[args.dtype], args.bucket_bytes, host)
     print(f"planned in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     job = memory.Job(
@@ -119,8 +119,8 @@ def as_json(placement: Placement, update: Update) -> dict[str, Any]:
         "largest_bucket_bytes_of_a_rank": update.largest_of_rank,
         "peak_extra_bytes": [asdict(extra) | {"total": extra.total} for extra in update.memory],
         "seconds": asdict(update.seconds) | {"total": update.seconds.total},
-        "host": H200.name,
-        "figures": {name: asdict(figure) for name, figure in figures().items()},
+        "host": update.host.name,
+        "figures": {name: asdict(figure) for name, figure in figures(update.host).items()},
     }
 
 
@@ -148,12 +148,12 @@ def as_text(placement: Placement, update: Update) -> Iterator[str]:
         f"rank {rank}: {_mb(extra.total)} MB = two send buffers {_mb(extra.send)} + two receive buffers "
         f"{_mb(extra.receive)} + the engine's reading back {_mb(extra.read_back)}"
     )
-    yield from ("", f"# predicted seconds of one update on {H200.name}")
-    for name, figure in figures().items():
+    yield from ("", f"# predicted seconds of one update on {update.host.name}")
+    for name, figure in figures(update.host).items():
         seconds, rate = getattr(update.seconds, name), _rate(name, figure.value)
         yield f"{name:9}  {seconds:6.3f}  {rate:>9}  {figure.kind}"
     yield f"{'total':9}  {update.seconds.total:6.3f}"
-    yield "merge to digest are of the slowest rank; what each figure was taken from: --json, docs/plan.md"
+    yield "merge and link: of each bucket's busiest rank; what each figure was taken from: --json, docs/plan.md"
 
 
 def _matrix(ranks: int, update: Update) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """How long one weight update takes, from bytes and measured rates. Pure.
 
-    seconds = max over ranks of (merged / merge + sent / link + 2 received / copy + digested / digest)
+    seconds = merged / merge + moved / link + far / network + 2 received / copy + digested / digest
             + buckets x hand_over + fixed
 
-All terms of a rank are added: nothing is supposed to overlap. Bytes are those of the engine's dtype.
+Ranks meet in every bucket, so what is merged and moved counts as the busiest rank's of each bucket, added up (`Steps`);
+the rest as the busiest rank's of all. Nothing is supposed to overlap. Bytes are those of the engine's dtype.
 """
 
 from __future__ import annotations
@@ -49,33 +50,46 @@ class Host:
     """Messages of an update that do not depend on its size."""
 
 
-SENT, LEAVES = 7.681e9, 6.342e9
-"""Bytes that a rank merges, and that leave its GPU, in the measured update: Qwen3-30B-A3B, EP 8, engine TP 8, bf16."""
-MERGE_S, DIGEST_S, LIMIT_S = 0.01633, 0.00298, 0.01977
-FEW, FEW_S, MANY, MANY_S = 17, 0.2346, 49, 0.3493
-"""Buckets and seconds of the whole update, with buckets of 512 MiB and of 170 MB."""
-_STREAM = 4.8e12 / 2
-"""Half of the memory bandwidth that NVIDIA specifies for an H200."""
-_HAND_OVER = (MANY_S - FEW_S) / (MANY - FEW)
-_RATES_S = MERGE_S + LIMIT_S + COPIES * SENT / _STREAM + 3 * DIGEST_S
-_RUN = "benchmarks/results/sync_h200_8.json"
+HAND_OVER_S, FIXED_S = 0.00059, 0.1041
 
-H200 = Host(
-    name="8 x H200, NVLink",
-    gpus=8,
-    merge=Figure(SENT / MERGE_S, "measured", f"the merging kernel's time on rank 0 in {_RUN}"),
-    link=Figure(LEAVES / LIMIT_S, "measured", f"all_to_all of the same bytes and nothing else in {_RUN}"),
-    network=Figure(50e9, "assumed", "one 400 Gb/s adapter for each GPU, at its nominal rate"),
-    copy=Figure(
-        _STREAM, "assumed", "half of the specified memory bandwidth of 4.8 TB/s, since a byte is read and written"
-    ),
-    digest=Figure(SENT / DIGEST_S, "measured", f"the digest kernel's time on rank 0 in {_RUN}"),
-    hand_over=Figure(_HAND_OVER, "derived", f"{MANY} buckets took {MANY_S} s and {FEW} took {FEW_S} s in {_RUN}"),
-    fixed=Figure(FEW_S - FEW * _HAND_OVER - _RATES_S, "derived", f"what the other figures leave of {FEW_S} s"),
-)
-"""From one run of the product. Since then an engine rank copies and digests a delivery in single launches, looks for
-its parameters once a version instead of once a delivery, and checks all of them in one launch; the trainer starts on
-the next bucket before it waits. So hand-over and fixed should have shrunk; no GPU has run that yet."""
+
+def _h200(gpus: int, held: float, leaves: float, merge_s: float, link_s: float, digest_s: float) -> Host:
+    """held, leaves: bytes that a rank merges, and that leave its GPU, in the measured update of Qwen3-30B-A3B's shape
+    in bf16, EP and engine TP as many as GPUs. Seconds: of the merging kernel and of the digest kernel on rank 0, and of
+    an all_to_all of the same bytes."""
+    run = f"benchmarks/results/sync_h200_{gpus}.json"
+    fit = "least squares over the three sizes of buckets in benchmarks/results/sync_h200_2.json"
+    return Host(
+        name=f"{gpus} x H200, NVLink",
+        gpus=gpus,
+        merge=Figure(held / merge_s, "measured", f"the merging kernel's time on rank 0 in {run}"),
+        link=Figure(leaves / link_s, "measured", f"all_to_all of the same bytes and nothing else in {run}"),
+        network=Figure(50e9, "assumed", "one 400 Gb/s adapter for each GPU, at its nominal rate"),
+        copy=Figure(
+            4.8e12 / 2,
+            "assumed",
+            "half of the specified memory bandwidth of 4.8 TB/s, since a byte is read and written",
+        ),
+        digest=Figure(held / digest_s, "measured", f"the digest kernel's time on rank 0 in {run}"),
+        hand_over=Figure(HAND_OVER_S, "derived", f"{fit}: what grows with their number"),
+        fixed=Figure(FIXED_S, "derived", f"{fit}: what is left"),
+    )
+
+
+H200 = _h200(8, 7.681e9, 6.342e9, 0.01633, 0.01977, 0.00298)
+MEASURED = {
+    2: _h200(2, 30.571e9, 14.496e9, 0.04461, 0.08457, 0.01133),
+    4: _h200(4, 15.285e9, 10.872e9, 0.02794, 0.08222, 0.00593),
+    8: H200,
+}
+"""By GPUs that take part. With fewer the links are slower: a pair of GPUs does not use all of its lanes. That of 8 was
+measured with older code, of which only merging, exchange and digest are as they were."""
+
+
+def host_for(gpus: int) -> Host:
+    """Of a machine of which so many GPUs take part: the next larger one that was measured, or the largest."""
+    measured = next((count for count in sorted(MEASURED) if count >= gpus), max(MEASURED))
+    return MEASURED[measured]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +109,26 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Steps:
+    """Bytes of the busiest rank of each bucket, added up over the buckets."""
+
+    buckets: int
+    merged: int
+    moved: int
+    """Sent to, or received from, other GPUs of the machine, whichever is more."""
+    far: int
+    """The same of other machines."""
+
+    @classmethod
+    def even(cls, loads: Sequence[Load], buckets: int) -> Steps:
+        """Where every bucket keeps all ranks as busy as the whole update does."""
+        merged, moved = max(load.merged for load in loads), max(load.sent for load in loads)
+        return cls(buckets, merged, moved, max(load.sent_far for load in loads))
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
-    """Seconds. The first five are of the slowest rank."""
+    """Seconds."""
 
     merge: float
     link: float
@@ -111,24 +143,21 @@ class Prediction:
         return sum(asdict(self).values())
 
 
-def predict(loads: Sequence[Load], buckets: int, host: Host = H200) -> Prediction:
-    """loads: of all ranks. buckets: deliveries of one update."""
-    slowest = max((_of_rank(load, host) for load in loads), key=lambda terms: sum(terms.values()))
-    return Prediction(**slowest, hand_over=buckets * host.hand_over.value, fixed=host.fixed.value)
+def predict(loads: Sequence[Load], steps: Steps, host: Host = H200) -> Prediction:
+    """loads: of all ranks."""
+    return Prediction(
+        merge=steps.merged / host.merge.value,
+        link=steps.moved / host.link.value,
+        network=steps.far / host.network.value,
+        copy=COPIES * max(load.received for load in loads) / host.copy.value,
+        digest=max(load.digested for load in loads) / host.digest.value,
+        hand_over=steps.buckets * host.hand_over.value,
+        fixed=host.fixed.value,
+    )
 
 
 def figures(host: Host = H200) -> Mapping[str, Figure]:
     """The host's figures by name."""
     return {
         item.name: getattr(host, item.name) for item in fields(host) if isinstance(getattr(host, item.name), Figure)
-    }
-
-
-def _of_rank(load: Load, host: Host) -> dict[str, float]:
-    return {
-        "merge": load.merged / host.merge.value,
-        "link": load.sent / host.link.value,
-        "network": load.sent_far / host.network.value,
-        "copy": COPIES * load.received / host.copy.value,
-        "digest": load.digested / host.digest.value,
     }

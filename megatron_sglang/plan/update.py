@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sglang import transfer
-from megatron_sglang.plan.cost import H200, Host, Load, Prediction, predict
+from megatron_sglang.plan.cost import H200, Host, Load, Prediction, Steps, predict
 from megatron_sglang.transfer import SENDS, SLOTS, Piece, Region
 
 DIGESTS_SENT, DIGESTS_RECEIVED = 1, 2
@@ -45,8 +45,11 @@ class Update:
     largest_of_rank: int
     """Bytes that one engine rank gets at most in one bucket."""
     loads: Sequence[Load]
+    steps: Steps
     memory: Sequence[Memory]
     seconds: Prediction
+    host: Host
+    """What the prediction is for."""
 
     @property
     def total(self) -> int:
@@ -77,6 +80,7 @@ def update_of(
     buckets = transfer.cut(pieces, max(1, bucket_bytes // itemsize))
     pairs = transfer.traffic(pieces, itemsize)
     loads = loads_of(pairs, ranks, host.gpus)
+    steps = steps_of([transfer.traffic(bucket, itemsize) for bucket in buckets], ranks, host.gpus)
     received = [_by(bucket, "target", itemsize) for bucket in buckets]
     return Update(
         engine_ranks=len({slot.rank for slot in slots}),
@@ -87,8 +91,10 @@ def update_of(
         largest=max(sum(sizes.values()) for sizes in received),
         largest_of_rank=max(max(sizes.values()) for sizes in received),
         loads=loads,
+        steps=steps,
         memory=_memory(buckets, ranks, itemsize),
-        seconds=predict(loads, len(buckets), host),
+        seconds=predict(loads, steps, host),
+        host=host,
     )
 
 
@@ -114,6 +120,25 @@ def loads_of(pairs: Mapping[tuple[int, int], int], ranks: int, gpus: int) -> lis
         )
         for rank in range(ranks)
     ]
+
+
+def steps_of(pairs: Sequence[Mapping[tuple[int, int], int]], ranks: int, gpus: int) -> Steps:
+    """pairs: of each bucket, as for `loads_of`."""
+    each = [loads_of(bucket, ranks, gpus) for bucket in pairs]
+    arrive = [Counter[int]() for _ in each]
+    for count, bucket in zip(arrive, pairs, strict=True):
+        for (source, target), size in bucket.items():
+            host = transfer.host_of(target, ranks)
+            if source != host and source // gpus == host // gpus:
+                count[host] += size
+    return Steps(
+        buckets=len(each),
+        merged=sum(max(load.merged for load in loads) for loads in each),
+        moved=sum(
+            max(*(load.sent for load in loads), *count.values(), 0) for loads, count in zip(each, arrive, strict=True)
+        ),
+        far=sum(max(load.sent_far for load in loads) for loads in each),
+    )
 
 
 def _memory(buckets: Sequence[Sequence[Piece]], ranks: int, itemsize: int) -> list[Memory]:

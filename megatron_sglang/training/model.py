@@ -111,6 +111,7 @@ class ModelRecipe:
             "variable_seq_lengths": args.pipeline_model_parallel_size > 1,
         }
         if cpu_room.needed():
-            overrides |= {"transformer_layer_spec": cpu_room.layer_spec(self.provider), "moe_grouped_gemm": False}
+            overrides |= {"transformer_layer_spec": cpu_room.layer_spec(self.provider)}
+            overrides |= {"moe_grouped_gemm": False, "moe_permute_fusion": False}  # Transformer Engine's kernels
         known = {name: value for name, value in overrides.items() if hasattr(self.provider, name)}
         self.provider.apply_overrides_and_finalize(dtype=args.params_dtype, overrides=known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from safetensors.torch import load_file
 from megatron_sglang.errors import ConfigError, WeightSyncError
 from megatron_sglang.placement import Placement
 from megatron_sglang.plan import command, shapes
-from megatron_sglang.plan.cost import FEW, FEW_S, H200, LEAVES, MANY, MANY_S, SENT, Load, figures, predict
+from megatron_sglang.plan.cost import H200, MEASURED, Load, Steps, figures, host_for, predict
 from megatron_sglang.plan.trainer import Trainer
-from megatron_sglang.plan.update import Update, loads_of, update_of
+from megatron_sglang.plan.update import Update, loads_of, steps_of, update_of
 from megatron_sglang.transfer import Box, Place, Region
 
 TINY = Path(__file__).parents[2] / "examples/tiny_fim/model"
+CHECKS = Path(__file__).parents[2] / "benchmarks/results"
 
 
 def stored_shapes() -> dict[str, tuple[int, ...]]:
@@ -130,13 +132,49 @@ def test_bytes_between_machines_count_on_the_network() -> None:
     assert (near.sent, near.sent_far, near.received) == (5, far, 9)
 
 
-def test_seconds_are_those_of_the_slowest_rank() -> None:
-    """And the model gives back what it was calibrated with, for both numbers of buckets."""
-    load = Load(merged=int(SENT), sent=int(LEAVES), sent_far=0, received=int(SENT), digested=3 * int(SENT))
-    idle = Load(0, 0, 0, 0, 0)
-    assert predict([idle, load, idle], FEW).total == pytest.approx(FEW_S, rel=1e-3)
-    assert predict([load], MANY).total == pytest.approx(MANY_S, rel=1e-3)
-    assert all(figure.value > 0 for figure in figures(H200).values())
+def test_seconds_are_those_of_the_busiest_rank() -> None:
+    """By hand, on a host whose rates are powers of ten; ranks that do nothing change nothing."""
+    ten = replace(H200.merge, value=10.0)
+    one = replace(H200.merge, value=1.0)
+    host = replace(H200, merge=ten, link=ten, network=one, copy=ten, digest=ten, hand_over=one, fixed=one)
+    load, idle = Load(merged=50, sent=20, sent_far=3, received=50, digested=150), Load(0, 0, 0, 0, 0)
+    expected = {"merge": 5.0, "link": 2.0, "network": 3.0, "copy": 10.0, "digest": 15.0, "hand_over": 4.0, "fixed": 1.0}
+    for loads in ([load], [idle, load, idle]):
+        found = predict(loads, Steps.even(loads, buckets=4), host)
+        assert asdict(found) == expected
+        assert found.total == 40.0
+    uneven = Steps(buckets=4, merged=100, moved=40, far=3)
+    assert predict([load, load], uneven, host).total == 47.0, "one rank at a time is busy"
+
+
+def test_buckets_in_which_one_rank_sends_cost_its_time() -> None:
+    """Two experts of two ranks for one engine rank each way: in one bucket both links are busy, in two each waits."""
+    together, apart = ({(0, 1): 8, (1, 0): 8},), ({(0, 1): 8}, {(1, 0): 8})
+    assert steps_of(together, ranks=2, gpus=8) == Steps(buckets=1, merged=8, moved=8, far=0)
+    assert steps_of(apart, ranks=2, gpus=8) == Steps(buckets=2, merged=16, moved=16, far=0)
+    assert steps_of(apart, ranks=2, gpus=1) == Steps(buckets=2, merged=16, moved=0, far=16)
+    assert steps_of([{(0, 2): 3, (1, 2): 4}], ranks=3, gpus=8).moved == 7, "a link is busy with what arrives, too"
+
+
+def test_the_host_is_the_one_that_was_measured_with_as_many_gpus() -> None:
+    """Links of two GPUs are slower than those of eight: one figure for both would be off by half."""
+    assert [host_for(gpus).gpus for gpus in (1, 2, 3, 4, 5, 8, 72)] == [2, 2, 4, 4, 8, 8, 8]
+    assert all(figure.value > 0 for host in MEASURED.values() for figure in figures(host).values())
+
+
+def test_what_was_predicted_for_measured_updates() -> None:
+    """benchmarks/plan_check.py plans them anew; what it has written must be what the figures give today. How far off
+    each is: docs/plan.md."""
+    rows = json.loads((CHECKS / "plan_check.json").read_text())
+    assert {row["gpus"] for row in rows} == {2, 4}
+    for row in rows:
+        loads, steps = [Load(**row["load"])], Steps(**row["steps"])
+        assert predict(loads, steps, host_for(row["gpus"])).total == pytest.approx(row["predicted_s"])
+        run = json.loads((CHECKS / f"sync_h200_{row['gpus']}.json").read_text())[0]["result"]
+        sizes = run["direct_with_buckets"] | {str(run["bucket_bytes"]): run["paths"]["direct"]}
+        measured = sizes[str(row["bucket_bytes"])]
+        assert measured["seconds"]["total"]["median"] == row["measured_s"]
+        assert measured["buckets"] == steps.buckets
 
 
 def test_arguments_that_cannot_work() -> None:

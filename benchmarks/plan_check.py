@@ -1,0 +1,67 @@
+"""What `plan` predicts for weight updates that were measured: `python benchmarks/plan_check.py [--output FILE]`.
+
+Plans the runs in benchmarks/results/sync_h200_N.json that were made with the current code (2 and 4 GPUs), with each of
+their sizes of buckets, and sets the predicted seconds beside the measured ones. The figures in `plan/cost.py` were
+fitted to the run of 2 GPUs; of 4 they know what its kernels and its bare all_to_all took. Needs no GPU; some minutes,
+nearly all of it SGLang's loader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from megatron_sglang.engine.options import EngineOptions  # noqa: E402
+from megatron_sglang.placement import Placement  # noqa: E402
+from megatron_sglang.plan import shapes as model_shapes  # noqa: E402
+from megatron_sglang.plan.command import engine_slots  # noqa: E402
+from megatron_sglang.plan.cost import host_for  # noqa: E402
+from megatron_sglang.plan.trainer import Trainer  # noqa: E402
+from megatron_sglang.plan.update import update_of  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results"
+GPUS = (2, 4)
+MODEL, ITEMSIZE = ROOT / "examples/qwen3_30b_a3b", 2
+
+
+def rows_of(gpus: int) -> list[dict[str, Any]]:
+    """One a size of buckets."""
+    run = json.loads((RESULTS / f"sync_h200_{gpus}.json").read_text())[0]["result"]
+    assert (run["ranks"], run["device"]) == (gpus, "NVIDIA H200"), run["command"]
+    measured = {run["bucket_bytes"]: run["paths"]["direct"]}
+    measured |= {int(size): found for size, found in run["direct_with_buckets"].items()}
+    shapes = model_shapes.hub_shapes(MODEL)
+    shards = Trainer(shapes, model_shapes.heads(MODEL), Placement(world_size=gpus, ep=gpus)).shards()
+    slots = engine_slots(EngineOptions(str(MODEL), tp_size=gpus, device="cpu"), shapes)
+    rows = []
+    for size, found in measured.items():
+        update = update_of(shards, slots, gpus, ITEMSIZE, size, host_for(gpus))
+        seconds = found["seconds"]["total"]["median"]
+        rows.append(
+            {"gpus": gpus, "bucket_bytes": size, "measured_s": seconds, "predicted_s": update.seconds.total}
+            | {"off": update.seconds.total / seconds - 1, "seconds": asdict(update.seconds)}
+            | {"steps": asdict(update.steps), "load": asdict(max(update.loads, key=lambda load: load.received))}
+            | {"measured_extra_bytes": found["extra_device_bytes"]}
+            | {"planned_send_and_receive_bytes": max(memory.send + memory.receive for memory in update.memory)}
+        )
+        print(f"{gpus} GPUs, {size:>11,} bytes: {seconds:.3f} s, predicted {update.seconds.total:.3f} s", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS / "plan_check.json")
+    chosen = parser.parse_args()
+    rows = [row for gpus in GPUS for row in rows_of(gpus)]
+    chosen.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
