@@ -10,6 +10,8 @@ digest as the generic one for the same weights.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -280,6 +282,24 @@ def require_agreement(gap: float, dtype: torch.dtype) -> None:
         )
 
 
+type Buckets = list[list[transfer.Piece]]
+
+
+class Plans:
+    """The last plan, by all that it depends on: an engine that is started again is laid out as before, and a model of
+    18,000 tensors on 8 ranks takes seconds to plan."""
+
+    def __init__(self) -> None:
+        self._key, self._buckets = "", []
+
+    def of(self, inputs: Sequence[Any], make: Callable[[], Buckets]) -> Buckets:
+        """What `make` gave for these inputs (JSON values), or gives now."""
+        key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+        if key != self._key:
+            self._key, self._buckets = key, make()
+        return self._buckets
+
+
 def plan_for(
     comm: Comm,
     engine: DirectEngine | None,
@@ -288,8 +308,9 @@ def plan_for(
     find_shards: Callable[[], list[transfer.Region]],
     limit: int,
     hosts: int | None = None,
-) -> list[list[transfer.Piece]]:
-    """The transfer plan, installed in the engine; the same on all ranks.
+    plans: Plans | None = None,
+) -> Buckets:
+    """The transfer plan, installed in the engine; the same on all ranks. plans: where one may be already.
 
     find_shards: this rank's shards. limit: elements that an engine rank may receive in one delivery. hosts: trainer
     ranks that can hand over, the first ones; None: all.
@@ -307,11 +328,15 @@ def plan_for(
     except WeightSyncError as error:
         failure = error
     comm.agree(failure)
-    everyone = [transfer.region_from(row) for rows in comm.gather(mine) for row in rows]
-    slots = [slot for found in layouts for slot in transfer.slots_of(found, shapes)]
+    rows = [row for rows in comm.gather(mine) for row in rows]
     machines = comm.gather(int(os.environ.get("GROUP_RANK", "0")))  # torchrun's number of the node
-    pieces = transfer.make_plan(everyone, slots, hosts or comm.world_size, machines)
-    buckets = transfer.cut(pieces, limit)
+
+    def make() -> Buckets:
+        slots = [slot for found in layouts for slot in transfer.slots_of(found, shapes)]
+        everyone = [transfer.region_from(row) for row in rows]
+        return transfer.cut(transfer.make_plan(everyone, slots, hosts or comm.world_size, machines), limit)
+
+    buckets = (plans or Plans()).of([texts, rows, machines, hosts, limit], make)
     comm.from_leader(lambda: _lead(engine).install_plan([receipt_of(found, buckets) for found in layouts]))
     return buckets
 

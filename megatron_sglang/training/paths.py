@@ -4,7 +4,7 @@ side, the engine on the other."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_sglang.engine.line import open_line
 from megatron_sglang.engine.method_calls import MethodCalls
 from megatron_sglang.errors import ConfigError
 from megatron_sglang.interfaces import Comm, DirectEngine
-from megatron_sglang.sync import BroadcastPath, DirectPath, GenericPath, plan_for
+from megatron_sglang.sync import BroadcastPath, DirectPath, GenericPath, Plans, plan_for
 from megatron_sglang.sync import Path as SyncPath
 from megatron_sglang.sync_methods import AdapterPath, DiskPath, MergeOnEnginePath, RestartPath
 from megatron_sglang.weights import shards
@@ -51,6 +51,7 @@ class Paths:
     lora: LoraConfig | None = None
     on_disk: bool = True
     say: Callable[[str], None] = lambda _: None
+    plans: Plans = field(default_factory=Plans)
 
     def of(self, method: str) -> tuple[SyncPath, Callable[[], SyncPath] | None]:
         """For `cycle.Cycle`: the path of `sync.method`, and what makes the better one that is tried after it."""
@@ -151,6 +152,7 @@ class Paths:
             lambda: shards.of_this_rank(self.bridge, self.model_chunks, shapes),
             self.bucket_bytes // self.dtype.itemsize,
             self.hosts,
+            self.plans,
         )
         sender = DirectSender(self.bridge, self.model_chunks, plan, self.dtype, shapes, self.hosts)
         return DirectPath(self.comm, sender, self.engine, self.engine_ranks, open_line, self.hosts)

@@ -10,7 +10,9 @@ import torch
 from one_rank import Alone
 
 from megatron_sglang.errors import WeightSyncError
-from megatron_sglang.sync import DirectPath
+from megatron_sglang.layout import Param, RankLayout, Write
+from megatron_sglang.sync import DirectPath, Plans, plan_for
+from megatron_sglang.transfer import Box, Place, Region
 from megatron_sglang.types import MergeFidelity
 
 
@@ -84,3 +86,37 @@ def test_an_engine_that_dies_is_told_with_the_rank_and_the_delivery() -> None:
     path = DirectPath(Alone(), NothingToSend(), silent, 1, lambda *_: cast("Any", Broken()))
     with pytest.raises(WeightSyncError, match=r"^weight version 3, stream after 1 deliveries"):
         path.send(3)
+
+
+class Described:
+    """The part of an engine that planning asks: one parameter, filled from one tensor."""
+
+    def __init__(self, columns: int = 2) -> None:
+        self.columns, self.receipts = columns, 0
+
+    def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:
+        write = Write("p", 0, (4, self.columns), (self.columns, 1), "w", 0, (self.columns, 1))
+        return [RankLayout(0, {"p": Param((4, self.columns), (self.columns, 1), "float32")}, (write,))]
+
+    def install_plan(self, receipts: Sequence[Any]) -> None:
+        self.receipts += 1
+
+
+def planned(plans: Plans | None, engine: Described, columns: int = 2, limit: int = 8, offset: int = 0) -> Any:
+    held = Region(0, "w", Box(0, 0, 4, columns), Place("here", offset, columns, 1))
+    return plan_for(Alone(), cast("Any", engine), 1, {"w": (4, columns)}, lambda: [held], limit, None, plans)
+
+
+def test_a_plan_is_made_once_for_one_placement() -> None:
+    """An engine that died is back in the same places: it is told the same plan, and nobody plans anew.
+    Whatever moves, here or there, makes another."""
+    plans, engine, revived = Plans(), Described(), Described()
+    first = planned(plans, engine)
+    assert planned(plans, revived) is first
+    assert (engine.receipts, revived.receipts) == (1, 1)
+    assert planned(None, engine) == first
+    for other in ({"limit": 4}, {"offset": 16}, {"columns": 3}):
+        changed = planned(plans, Described(other.get("columns", 2)), **other)
+        assert changed is not first
+        assert changed == planned(None, Described(other.get("columns", 2)), **other)
+    assert planned(plans, engine) == first
