@@ -82,7 +82,7 @@ def steps(gpus: int, rehearse: bool, random_tiny: str) -> list[Step]:
         # 61 GB of weights are on each side; with one GPU both are on it.
         memory = ("--mem-fraction", "0.48") if size == 1 and not rehearse else ()
         sizes_tried = ("--bucket-bytes", str(buckets[0]), "--also-buckets", *map(str, buckets[1:]))
-        counts = ("--syncs", "5", "--warm-up", "1")
+        counts = ("--also-one-slot", "--syncs", "5", "--warm-up", "1")
         # Without others to share the work, the slow paths take minutes.
         paths = ("--paths", "direct") if size == 1 < most else ()
         found.append(_bench(f"30b-{size}", size, size, 580, *large, *counts, *sizes_tried, *memory, *paths))

@@ -104,8 +104,10 @@ def table(found: Mapping[str, Any]) -> str:
         numbers = " ".join(f"{total[key]:8.3f}" for key in names)
         shown = f"{ratio:11.1f}x" if ratio else ""
         lines.append(f"{name:8} {path['buckets']:8} {path['bytes'] / 1e6:10.1f} {numbers} {shown}".rstrip())
-    for size, path in found.get("direct_with_buckets", {}).items():
-        lines.append(f"direct with buckets of {size} bytes: median {path['seconds']['total']['median']:.3f} s")
+    for kind in ("direct_with_buckets", "direct_with_one_slot"):
+        for size, path in found.get(kind, {}).items():
+            median = path["seconds"]["total"]["median"]
+            lines.append(f"{kind.replace('_', ' ')}, at most {size} bytes a bucket: median {median:.3f} s")
     limit = f"all_to_all of the same bytes alone: {found['all_to_all_limit_s']:.4f} s"
     if found["direct_over_limit"]:
         limit += f"; direct takes {found['direct_over_limit']:.1f} times as long; bytes and calls as planned"

@@ -62,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sync.add_argument("--bucket-bytes", type=int, default=SyncConfig().bucket_bytes)
     also = "afterwards the direct path with these as well"
     sync.add_argument("--also-buckets", type=int, nargs="+", default=[], metavar="BYTES", help=also)
+    single = "afterwards the direct path with one receive buffer, too: no bucket is sent before the last one was taken"
+    sync.add_argument("--also-one-slot", action="store_true", help=single)
     sync.add_argument("--syncs", type=int, default=5, help="measured versions (5)")
     sync.add_argument("--warm-up", type=int, default=2, help="versions before them (2)")
     sync.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="which to measure (all)")
@@ -209,11 +211,20 @@ def _measure(args: argparse.Namespace, model: Model, engine: Any) -> Iterator[di
     peaks = comm.gather(found.device_peaks)
     found.device_peaks = {name: max(one[name] for one in peaks) for name in args.paths}
     written = result.of(args, comm.world_size, found, difference, held, limit, moved)
-    resized: dict[int, Any] = {}
-    yield written | {"direct_with_buckets": resized}
+    written |= {"direct_with_buckets": {}, "direct_with_one_slot": {}}
+    yield written
+    for kind, size, path in _variants(args, made, model):
+        written[kind][size] = path
+        yield written
+
+
+def _variants(args: argparse.Namespace, made: Paths, model: Model) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """The direct path otherwise: what is other, bytes of a bucket, result."""
     for size in args.also_buckets:
-        resized[size] = _resized(args, replace(made, bucket_bytes=size), model)
-        yield written | {"direct_with_buckets": resized}
+        yield "direct_with_buckets", size, _resized(args, replace(made, bucket_bytes=size), model)
+    if args.also_one_slot:
+        for size in (args.bucket_bytes, *args.also_buckets):
+            yield "direct_with_one_slot", size, _resized(args, replace(made, bucket_bytes=size, slots=1), model)
 
 
 def _resized(args: argparse.Namespace, made: Paths, model: Model) -> dict[str, Any]:

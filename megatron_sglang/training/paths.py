@@ -19,6 +19,7 @@ from megatron_sglang.interfaces import Comm, DirectEngine
 from megatron_sglang.sync import BroadcastPath, DirectPath, GenericPath, Plans, plan_for
 from megatron_sglang.sync import Path as SyncPath
 from megatron_sglang.sync_methods import AdapterPath, DiskPath, MergeOnEnginePath, RestartPath
+from megatron_sglang.transfer import SLOTS
 from megatron_sglang.weights import shards
 from megatron_sglang.weights.adapters import AdapterStream
 from megatron_sglang.weights.direct import DirectSender
@@ -52,6 +53,8 @@ class Paths:
     on_disk: bool = True
     say: Callable[[str], None] = lambda _: None
     plans: Plans = field(default_factory=Plans)
+    slots: int = SLOTS
+    """Receive buffers of the direct path."""
 
     def of(self, method: str) -> tuple[SyncPath, Callable[[], SyncPath] | None]:
         """For `cycle.Cycle`: the path of `sync.method`, and what makes the better one that is tried after it."""
@@ -154,5 +157,5 @@ class Paths:
             self.hosts,
             self.plans,
         )
-        sender = DirectSender(self.bridge, self.model_chunks, plan, self.dtype, shapes, self.hosts)
+        sender = DirectSender(self.bridge, self.model_chunks, plan, self.dtype, shapes, self.hosts, self.slots)
         return DirectPath(self.comm, sender, self.engine, self.engine_ranks, open_line, self.hosts)

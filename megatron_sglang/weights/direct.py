@@ -65,7 +65,7 @@ class DirectSender:
     """Sends weight versions by a plan. Collective: all ranks iterate together.
 
     buckets: the plan, cut; the same on all ranks. shapes: of the HF tensors. hosts: trainer ranks that hand over, the
-    first ones; None: all.
+    first ones; None: all. slots: receive buffers; with one, an exchange waits until the last bucket has been taken.
     """
 
     def __init__(
@@ -76,9 +76,10 @@ class DirectSender:
         dtype: torch.dtype,
         shapes: Mapping[str, tuple[int, ...]],
         hosts: int | None = None,
+        slots: int = SLOTS,
     ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.dtype, self.buckets, self.hosts = dtype, buckets, hosts or self.world_size
+        self.dtype, self.buckets, self.hosts, self.slots = dtype, buckets, hosts or self.world_size, slots
         last = max((piece.target for bucket in buckets for piece in bucket), default=0)
         self.rounds: Sequence[int] = range(last // self.hosts + 1)
         self.stats = MergeStats()
@@ -110,17 +111,17 @@ class DirectSender:
         largest = max(part.sent(len(self.rounds)) for part in self._parts)
         sends = [self._buffer(largest) for _ in range(min(SENDS, len(self._parts)))]
         slots = [
-            [self._buffer(max(sum(part.receive_sizes[number]) for part in self._parts)) for _ in range(SLOTS)]
+            [self._buffer(max(sum(part.receive_sizes[number]) for part in self._parts)) for _ in range(self.slots)]
             for number in self.rounds
         ]
         counted: set[int] = set()
         kept: dict[int, torch.Tensor] = {}
         self._merge_part(0, sends[0], counted, kept)
         for index in range(len(self._parts)):
-            if index >= SLOTS:
-                free(index - SLOTS)
+            if index >= self.slots:
+                free(index - self.slots)
             under_way = [
-                self._exchange(index, number, sends[index % SENDS], slots[number][index % SLOTS], failed())
+                self._exchange(index, number, sends[index % SENDS], slots[number][index % self.slots], failed())
                 for number in self.rounds
             ]
             # A GPU is given its next work before this one's digests are waited for.
@@ -246,7 +247,7 @@ class DirectSender:
         told = torch.stack([digests, torch.full_like(digests, int(failed))], dim=1)
         heard = torch.empty_like(told)
         dist.all_to_all_single(heard, told)
-        place = (self._target(number, self.rank), index, index % SLOTS)
+        place = (self._target(number, self.rank), index, index % self.slots)
         return _Exchange(place, memory, incoming, tuple(receive_sizes), heard)
 
 

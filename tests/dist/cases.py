@@ -247,6 +247,7 @@ def direct(
     hosts: int | None = None,
     fused: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    slots: int = 2,
 ) -> dict[str, Any]:
     """Send to engine ranks that each want a strange rectangle of every tensor; compare with the generic export. fused:
     both merge by the GPU's kernel."""
@@ -264,28 +265,28 @@ def direct(
     mine = shards.of_this_rank(recipe.bridge, model, shapes)
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
-    slots = []
+    wanted = []
     for name, shape in shapes.items():
         rows, cols = shape if len(shape) == 2 else (shape[0], 1)
         for rank in range(engine_ranks):
             cut_at = [rows * part // (engine_ranks + 1) for part in range(engine_ranks + 2)]
             box = Box(cut_at[rank], cols // 3 * (rank % 2), cut_at[rank + 2] - cut_at[rank], cols - cols // 3)
-            slots.append(Region(rank, name, box, Place(f"engine.{name}", 0, box.cols, 1)))
-    plan = make_plan([shard for part in everyone for shard in part], slots, hosts or len(everyone))
+            wanted.append(Region(rank, name, box, Place(f"engine.{name}", 0, box.cols, 1)))
+    plan = make_plan([shard for part in everyone for shard in part], wanted, hosts or len(everyone))
     full = {name: tensor.clone() for layer in hf_layers(recipe.bridge, model) for name, tensor in layer}
     merge._is_on_gpu = lambda _: False
     by_torch = {name: tensor.clone() for layer in hf_layers(recipe.bridge, model) for name, tensor in layer}
     off = max(float((full[name] - tensor).abs().max()) for name, tensor in by_torch.items())
     merge._is_on_gpu = lambda _: fused
-    sender = DirectSender(recipe.bridge, model, cut(plan, limit), sent_as, shapes, hosts)
+    sender = DirectSender(recipe.bridge, model, cut(plan, limit), sent_as, shapes, hosts, slots)
     wrong, elements = 0, 0
     rank, ranks = torch.distributed.get_rank(), hosts or len(everyone)
     received: dict[tuple[int, str], torch.Tensor] = {}
-    boxes = {(slot.rank, slot.name): slot.box for slot in slots if slot.rank % ranks == rank}
+    boxes = {(region.rank, region.name): region.box for region in wanted if region.rank % ranks == rank}
     freed: list[int] = []
     for delivery in sender.deliveries(freed.append, lambda: False):
-        # The buffer two deliveries back is the one that was overwritten, and it was asked for first.
-        assert freed == list(range(delivery.index - 1)), (freed, delivery.index)
+        # The buffer so many deliveries back is the one that was overwritten, and it was asked for first.
+        assert freed == list(range(delivery.index + 1 - slots)), (freed, delivery.index)
         at = 0
         for piece in incoming(sender.buckets[delivery.index], delivery.target):
             box = boxes[key := (delivery.target, piece.name)]
