@@ -216,7 +216,7 @@ def _check_virtual_stages(args: Any, provider: Any, replicas: int) -> None:
     if args.pipeline_model_parallel_layout:
         raise ConfigError(
             f"--pipeline-model-parallel-layout={args.pipeline_model_parallel_layout} does not reach Megatron-Bridge, "
-            "which builds the model; give --num-virtual-stages-per-pipeline-rank, or --decoder-first-pipeline-num-layers"
+            "which builds the model; use --num-virtual-stages-per-pipeline-rank or --decoder-first-pipeline-num-layers"
         )
     pipeline, stages = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
     if not stages:

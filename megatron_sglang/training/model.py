@@ -110,7 +110,8 @@ class ModelRecipe:
             self.bridge.load_hf_weights(chunks)
         except (KeyError, ValueError, RuntimeError, OSError) as error:
             raise DataError(
-                f"the weights in {self.config.model.hf_path} do not fit its config.json: {type(error).__name__}: {error}"
+                f"the weights in {self.config.model.hf_path} do not fit its config.json: "
+                f"{type(error).__name__}: {error}"
             ) from error
         except AttributeError as error:  # Bridge asks a mapping that it lacks for its module
             raise DataError(

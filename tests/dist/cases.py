@@ -345,15 +345,15 @@ def merged_in_place(hf: str, layout: dict[str, Any]) -> dict[str, Any]:
         moved = sum(not torch.equal(*pair) for pair in zip(before, parameters, strict=True))
     again = logits(model, tokens)
     restored = all(torch.equal(*pair) for pair in zip(before, parameters, strict=True))
-    if by_adapters is None or merged is None or again is None:
-        return {"moved": moved, "restored": restored}
     with lora.disabled(model):
         base = logits(model, tokens)
+    if by_adapters is None or merged is None or again is None or base is None:
+        return {"moved": moved, "restored": restored}
     return {
         "moved": moved,
         "restored": restored and torch.equal(by_adapters, again),
         "difference": float((by_adapters - merged).abs().max()),
-        "learned": float((by_adapters - base).abs().max()) if base is not None else 0.0,
+        "learned": float((by_adapters - base).abs().max()),
     }
 
 
