@@ -192,6 +192,7 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
             f"--micro-batch-size={args.micro_batch_size} times {replicas} data-parallel ranks does not divide "
             f"--global-batch-size={args.global_batch_size}; lower it, or change rollout.prompts_per_batch"
         )
+    _check_pipeline_split(args)
     if args.max_seqlen_per_dp_cp_rank:
         _check_packing(args)
     if _virtual_stages_asked_for(args):
@@ -208,16 +209,21 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
 
 def _virtual_stages_asked_for(args: Any) -> bool:
     layers, stages = args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank
-    return bool(layers or stages or args.pipeline_model_parallel_layout)
+    return bool(layers or stages)
+
+
+def _check_pipeline_split(args: Any) -> None:
+    """ConfigError for splits of the layers that would not be heeded."""
+    names = "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split pipeline_model_parallel_layout"
+    for name in filter(lambda name: getattr(args, name), names.split()):
+        raise ConfigError(
+            f"--{name.replace('_', '-')} does not reach Megatron-Bridge, which builds the model; use "
+            "--num-virtual-stages-per-pipeline-rank or --decoder-first-pipeline-num-layers and its like"
+        )
 
 
 def _check_virtual_stages(args: Any, provider: Any, replicas: int) -> None:
-    """ConfigError for what would not be heeded, and what Megatron finds out late, or on some ranks only."""
-    if args.pipeline_model_parallel_layout:
-        raise ConfigError(
-            f"--pipeline-model-parallel-layout={args.pipeline_model_parallel_layout} does not reach Megatron-Bridge, "
-            "which builds the model; use --num-virtual-stages-per-pipeline-rank or --decoder-first-pipeline-num-layers"
-        )
+    """ConfigError for what Megatron finds out late, or on some ranks only."""
     pipeline, stages = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
     if not stages:
         stages = provider.num_layers // (pipeline * args.num_layers_per_virtual_pipeline_stage)

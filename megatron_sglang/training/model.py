@@ -8,7 +8,7 @@ import torch
 
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cpu import trainer as cpu_room
-from megatron_sglang.errors import DataError
+from megatron_sglang.errors import ConfigError, DataError
 from megatron_sglang.training import arguments, checkpoint, lora
 
 # How to run the model: Megatron's flags decide. What the model is: config.json decides (through Bridge).
@@ -139,4 +139,7 @@ class ModelRecipe:
         if cpu_room.needed():
             overrides |= {"transformer_layer_spec": cpu_room.layer_spec(self.provider), "moe_grouped_gemm": False}
         known = {name: value for name, value in overrides.items() if hasattr(self.provider, name)}
-        self.provider.apply_overrides_and_finalize(dtype=args.params_dtype, overrides=known)
+        try:
+            self.provider.apply_overrides_and_finalize(dtype=args.params_dtype, overrides=known)
+        except (AssertionError, ValueError) as error:
+            raise ConfigError(f"Megatron refuses these arguments for {self.config.model.hf_path}: {error}") from error

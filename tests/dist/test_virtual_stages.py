@@ -100,11 +100,12 @@ def test_random_weights_differ_from_layer_to_layer(run_ranks) -> None:
 
 
 RUN = (
-    "--config conf/tiny_cpu.yaml --rollout-engine fake rollout.prompts_per_batch=4 rollout.samples_per_prompt=2 rollout.batches=4 "
+    "--config conf/tiny_cpu.yaml --rollout-engine fake rollout.prompts_per_batch=4 rollout.samples_per_prompt=2 rollout.batches=3 "
     "rollout.eval_samples=4 reward.name=function:letter_reward.vowels --micro-batch-size 2 --global-batch-size 8 "
-    "--pipeline-model-parallel-size=2 --expert-model-parallel-size=1"
+    "--pipeline-model-parallel-size=2 --expert-model-parallel-size=1 --clip-grad=1e9"
 ).split()
 VIRTUAL = "--num-layers-per-virtual-pipeline-stage=1"
+VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank=2"
 
 
 def records(folder: Path) -> dict[int, dict]:
@@ -113,25 +114,26 @@ def records(folder: Path) -> dict[int, dict]:
 
 
 def test_a_run_learns_the_same_and_resumes(run_ranks, tmp_path) -> None:
-    """The whole loop: rollouts, direct path, old and reference logprobs, checkpoints of adapters in several chunks. A
-    checkpoint is the model's and not a layout's: it is saved with virtual stages and loaded with and without."""
+    """The whole loop: rollouts, direct path, reference logprobs, checkpoints of adapters in several chunks. A checkpoint
+    is the model's and not a layout's: it is saved with virtual stages and loaded with and without. The fake engine samples
+    from the weights' bits, so nothing but the norm may differ."""
     plain, whole, cut, other = (tmp_path / name for name in ("plain", "whole", "cut", "other"))
     assert run_ranks(2, "run", argv=[*RUN, f"log.run_dir={plain}"]) == ["", ""]
     assert run_ranks(2, "run", argv=[*RUN, VIRTUAL, f"log.run_dir={whole}"]) == ["", ""]
     save = [f"--save={tmp_path / 'checkpoint'}", "--save-interval=2"]
     with pytest.raises(AssertionError, match="died without a word"):
-        run_ranks(2, "run", argv=[*RUN, VIRTUAL, f"log.run_dir={cut}", *save], kill_at=3)
+        run_ranks(2, "run", argv=[*RUN, VIRTUAL, f"log.run_dir={cut}", *save], kill_at=2)
     load = f"--load={tmp_path / 'checkpoint'}"
     assert run_ranks(2, "run", argv=[*RUN, VIRTUAL, f"log.run_dir={cut}", load]) == ["", ""]
     assert run_ranks(2, "run", argv=[*RUN, f"log.run_dir={other}", load]) == ["", ""]
     expected = records(plain)
-    assert expected[3]["sync/update_norm"] > 0, "the run must learn something for the comparison to mean anything"
+    assert expected[2]["sync/update_norm"] > 0, "the run must learn something for the comparison to mean anything"
     for folder, first in ((whole, 0), (cut, 0), (other, 2)):
         found = records(folder)
-        for iteration in range(first, 4):
+        for iteration in range(first, 3):
             for name in ("train/loss", "train/grad_norm", "train/kl_ref", "rollout/reward", "sync/update_norm"):
                 before, after = expected[iteration][name], found[iteration][name]
-                assert after == pytest.approx(before, rel=1e-5, abs=1e-8), (folder.name, iteration, name)
+                assert after == pytest.approx(before, rel=1e-5, abs=1e-6), (folder.name, iteration, name)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,9 @@ def test_a_run_learns_the_same_and_resumes(run_ranks, tmp_path) -> None:
         (["--num-virtual-stages-per-pipeline-rank=3"], "does not divide the 4 layers"),
         ([VIRTUAL, "--no-overlap-p2p-communication"], "greater than 2"),
         ([VIRTUAL, "--pipeline-model-parallel-size=1"], "greater than 1"),
+        ([VIRTUAL_STAGES, "--decoder-first-pipeline-num-layers=1"], "virtual pipeline"),
         (["--pipeline-model-parallel-layout=Et|t|t|tL"], "does not reach Megatron-Bridge"),
+        ([VIRTUAL_STAGES, "--account-for-loss-in-pipeline-split"], "does not reach Megatron-Bridge"),
     ],
 )
 def test_what_cannot_work_is_refused_at_start(run_ranks, tmp_path, more, text) -> None:
