@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_sglang import packing, routing
+from megatron_sglang import packing
 from megatron_sglang.errors import ConfigError, EngineError
 from megatron_sglang.losses import LossInputs
 from megatron_sglang.metrics import Mean
@@ -63,8 +63,8 @@ class MicroBatch:
     context_size: int = 1
     """Context-parallel ranks that hold parts of each sample."""
     routed_experts: Tensor | None = None
-    """[B, S, layers x top_k] int16 of the tokens, from the engine; -1 where it told none: in the padding and for the
-    last token. Stays on the host: each rank needs little of it at a time."""
+    """[B, S, layers x top_k] int8, or int16 where a number needs it; of the tokens, from the engine; -1 where it told
+    none: in the padding and for the last token. Stays on the host: each rank needs little of it at a time."""
     old_logprobs: Tensor | None = None
     """Of the labels, from the trainer before its first step on the batch; set by `with_logprobs`."""
     ref_logprobs: Tensor | None = None
@@ -179,8 +179,9 @@ def collate(
 
 
 def expert_numbers(routed: RoutedExperts) -> Tensor:
-    """int16 [tokens, layers x top_k]."""
-    return torch.frombuffer(bytearray(routing.int16_bytes(routed)), dtype=torch.int16).view(routed.tokens, -1)
+    """uint8 or int16 [tokens, layers x top_k]."""
+    dtype = torch.uint8 if routed.width == 1 else torch.int16
+    return torch.frombuffer(bytearray(routed.data), dtype=dtype).view(routed.tokens, -1)
 
 
 def _routed(samples: Sequence[TrainSample], width: int) -> Tensor | None:
@@ -191,7 +192,9 @@ def _routed(samples: Sequence[TrainSample], width: int) -> Tensor | None:
         return None
     if len(sizes := {experts_TN.shape[1] for experts_TN in told}) > 1:
         raise EngineError(f"the engine told different numbers of experts for a token: {sorted(sizes)}")
-    padded = torch.full((len(samples), width, told[0].shape[1]), -1, dtype=torch.int16)
+    narrow = all(experts_TN.dtype is torch.uint8 and int(experts_TN.amax()) < 128 for experts_TN in told)
+    dtype = torch.int8 if narrow else torch.int16
+    padded = torch.full((len(samples), width, told[0].shape[1]), -1, dtype=dtype)
     for row, experts_TN in enumerate(told):
         padded[row, : len(experts_TN)] = experts_TN
     return padded

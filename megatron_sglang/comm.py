@@ -1,4 +1,5 @@
-"""How ranks act as one: a value from the leader, a value from each, an error for all. JSON over gloo, no pickle.
+"""How ranks act as one: a value from the leader, a value from each, an error for all. JSON over gloo, no pickle;
+what is large comes as bytes.
 
 One failure, one way to die: whatever one rank raises inside `from_leader` or hands to `agree` is raised on every
 rank, as the same class with the same message, so that no rank is left waiting in a collective. Outside of them a
@@ -12,7 +13,7 @@ import datetime
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,19 @@ class TorchComm:
         if "error" in reply:
             raise _of_rank(0, *reply["error"])
         return reply["value"]
+
+    def bytes_from_leader(self, parts: Sequence[bytes], sizes: Sequence[int]) -> list[bytes]:
+        """Rank 0's `parts`, whose sizes every rank knows, on every rank. One at a time, so that no rank needs room for
+        all of them twice."""
+        if self.rank == 0:
+            assert [len(part) for part in parts] == list(sizes), "the ranks were told other sizes"
+        found = []
+        for number, size in enumerate(sizes):
+            data = bytearray(parts[number] if self.rank == 0 else size)
+            if size:
+                dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), 0, group=self._group)
+            found.append(parts[number] if self.rank == 0 else bytes(data))
+        return found
 
     def agree(self, error: BaseException | None) -> None:
         """Raise on every rank if any rank has an error; the lowest such rank's, with its number in the message."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from megatron_sglang.feed.sampler import Feed
 from megatron_sglang.interfaces import Comm, DirectEngine
 from megatron_sglang.memory import Ledger
 from megatron_sglang.prompts.source import PromptSource
+from megatron_sglang.samples import to_all
 from megatron_sglang.sync import Path, publish
 from megatron_sglang.trace import RunLog
-from megatron_sglang.types import Prompt, RolloutGroup, RoutedExperts, SyncReport, TrainSample
+from megatron_sglang.types import Prompt, RolloutGroup, SyncReport, TrainSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +113,10 @@ class Cycle:
 
     def collect(self, step: int) -> list[TrainSample]:
         """The samples of rollout batch `step`, the same list on every rank."""
-        rows = self._surviving(lambda: self.comm.from_leader(lambda: self._rows(step)))
+        samples = self._surviving(lambda: to_all(self.comm, lambda: self._samples(step)))
         self._deaths = 0
         self.note_memory("rollout")
-        return [_sample(row) for row in rows]
+        return samples
 
     def learning_rate(self) -> float | None:
         """What came with the last rollout batch, on every rank; None: Megatron's schedule."""
@@ -192,11 +193,11 @@ class Cycle:
         assert self.leader is not None, "only the leader talks to the engine"
         return self.leader
 
-    def _rows(self, step: int) -> list[dict[str, Any]]:
-        """The samples of `_rollout` as JSON; when it fails, neither prompts nor begun rollouts are used up."""
+    def _samples(self, step: int) -> list[TrainSample]:
+        """Those of `_rollout`; when it fails, neither prompts nor begun rollouts are used up."""
         prompts, begun = self._lead.prompts.state(), self._lead.rollout.state()
         try:
-            return [asdict(sample) for sample in self._rollout(step)]
+            return self._rollout(step)
         except MegatronSglangError:
             self._lead.prompts.restore(prompts)
             self._lead.rollout.restore(begun)
@@ -237,10 +238,3 @@ def _numbers(report: SyncReport) -> dict[str, float]:
     for layer, (norm, cast_loss) in found.layers.items():
         numbers |= {f"update_norm/layer_{layer}": norm, f"cast_loss/layer_{layer}": cast_loss}
     return numbers | {f"{phase}_s": seconds for phase, seconds in report.seconds.items()}
-
-
-def _sample(row: dict[str, Any]) -> TrainSample:
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
-    if (routed := values["routed_experts"]) is not None:
-        values["routed_experts"] = RoutedExperts(**routed)
-    return TrainSample(**values)

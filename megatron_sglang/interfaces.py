@@ -121,6 +121,10 @@ class Comm(Protocol):
         """Run `produce` on rank 0 and give its JSON-able value to all; its error is raised on all ranks."""
         ...
 
+    def bytes_from_leader(self, parts: Sequence[bytes], sizes: Sequence[int]) -> list[bytes]:
+        """Rank 0's `parts`, whose sizes every rank knows, on every rank."""
+        ...
+
     def agree(self, error: BaseException | None) -> None:
         """Raise on every rank if any rank has an error (the lowest such rank's, named)."""
         ...

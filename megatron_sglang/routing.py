@@ -1,16 +1,18 @@
 """The experts that an engine chose, as they travel: narrowed, joined and cut. No torch.
 
     SGLang's answer   base64 of int32 [tokens, layers, top_k]
-    RoutedExperts     base64 of uint8 [tokens, layers, top_k], or uint16 where an expert's number is above 255
+    RoutedExperts     uint8 [tokens, layers, top_k], or uint16 where an expert's number is above 255
+    a checkpoint      JSON of them (`json_values`): base64 again
 
-Base64 and not bytes because samples, checkpoints and messages are JSON. Numbers are little-endian.
+Numbers are little-endian.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from megatron_sglang.errors import EngineError
 from megatron_sglang.types import RoutedExperts
@@ -31,8 +33,8 @@ def of_engine(text: str, tokens: int) -> RoutedExperts:
     if any(part.count(0) != numbers for part in (raw[2::4], raw[3::4])):
         raise EngineError("engine returned routed experts outside 0 .. 65535; expected the numbers of experts")
     if high.count(0) == numbers:
-        return _packed(tokens, 1, low)
-    return _packed(tokens, 2, _interleaved(low, high))
+        return RoutedExperts(tokens, 1, low)
+    return RoutedExperts(tokens, 2, _interleaved(low, high))
 
 
 def joined(parts: Iterable[RoutedExperts | None]) -> RoutedExperts | None:
@@ -41,21 +43,21 @@ def joined(parts: Iterable[RoutedExperts | None]) -> RoutedExperts | None:
     if len(found) < 2:
         return found[0] if found else None
     width = max(part.width for part in found)
-    return _packed(sum(part.tokens for part in found), width, b"".join(_bytes(part, width) for part in found))
+    return RoutedExperts(sum(part.tokens for part in found), width, b"".join(_bytes(part, width) for part in found))
 
 
-def int16_bytes(routed: RoutedExperts) -> bytes:
-    """[tokens, layers, top_k] as int16."""
-    return _bytes(routed, 2)
+def json_values(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """`dict_factory` of `dataclasses.asdict` for records that hold `RoutedExperts`."""
+    return {name: base64.b64encode(value).decode() if isinstance(value, bytes) else value for name, value in items}
 
 
-def _packed(tokens: int, width: int, data: bytes) -> RoutedExperts:
-    return RoutedExperts(tokens, width, base64.b64encode(data).decode())
+def from_json(row: Mapping[str, Any] | None) -> RoutedExperts | None:
+    """Inverse of `json_values`; None of None."""
+    return None if row is None else RoutedExperts(row["tokens"], row["width"], base64.b64decode(row["data"]))
 
 
 def _bytes(routed: RoutedExperts, width: int) -> bytes:
-    data = base64.b64decode(routed.data)
-    return data if width == routed.width else _interleaved(data, bytes(len(data)))
+    return routed.data if width == routed.width else _interleaved(routed.data, bytes(len(routed.data)))
 
 
 def _interleaved(low: bytes, high: bytes) -> bytes:

@@ -77,8 +77,8 @@ class RoutedExperts:
     tokens: int
     width: int
     """Bytes of an expert's number, 1 or 2."""
-    data: str
-    """Base64 of unsigned little-endian [tokens, layers, top_k], all decoder layers; zeros where one has no experts."""
+    data: bytes
+    """Unsigned little-endian [tokens, layers, top_k], all decoder layers; zeros where one has no experts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class Turn:
 
 @dataclass(slots=True)
 class Trajectory:
-    """One member of a group under way, or done (`finish_reason` set). Grows; JSON by `dataclasses.asdict` and `of`."""
+    """One member of a group under way, or done (`finish_reason` set). Grows; JSON by `asdict` and `of`."""
 
     prompt: Prompt
     step: str
@@ -79,13 +79,12 @@ class Trajectory:
 
     @staticmethod
     def of(row: dict[str, Any]) -> Trajectory:
-        """Inverse of `dataclasses.asdict`, also after JSON."""
+        """Inverse of `dataclasses.asdict` with `routing.json_values`, also after JSON."""
         prompt = row["prompt"] | {"token_ids_T": tuple(row["prompt"]["token_ids_T"])}
-        routed = row.get("routed")
         records: dict[str, Any] = {
             "prompt": Prompt(**prompt),
             "turns": [Turn(**turn) for turn in row["turns"]],
-            "routed": None if routed is None else RoutedExperts(**routed),
+            "routed": routing.from_json(row.get("routed")),
         }
         return Trajectory(**(row | records))
 

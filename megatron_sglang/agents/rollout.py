@@ -23,6 +23,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, null
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from megatron_sglang import routing
 from megatron_sglang.agents.environment import Environments, Services
 from megatron_sglang.agents.loop import Agent, Trajectory
 from megatron_sglang.agents.scoring import Scorer
@@ -116,7 +117,7 @@ class AgentRollout:
 
     def state(self) -> dict[str, Any]:
         """What is to be continued, in JSON values; of a checkpoint."""
-        return {"groups": [asdict(group) for group in self.buffer]}
+        return {"groups": [asdict(group, dict_factory=routing.json_values) for group in self.buffer]}
 
     def restore(self, state: dict[str, Any]) -> None:
         rows = state.get("groups", [])

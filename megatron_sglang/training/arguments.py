@@ -192,8 +192,11 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
             f"--micro-batch-size={args.micro_batch_size} times {replicas} data-parallel ranks does not divide "
             f"--global-batch-size={args.global_batch_size}; lower it, or change rollout.prompts_per_batch"
         )
+    _check_pipeline_split(args)
     if args.max_seqlen_per_dp_cp_rank:
         _check_packing(args)
+    if _virtual_stages_asked_for(args):
+        _check_virtual_stages(args, provider, replicas)
     if args.moe_enable_routing_replay:
         _check_replay(config, args, provider)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
@@ -204,13 +207,49 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
         )
 
 
+def _virtual_stages_asked_for(args: Any) -> bool:
+    layers, stages = args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank
+    return bool(layers or stages)
+
+
+def _check_pipeline_split(args: Any) -> None:
+    """ConfigError for splits of the layers that would not be heeded."""
+    names = "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split pipeline_model_parallel_layout"
+    for name in filter(lambda name: getattr(args, name), names.split()):
+        raise ConfigError(
+            f"--{name.replace('_', '-')} does not reach Megatron-Bridge, which builds the model; use "
+            "--num-virtual-stages-per-pipeline-rank or --decoder-first-pipeline-num-layers and its like"
+        )
+
+
+def _check_virtual_stages(args: Any, provider: Any, replicas: int) -> None:
+    """ConfigError for what Megatron finds out late, or on some ranks only."""
+    pipeline, stages = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
+    if not stages:
+        stages = provider.num_layers // (pipeline * args.num_layers_per_virtual_pipeline_stage)
+    uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
+    if not stages or (provider.num_layers % (pipeline * stages) and not uneven):
+        raise ConfigError(
+            f"--pipeline-model-parallel-size={pipeline} with {stages} virtual stages each does not divide the "
+            f"{provider.num_layers} layers; choose other sizes"
+        )
+    group = args.microbatch_group_size_per_vp_stage or pipeline
+    count = args.global_batch_size // ((args.micro_batch_size or 1) * max(replicas, 1))
+    if stages > 1 and (group < pipeline or count % group):
+        raise ConfigError(
+            f"{stages} virtual pipeline stages take the {count} micro-batches that a data-parallel rank has in a train "
+            f"step in runs of {group} (--microbatch-group-size-per-virtual-pipeline-stage), which must divide them and "
+            f"be at least --pipeline-model-parallel-size={pipeline}; lower --micro-batch-size or raise "
+            "--global-batch-size"
+        )
+
+
 def _check_packing(args: Any) -> None:
     """ConfigError where micro-batches cannot be made by a budget of tokens."""
     flag = f"--max-seqlen-per-dp-cp-rank={args.max_seqlen_per_dp_cp_rank}"
     if args.hybrid_context_parallel:
         raise ConfigError(f"{flag} packs sequences here, and --hybrid-context-parallel is not there; leave that out")
-    virtual = (args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank)
-    if any(virtual) or args.pipeline_model_parallel_layout:
+    if _virtual_stages_asked_for(args):
         raise ConfigError(
             f"{flag} with virtual pipeline stages: they need micro-batches in multiples of the pipeline's size, and "
             "samples are packed into as few as hold them; leave one of the two out"

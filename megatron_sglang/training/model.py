@@ -8,7 +8,7 @@ import torch
 
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cpu import trainer as cpu_room
-from megatron_sglang.errors import DataError
+from megatron_sglang.errors import ConfigError, DataError
 from megatron_sglang.training import arguments, checkpoint, lora
 
 # How to run the model: Megatron's flags decide. What the model is: config.json decides (through Bridge).
@@ -44,7 +44,9 @@ _EXECUTION_FIELDS = [
     "use_cpu_initialization",
     "tp_comm_overlap",
     "cpu_offloading",
-    "batch_p2p_comm",
+    "overlap_p2p_comm",
+    "overlap_p2p_comm_warmup_flush",
+    "microbatch_group_size_per_vp_stage",
 ]
 
 
@@ -60,6 +62,8 @@ class ModelRecipe:
         self.bridge = arguments.load_bridge(config.model.hf_path)
         self.provider = self.bridge.to_megatron_provider(load_weights=False)
         self.args = arguments.parse(config, self.provider)
+        self._chunks: list[torch.nn.Module] = []
+        """Those of this rank that wait for the last one."""
         self._configure()
 
     def model_provider(
@@ -70,31 +74,50 @@ class ModelRecipe:
         config: Any = None,
         pg_collection: Any = None,
     ) -> torch.nn.Module:
-        """What `pretrain` calls for each model chunk of this rank: base weights, fresh adapters, saved without base."""
+        """What `pretrain` calls for each model chunk of this rank: base weights, fresh adapters, saved without base.
+
+        Of several chunks (virtual pipeline stages) the first ones are given out as they are made; their weights and
+        adapters come with the last."""
         self.provider._pg_collection = pg_collection
+        chunks = self.provider.virtual_pipeline_model_parallel_size or 1
         if self.config.model.random_weights:
             # On a CPU Megatron draws from torch's default generator, which ranks have used differently since it was
             # seeded; copies of a weight must be the same on all of them.
             from megatron.core import parallel_state as mpu
 
-            torch.manual_seed(self.config.seed + 100 * mpu.get_pipeline_model_parallel_rank())
+            stage = mpu.get_pipeline_model_parallel_rank()
+            stage += mpu.get_pipeline_model_parallel_world_size() * (vp_stage or 0)
+            torch.manual_seed(self.config.seed + 100 * stage)
         model = self.provider.provide(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
-        if not self.config.model.random_weights:
-            try:
-                self.bridge.load_hf_weights([model])
-            except (KeyError, ValueError, RuntimeError, OSError) as error:
-                raise DataError(
-                    f"the weights in {self.config.model.hf_path} do not fit its config.json: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            except AttributeError as error:  # Bridge asks a mapping that it lacks for its module
-                raise DataError(
-                    f"Megatron-Bridge does not know some parameters of {self.config.model.hf_path} as they are built "
-                    f"here ({error}); choose another model, or a GPU for GLM4-MoE, whose experts it knows only grouped"
-                ) from error
-        model = lora.apply(model, self.config.lora, self.config.seed)
-        checkpoint.only_adapters(model)
+        self._chunks.append(model)
+        if len(self._chunks) == chunks:
+            self._equip(self._chunks)
+            self._chunks = []
         return model
+
+    def _equip(self, chunks: list[torch.nn.Module]) -> None:
+        """Weights for all chunks at once: Bridge learns the names of the whole model from the first that it loads, and
+        the last stage's output layer, which may be the embedding of the first, is in its last chunk only."""
+        if not self.config.model.random_weights:
+            self._load(chunks)
+        for chunk in chunks:
+            adapted = lora.apply(chunk, self.config.lora, self.config.seed)
+            assert adapted is chunk, "Megatron has this object already"
+            checkpoint.only_adapters(chunk)
+
+    def _load(self, chunks: list[torch.nn.Module]) -> None:
+        try:
+            self.bridge.load_hf_weights(chunks)
+        except (KeyError, ValueError, RuntimeError, OSError) as error:
+            raise DataError(
+                f"the weights in {self.config.model.hf_path} do not fit its config.json: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        except AttributeError as error:  # Bridge asks a mapping that it lacks for its module
+            raise DataError(
+                f"Megatron-Bridge does not know some parameters of {self.config.model.hf_path} as they are built here "
+                f"({error}); choose another model, or a GPU for GLM4-MoE, whose experts it knows only grouped"
+            ) from error
 
     def _configure(self) -> None:
         """Give the provider Megatron's run-time choices."""
@@ -109,9 +132,15 @@ class ModelRecipe:
             "num_layers_in_last_pipeline_stage": args.decoder_last_pipeline_num_layers,
             # Batches are padded to their longest sequence, so pipeline stages tell each other the length.
             "variable_seq_lengths": args.pipeline_model_parallel_size > 1,
+            # As Megatron sets it: one batch of sends and receives, or each by itself. Virtual stages of two ranks send
+            # each other activations and gradients, which one batch would confuse.
+            "batch_p2p_comm": not args.overlap_p2p_comm,
         }
         if cpu_room.needed():
             overrides |= {"transformer_layer_spec": cpu_room.layer_spec(self.provider)}
             overrides |= {"moe_grouped_gemm": False, "moe_permute_fusion": False}  # Transformer Engine's kernels
         known = {name: value for name, value in overrides.items() if hasattr(self.provider, name)}
-        self.provider.apply_overrides_and_finalize(dtype=args.params_dtype, overrides=known)
+        try:
+            self.provider.apply_overrides_and_finalize(dtype=args.params_dtype, overrides=known)
+        except (AssertionError, ValueError) as error:
+            raise ConfigError(f"Megatron refuses these arguments for {self.config.model.hf_path}: {error}") from error

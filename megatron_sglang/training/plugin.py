@@ -171,6 +171,7 @@ class Plugin:
         cycle.add({"train/tokens": metrics.Sum(float(sum(sample.length for sample in samples)))})
         with cycle.span("batches"):
             batches = micro_batches.of_this_rank(samples, get_args())
+        del samples  # with the experts of other ranks' tokens
         with cycle.span("logprobs"):
             batches = self._with_logprobs(cycle, batches)
         cycle.note_memory("logprobs")

@@ -152,12 +152,13 @@ def logits(model: list[Any], tokens: torch.Tensor) -> torch.Tensor | None:
     def forward(_iterator: Any, chunk: Any) -> Any:
         return chunk(tokens, positions, None), lambda output, non_loss_data=False: output
 
+    interleaved = len(model) > 1
     with torch.no_grad():
         found = get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter(()),
+            data_iterator=[iter(()) for _ in model] if interleaved else iter(()),
             model=model,
-            num_microbatches=1,
+            num_microbatches=mpu.get_pipeline_model_parallel_world_size() if interleaved else 1,
             seq_length=tokens.shape[1],
             micro_batch_size=tokens.shape[0],
             forward_only=True,
@@ -337,22 +338,23 @@ def merged_in_place(hf: str, layout: dict[str, Any]) -> dict[str, Any]:
     recipe, model, _, _ = set_up(hf, layout)
     randomize(model, 0.2)
     tokens = torch.tensor([[5, 40, 300, 77, 12, 9, 200, 31]])
-    before = {name: parameter.detach().clone() for name, parameter in model[0].named_parameters()}
+    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+    before = [parameter.detach().clone() for parameter in parameters]
     by_adapters = logits(model, tokens)
     with in_place(recipe.bridge, model):
         merged = logits(model, tokens)
-        moved = sum(not torch.equal(before[name], parameter) for name, parameter in model[0].named_parameters())
+        moved = sum(not torch.equal(*pair) for pair in zip(before, parameters, strict=True))
     again = logits(model, tokens)
-    restored = all(torch.equal(before[name], parameter) for name, parameter in model[0].named_parameters())
-    if by_adapters is None or merged is None or again is None:
-        return {"moved": moved, "restored": restored}
+    restored = all(torch.equal(*pair) for pair in zip(before, parameters, strict=True))
     with lora.disabled(model):
         base = logits(model, tokens)
+    if by_adapters is None or merged is None or again is None or base is None:
+        return {"moved": moved, "restored": restored}
     return {
         "moved": moved,
         "restored": restored and torch.equal(by_adapters, again),
         "difference": float((by_adapters - merged).abs().max()),
-        "learned": float((by_adapters - base).abs().max()) if base is not None else 0.0,
+        "learned": float((by_adapters - base).abs().max()),
     }
 
 

@@ -27,7 +27,7 @@ LAYERS = [
     "digests copy_kernel stops hf_files routing",
     "config buckets layout placement",
     "config_check interfaces weight_folder metrics trackers advantages prompts comm",
-    "config_argv losses trace rewards rollout transfer host memory",
+    "config_argv losses trace rewards rollout transfer host memory samples",
     "config_docs batching report cpu sync agents feed",
     "sync_methods",
     "config_load cycle engine weights",

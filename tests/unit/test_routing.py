@@ -11,7 +11,7 @@ import pytest
 import torch
 from scripted_engine import ScriptedEngine, limited, make_rollout, source
 
-from megatron_sglang import cycle, routing
+from megatron_sglang import routing
 from megatron_sglang.batching import collate, expert_numbers
 from megatron_sglang.engine import EngineOptions, answers
 from megatron_sglang.engine.fake_model import routed_experts
@@ -91,10 +91,32 @@ def test_experts_of_some_samples_only_are_an_error() -> None:
         dataclasses.replace(sample(3, 2), routed_experts=sample(5, 6).routed_experts)
 
 
-def test_samples_travel_as_json() -> None:
-    """All ranks get the samples as JSON."""
-    whole = sample(4, 3)
-    assert cycle._sample(json.loads(json.dumps(dataclasses.asdict(whole)))) == whole
+@pytest.mark.parametrize(
+    ("counts", "dtype"), [((128, 8), torch.int8), ((129, 8), torch.int16), ((300, 8), torch.int16)]
+)
+def test_a_batch_has_as_few_bytes_as_its_numbers_need(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    """One byte that wraps to a negative number would be taken for "not told"."""
+    parts = []
+    for count in counts:
+        told_TN = numbers(4, count)
+        told_TN[2, 5] = count - 1
+        routed = routing.of_engine(told(told_TN), 4)
+        parts.append((told_TN, dataclasses.replace(sample(3, 2), routed_experts=routed)))
+    batch = collate([part for _, part in parts], multiple_of=8).routed_experts
+    assert batch is not None
+    assert batch.dtype == dtype
+    for row, (told_TN, _) in enumerate(parts):
+        assert torch.equal(batch[row, :4].int(), told_TN.int())
+        assert (batch[row, 4:] == -1).all()
+
+
+def test_checkpoints_hold_experts_as_json() -> None:
+    """Rollouts under way are saved with them."""
+    routed = sample(4, 3).routed_experts
+    assert routed is not None
+    row = dataclasses.asdict(routed, dict_factory=routing.json_values)
+    assert routing.from_json(json.loads(json.dumps(row))) == routed
+    assert routing.from_json(None) is None
 
 
 def test_what_is_asked_of_sglang() -> None:
