@@ -115,8 +115,8 @@ class SGLangInferenceEngine:
         }
 
     async def chat_completion(self, request_payload: Mapping[str, Any]) -> dict[str, Any]:
-        """OpenAI's chat completion for {"json": body} or a body: messages, tools, n, logprobs, top_logprobs, session_id,
-        chat_template_kwargs, sampling parameters."""
+        """OpenAI's chat completion for {"json": body} or a body: messages, tools, chat_template_kwargs, n, logprobs,
+        top_logprobs, session_id, sampling parameters."""
         body = dict(request_payload.get("json", request_payload))
         options = dict(body.pop("chat_template_kwargs", None) or {})
         if tools := body.pop("tools", None):

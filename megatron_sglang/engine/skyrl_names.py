@@ -188,7 +188,7 @@ def _top_k(value: int) -> int:
 
 def _top_logprobs(value: int) -> int:
     if isinstance(value, bool) or value < 0:
-        raise ConfigError(f"sampling_params.logprobs={value!r}; expected 0, or how many of the likeliest tokens to show")
+        raise ConfigError(f"sampling_params.logprobs={value!r}; expected 0, or how many likeliest tokens to show")
     return value
 
 

@@ -148,13 +148,12 @@ with fake_engine(Path({str(model)!r})) as run:
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_a_special_token_as_stop_text_ends_the_answer(plain: Served, engine: HttpEngine, stream: bool) -> None:
-    """It is in no text, because decoding leaves it out: matched there, <|im_end|> would let an answer run to its limit."""
+    """Decoding leaves it out: looked for in the text, <|im_end|> would let an answer run to its limit."""
     body = {"prompt": [5, 6], "max_tokens": 40, "seed": 1, "n": 100, "logprobs": 0, "return_token_ids": True}
     token = 4  # <|fim_pad|>
     free = plain.post(COMPLETIONS, body).json()["choices"]
-    place, ids = next(
-        (one["index"], one["token_ids"]) for one in free if token in one["token_ids"][1:-1] and 0 not in one["token_ids"]
-    )
+    place = next(one["index"] for one in free if token in one["token_ids"][1:-1] and 0 not in one["token_ids"])
+    ids = free[place]["token_ids"]
     found = plain.post(COMPLETIONS, body | {"stop": ["never", "<|fim_pad|>"], "stream": stream})
     if stream:
         events = [json.loads(line[6:]) for line in found.text.splitlines() if line.startswith("data: {")]
