@@ -87,7 +87,8 @@ def endpoint(run_folder: Path) -> Iterator[tuple[int, psutil.Process]]:
     """Its port and its process."""
     command = [sys.executable, "-m", "megatron_sglang.cli", "serve", "--run", str(run_folder), "--port", "0"]
     environment = {**os.environ, "MEGATRON_SGLANG_API_KEY": KEY}
-    command += ["--request-s", str(DEADLINE_S)]
+    # This script too is busy for a while before each of ten thousand connections has its turn to send.
+    command += ["--request-s", str(DEADLINE_S), "--head-s", str(CONNECT_S)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True, cwd=ROOT)
     try:
         assert process.stdout is not None

@@ -90,7 +90,9 @@ class Trajectory:
 
     @property
     def session_id(self) -> str:
-        key = "\0".join((self.step, self.prompt.id, str(self.member)))
+        """Of the whole group, whose members have the prompt in common: so a slow engine delays the groups that it has,
+        and not a member of every group."""
+        key = "\0".join((self.step, self.prompt.id))
         return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
 
     def seed(self, run_seed: int) -> int:

@@ -25,7 +25,8 @@ from megatron_sglang.errors import EngineDiedError, EngineError, EngineTimeoutEr
 
 CONNECT_S = 5.0
 KEEP_S = 2.0
-"""How long an idle connection is kept: less than SGLang keeps it (5 s), which would close it under a request."""
+"""How long an idle connection is kept: less than SGLang keeps it (external engines 5 s, ours `server.KEEP_ALIVE_S`),
+which would close it under a request."""
 
 
 @dataclass(frozen=True, slots=True)

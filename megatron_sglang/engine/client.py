@@ -38,6 +38,9 @@ EVENT_TOKENS = 8
 """Tokens in each event of a stream that only `generate` reads: a stop text is seen up to 7 tokens late, and then cut;
 events of single tokens cost SGLang's one tokenizer process more than that."""
 
+SESSIONS = 65536
+"""Sessions that a client remembers: those that were silent the longest are forgotten."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -87,6 +90,8 @@ class EngineClient:
         self._places = asyncio.Semaphore(concurrency)
         self._running: set[Running] = set()
         self._https: dict[Address, AsyncHttp] = {}
+        self._homes: dict[str, str] = {}
+        """Session -> URL of its engine, the one that was asked last at the end."""
         if not self._locate():
             raise ConfigError("an engine client needs the address of at least one engine")
 
@@ -204,11 +209,20 @@ class EngineClient:
         return [first, (most - least, frozenset())] if most > least else [first]
 
     def _choose(self, session_id: str) -> AsyncHttp:
-        """Rendezvous hashing for a session, so that it stays where it is when engines come and go; else the idlest."""
+        """Where the session is, as long as that engine is there; else the idlest."""
         https = [self._http(address) for address in self._locate()]
+        least = min(http.load for http in https)
+        idlest = [http for http in https if http.load == least]
         if not session_id:
-            return min(https, key=lambda http: http.load)
-        return max(https, key=lambda http: _weight(session_id, http.address.url))
+            return idlest[0]
+        home = self._homes.pop(session_id, "")
+        [*there] = (http for http in https if http.address.url == home)
+        # Of equals the one that rendezvous hashing picks: a later client, of other engines, picks alike.
+        found = there[0] if there else max(idlest, key=lambda http: _weight(session_id, http.address.url))
+        self._homes[session_id] = found.address.url
+        if len(self._homes) > SESSIONS:
+            del self._homes[next(iter(self._homes))]
+        return found
 
     def _http(self, address: Address) -> AsyncHttp:
         if address not in self._https:

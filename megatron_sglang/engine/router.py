@@ -4,10 +4,11 @@
         client = EngineClient([router.address])
 
 It listens on 127.0.0.1, wants the engines' user key, and passes /generate on: token ids in, logprobs out, streams. Of
-what rollouts need it cannot do three things (version 0.3.2; docs/modes.md has the evidence): it does not know
-/abort_request (close the stream instead), takes no lists of sampling parameters, and its cache_aware policy sees no
-token ids, so that all such requests look alike to it and go to one engine. Hence the policy here is "manual": requests
-with the same X-SMG-Routing-Key go to the same engine. `EngineClient` itself chooses by session, without a hop more.
+what rollouts need it cannot do two things (version 0.3.2; docs/modes.md has the evidence): it does not know
+/abort_request (close the stream instead), and takes no lists of sampling parameters. Its policy cache_aware knows the
+prefixes of token ids, and gives all that is new to one engine while nothing is under way. The policy here is "manual":
+requests with the same X-SMG-Routing-Key go to the same engine. `EngineClient` itself chooses by session, without a hop
+more.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ from megatron_sglang.errors import EngineError, EngineStartError, SetupError
 
 _TRAINER_ONLY = ("RANK", "WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
 _TRAINER_PREFIXES = ("LOCAL_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+KEEP_ALIVE_S = 600
+"""How long our engines keep an idle connection; their clients keep it for `async_http.KEEP_S`."""
 _OLD_BALANCE, _BALANCE = "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _MODULES = {"sglang": "megatron_sglang.engine.sglang_server", "fake": "megatron_sglang.engine.fake"}
@@ -235,6 +237,8 @@ class Server:
             "NCCL_SOCKET_IFNAME": "lo",
             # /health would otherwise generate a token, which a paused or empty engine cannot.
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+            # After SGLang's five seconds a busy server closes a connection with a request in it that it has not read.
+            "SGLANG_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
         }
         environment.setdefault(
             "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"))

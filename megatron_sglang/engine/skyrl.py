@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from megatron_sglang.engine.client import EngineClient
 from megatron_sglang.engine.controls import Controls, PauseMode
 from megatron_sglang.engine.group import EngineGroup
 from megatron_sglang.engine.http_engine import HttpEngine
+from megatron_sglang.engine.skyrl_answers import Shown
 from megatron_sglang.engine.skyrl_names import engine_config
 from megatron_sglang.errors import ConfigError, WeightSyncError
 from megatron_sglang.types import Completion, GenerateRequest, SamplingParams
@@ -88,7 +87,8 @@ class SGLangInferenceEngine:
         sampling_params, session_ids (one each, optional) and lora_name (the adapter that serves them, optional).
 
         Gives responses (text, stop texts included, as environments look for them), response_ids, stop_reasons
-        ("stop", "length", "abort"), response_logprobs (None without sampling_params.logprobs), and weight_versions.
+        ("stop", "length", "abort"), response_logprobs (None without sampling_params.logprobs), weight_versions, and
+        with logprobs N > 0 response_top_logprobs, at each token {token id: logprob} of the N likeliest (else None).
         A seed is that of the batch: each of its requests draws by one of its own.
         """
         prompts = input_batch.get("prompt_token_ids")
@@ -104,26 +104,32 @@ class SGLangInferenceEngine:
             for number, (ids, session) in enumerate(zip(prompts, sessions, strict=True))
         ]
         found = await self._complete(requests)
+        top = [[dict(row) for row in one.top_logprobs_T] for one in found] if sampling.top_logprobs else None
         return {
             "responses": [self.tokenizer.decode(list(one.token_ids_T)) for one in found],
             "response_ids": [list(one.token_ids_T) for one in found],
             "stop_reasons": [one.finish_reason for one in found],
             "response_logprobs": None if params.get("logprobs") is None else [list(one.logprobs_T) for one in found],
+            "response_top_logprobs": top,
             "weight_versions": [one.weight_version for one in found],
         }
 
     async def chat_completion(self, request_payload: Mapping[str, Any]) -> dict[str, Any]:
-        """OpenAI's chat completion for {"json": body} or a body: messages, n, session_id, sampling parameters."""
+        """OpenAI's chat completion for {"json": body} or a body: messages, tools, chat_template_kwargs, n, logprobs,
+        top_logprobs, session_id, sampling parameters."""
         body = dict(request_payload.get("json", request_payload))
-        ids = self._chat_ids(body.pop("messages"), **body.pop("chat_template_kwargs", {}))
-        return await self._answer(body, ids, "chat.completion", lambda text: {"message": _message(text)})
+        options = dict(body.pop("chat_template_kwargs", None) or {})
+        if tools := body.pop("tools", None):
+            options["tools"] = tools
+        return await self._answer(body, self._chat_ids(body.pop("messages"), **options), chat=True)
 
     async def completion(self, request_payload: Mapping[str, Any]) -> dict[str, Any]:
-        """OpenAI's text completion for {"json": body} or a body: prompt (text or token ids), n, sampling parameters."""
+        """OpenAI's text completion for {"json": body} or a body: prompt (text or token ids), n, logprobs, session_id,
+        sampling parameters."""
         body = dict(request_payload.get("json", request_payload))
         prompt = body.pop("prompt")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return await self._answer(body, ids, "text_completion", lambda text: {"text": text})
+        return await self._answer(body, ids, chat=False)
 
     async def abort_generation(self) -> None:
         """End all requests of the engines, whoever sent them; each returns what it has, as "abort". New ones run."""
@@ -240,34 +246,15 @@ class SGLangInferenceEngine:
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **options)
         return list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
 
-    async def _answer(
-        self, body: dict[str, Any], ids: Sequence[int], kind: str, content: Callable[[str], dict[str, Any]]
-    ) -> dict[str, Any]:
-        model, session, adapter = body.pop("model", ""), str(body.pop("session_id", "")), body.pop("lora_name", "")
-        if body.pop("stream", False):
-            raise ConfigError(
-                "stream=True has no answer in one dictionary; use EngineClient.stream or the HTTP endpoint"
-            )
-        count = body.pop("n", 1)
+    async def _answer(self, body: dict[str, Any], ids: Sequence[int], *, chat: bool) -> dict[str, Any]:
+        shown = Shown.taken_from(body, chat=chat)
+        session, adapter = str(body.pop("session_id", None) or ""), body.pop("lora_name", None) or ""
         sampling = self.sampling(body)
         requests = [
-            GenerateRequest(tuple(ids), _own_seed(sampling, number), session, adapter) for number in range(count)
+            GenerateRequest(tuple(ids), _own_seed(sampling, number), session, adapter) for number in range(shown.count)
         ]
         found = await self._complete(requests)
-        choices = [
-            {"index": index, "finish_reason": one.finish_reason, "logprobs": None, **content(one.text)}
-            for index, one in enumerate(found)
-        ]
-        used = sum(len(one.token_ids_T) for one in found)
-        return {
-            "id": f"{kind}-{uuid.uuid4().hex}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
-            "choices": choices,
-            "usage": {"prompt_tokens": len(ids), "completion_tokens": used, "total_tokens": len(ids) + used},
-            "weight_version": min((one.weight_version for one in found), default=None),
-        }
+        return shown.answer(len(ids), found, lambda tokens: self.tokenizer.decode(list(tokens)))
 
     def _update(self, version: int, named: Sequence[tuple[str, torch.Tensor]]) -> str:
         engine, count = self.engine, 0
@@ -283,10 +270,6 @@ class SGLangInferenceEngine:
             engine.fail_update(str(error))
             raise
         return engine.commit_update(version, count)
-
-
-def _message(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 def _own_seed(sampling: SamplingParams, number: int) -> SamplingParams:

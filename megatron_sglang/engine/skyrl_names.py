@@ -23,6 +23,7 @@ from megatron_sglang.types import SamplingParams
 SAMPLING = {
     "max_generate_length": "max_new_tokens",
     "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
     "max_new_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
     "min_new_tokens": "min_new_tokens",
@@ -185,8 +186,15 @@ def _top_k(value: int) -> int:
     return -1 if value in (0, ALL_TOKENS) else value
 
 
+def _top_logprobs(value: int) -> int:
+    if isinstance(value, bool) or value < 0:
+        raise ConfigError(f"sampling_params.logprobs={value!r}; expected 0, or how many likeliest tokens to show")
+    return value
+
+
 _READ: dict[str, Callable[[Any], Any]] = {
     "stop": _texts,
     "stop_token_ids": tuple,
     "top_k": _top_k,
+    "top_logprobs": _top_logprobs,
 }

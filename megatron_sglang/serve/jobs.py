@@ -4,7 +4,7 @@ before anything runs. What cannot be done is refused here, so the engine never s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from megatron_sglang.serve.answers import Form
@@ -67,7 +67,10 @@ class Jobs:
             raise invalid(f"{field}={top} is more than this endpoint's limit of {self.limits.max_top_logprobs}", field)
         fixed, n = [tuple(ids) for ids in prompts], record.n or 1
         form = Form(chat, self.name_of(bound), bound.tokens, fixed, n, logprobs, bool(record.return_token_ids))
-        requests = requests_of(fixed, n, record.sampling(most, top), record.seed, record.session_id or "")
+        sampling = record.sampling(most, top)
+        texts, ids = bound.tokens.stops(sampling.stop)
+        sampling = replace(sampling, stop=texts, stop_token_ids=(*sampling.stop_token_ids, *ids))
+        requests = requests_of(fixed, n, sampling, record.seed, record.session_id or "")
         return Job(form, requests, record.stream_options is not None and bool(record.stream_options.include_usage))
 
     def _check_options(self, record: Options, bound: Bound) -> None:

@@ -35,6 +35,8 @@ class Tokens:
     eos_token_ids: tuple[int, ...]
     byte_of: Mapping[str, int]
     """Of a byte-level tokenizer: character of a token -> byte. Empty for others."""
+    special_ids: Mapping[str, int] = field(default_factory=dict)
+    """Special tokens, which decoding leaves out, by their names."""
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
 
     @staticmethod
@@ -58,7 +60,8 @@ class Tokens:
                 f"{folder} cannot be served: {error!r}; expected a Hugging Face folder with config.json and a tokenizer"
             ) from error
         known = min(longest, context_length or longest)
-        return Tokens(folder, tokenizer, vocab_size, known, eos_token_ids(str(folder)), _byte_of(tokenizer))
+        special = {str(one): number for number, one in tokenizer.added_tokens_decoder.items() if one.special}
+        return Tokens(folder, tokenizer, vocab_size, known, eos_token_ids(str(folder)), _byte_of(tokenizer), special)
 
     async def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`; special: with what the tokenizer puts around a text, such as BOS. Refusal 400 for text
@@ -80,6 +83,24 @@ class Tokens:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled tokens, special tokens left out, nothing tidied up."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def stops(self, texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Stop texts to be matched in the text, and token ids: those of special tokens, which `decode` leaves out, so
+        that no text has them. Refusal 400 for a special token with something around it."""
+        ids, others = [], []
+        for text in texts:
+            held = [name for name in self.special_ids if name in text]
+            if text in self.special_ids:
+                ids.append(self.special_ids[text])
+            elif held:
+                raise invalid(
+                    f"stop text {text!r} cannot be found: special tokens such as {held[0]!r} are not in the text; make "
+                    "the token a stop of its own",
+                    "stop",
+                )
+            else:
+                others.append(text)
+        return tuple(others), tuple(ids)
 
     def name(self, token_id: int) -> tuple[str, list[int] | None]:
         """One token as logprobs show it: its text, or bytes:\\xe2 where it is a part of a character; and its bytes."""

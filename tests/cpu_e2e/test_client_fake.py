@@ -276,6 +276,12 @@ def test_a_session_stays_with_its_engine() -> None:
             homes = {f"s{n}": await watched(f"s{n}") for n in range(12)}
             assert len(set(homes.values())) == 2
             assert {session: await watched(session) for session in homes} == homes
+            news = [replace(request(), session_id=f"new{number // 2}") for number in range(12)]
+            tasks = [asyncio.create_task(client.generate(one)) for one in news]
+            await asyncio.sleep(0.05)
+            assert [http.load for http in client._https.values()] == [6, 6], "sessions go where least runs"
+            assert len({client._homes[one.session_id] for one in news[:4]}) == 2
+            await asyncio.gather(*tasks)
             tasks = [asyncio.create_task(client.generate(request())) for _ in range(8)]
             await asyncio.sleep(0.05)
             assert [http.load for http in client._https.values()] == [4, 4]

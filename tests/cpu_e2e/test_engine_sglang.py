@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import http.client
 import os
 import threading
 import time
@@ -201,6 +203,17 @@ def test_keys_are_required_and_nowhere_to_be_seen(engine: HttpEngine) -> None:
     for process in [supervisor, *supervisor.children(recursive=True)]:
         visible += [" ".join(process.cmdline()), str(process.environ())]
     assert not any(key in text for key in (user, admin) for text in visible)
+
+
+def test_idle_connections_are_kept(engine: HttpEngine) -> None:
+    """SGLang closes them after five seconds. A client that is busy for so long, with ten thousand answers at once,
+    sends its next request into a closed one, which fails because nothing is sent twice."""
+    connection = http.client.HTTPConnection("127.0.0.1", engine.server.port, timeout=20)
+    with contextlib.closing(connection):
+        for pause_s in (5.5, 0.0):
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() is not None
+            time.sleep(pause_s)
 
 
 def test_listens_on_loopback_only(engine: HttpEngine) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -335,13 +336,29 @@ def test_a_router_passes_on_what_it_can_and_dies_with_the_trainer(engines: Engin
     assert not psutil.wait_procs(tree, 10)[1]
 
 
-def test_the_routers_cache_aware_policy_sees_no_token_ids(engines: EngineGroup) -> None:
-    """Prompts without a common token all go to one engine, while the other idles."""
-    with Router(engines, policy="cache_aware") as router:
+def test_the_routers_cache_aware_policy_knows_prefixes_of_token_ids(engines: EngineGroup) -> None:
+    """While nothing is under way it gives every new prompt to the same engine; one that was served elsewhere, because
+    that engine was busy, goes back there."""
+    for number, engine in enumerate(engines.engines):
+        script(engine)
+        engine._connected.post("/update_weight_version", {"new_version": str(number)}, 10.0)
+
+    def ask(client: httpx.Client, ids: list[int]) -> str:
+        answer = client.post("/generate", json={"input_ids": ids, "sampling_params": SHORT})
+        return answer.json()["meta_info"]["weight_version"]
+
+    with Router(engines, policy="cache_aware") as router, ThreadPoolExecutor(1) as pool:
         headers = {"Authorization": f"Bearer {router.address.api_key}"}
-        served = set()
         with httpx.Client(base_url=router.address.url, trust_env=False, timeout=20.0, headers=headers) as client:
-            for start in range(0, 480, 20):
-                body = {"input_ids": list(range(start, start + 20)), "sampling_params": SHORT}
-                served.add(client.post("/generate", json=body).json()["meta_info"]["weight_version"])
-    assert len(served) == 1
+            [first] = {ask(client, list(range(start, start + 20))) for start in range(100, 300, 20)}
+            for engine in engines.engines:
+                script(engine, token_s=1.0)
+            slow = pool.submit(ask, client, list(range(300, 320)))
+            time.sleep(0.4)
+            elsewhere = list(range(400, 440))
+            assert ask(client, elsewhere) != first
+            assert slow.result() == first
+            for engine in engines.engines:
+                script(engine)
+            assert ask(client, [*elsewhere, 1, 2, 3]) != first
+            assert ask(client, list(range(320, 360))) == first

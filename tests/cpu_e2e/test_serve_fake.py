@@ -146,6 +146,26 @@ with fake_engine(Path({str(model)!r})) as run:
         assert served.post(COMPLETIONS, body).headers["x-weight-version"] == str(engine.version)
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_special_token_as_stop_text_ends_the_answer(plain: Served, engine: HttpEngine, stream: bool) -> None:
+    """Decoding leaves it out: looked for in the text, <|im_end|> would let an answer run to its limit."""
+    body = {"prompt": [5, 6], "max_tokens": 40, "seed": 1, "n": 100, "logprobs": 0, "return_token_ids": True}
+    token = 4  # <|fim_pad|>
+    free = plain.post(COMPLETIONS, body).json()["choices"]
+    place = next(one["index"] for one in free if token in one["token_ids"][1:-1] and 0 not in one["token_ids"])
+    ids = free[place]["token_ids"]
+    found = plain.post(COMPLETIONS, body | {"stop": ["never", "<|fim_pad|>"], "stream": stream})
+    if stream:
+        events = [json.loads(line[6:]) for line in found.text.splitlines() if line.startswith("data: {")]
+        parts = [event["choices"][0] for event in events if event["choices"][0]["index"] == place]
+    else:
+        parts = [found.json()["choices"][place]]
+    assert [one for part in parts for one in part["token_ids"]] == ids[: ids.index(token) + 1]
+    assert sum(len(part["logprobs"]["tokens"]) for part in parts) == ids.index(token) + 1
+    assert parts[-1]["finish_reason"] == "stop"
+    assert free[place]["text"].startswith("".join(part["text"] for part in parts))
+
+
 def test_five_hundred_at_once(plain: Served, engine: HttpEngine) -> None:
     """None lost, none doubled, none mixed up: each answer is that of its own seed."""
     with plain.client() as client:

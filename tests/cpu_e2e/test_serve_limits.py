@@ -102,6 +102,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": "a", "stop": ["x"] * 17}, 400, "stop"),
     ({"prompt": "a", "stop": ""}, 400, "stop"),
     ({"prompt": "a", "stop": "\ufffd"}, 400, "stop"),
+    ({"prompt": "a", "stop": "\n<|fim_pad|>"}, 400, "make the token a stop of its own"),
     ({"prompt": "a", "stop_token_ids": [512]}, 400, "outside the vocabulary"),
     ({"prompt": "a", "model": "another"}, 404, "is not served"),
     ({"prompt": "a", "custom_logit_processor": "gASV"}, 400, "custom_logit_processor"),

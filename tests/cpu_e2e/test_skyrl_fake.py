@@ -113,6 +113,37 @@ def test_completions_in_openais_shape(engine: HttpEngine) -> None:
     assert text["weight_version"] == engine.version
 
 
+def test_logprobs_that_are_asked_for_are_given(engine: HttpEngine) -> None:
+    """A body with logprobs and an answer without them trains on nothing; each names the sampled tokens, in order."""
+    asked = {"max_completion_tokens": 8, "seed": 3, "stop": None}
+    chat = asked | {"messages": [{"role": "user", "content": "bc"}], "logprobs": True, "top_logprobs": 2, "n": None}
+
+    async def work(skyrl: SGLangInferenceEngine) -> list[dict[str, Any]]:
+        with pytest.raises(ConfigError, match="top_logprobs=2 needs logprobs=True"):
+            await skyrl.chat_completion(chat | {"logprobs": False})
+        with pytest.raises(ConfigError, match="logprobs=True; expected 0, or how many"):
+            await skyrl.generate(batch([1, 2], logprobs=True))
+        return [
+            await skyrl.generate(batch([1, 2], logprobs=2)),
+            await skyrl.chat_completion(chat),
+            await skyrl.completion({"json": asked | {"prompt": "bc", "logprobs": 2}}),
+            await skyrl.completion({"json": asked | {"prompt": "bc"}}),
+        ]
+
+    found, message, text, silent = run(engine, work)
+    [ids], [logprobs], [top] = (found[f"response_{name}"] for name in ("ids", "logprobs", "top_logprobs"))
+    names = [Letters().decode([token]) for token in ids]
+    assert [len(row) for row in top] == [2] * 8
+    content = message["choices"][0]["logprobs"]["content"]
+    assert [one["token"] for one in content] == names
+    assert [one["logprob"] for one in content] == logprobs
+    assert [[one["logprob"] for one in row["top_logprobs"]] for row in content] == [list(row.values()) for row in top]
+    shown = text["choices"][0]["logprobs"]
+    assert (shown["tokens"], shown["token_logprobs"]) == (names, logprobs)
+    assert "".join(shown["tokens"][3:]) == text["choices"][0]["text"][shown["text_offset"][3] :]
+    assert silent["choices"][0]["logprobs"] is None
+
+
 @pytest.mark.parametrize("tags", [None, ["weights"], ["kv_cache"]])
 def test_after_sleep_nothing_is_served_until_weights_are_verified(engine: HttpEngine, tags: list[str] | None) -> None:
     """Memory that was given back holds noise; a server that woke up would answer with it."""

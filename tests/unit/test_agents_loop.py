@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 from dataclasses import replace
@@ -14,6 +15,7 @@ from scripted_engine import STOP, ScriptedEngine, Talk, limited, make_rollout, p
 
 from megatron_sglang.agents.environment import Limits, Step
 from megatron_sglang.errors import ConfigError, EngineError, EngineStaleError, RewardError
+from megatron_sglang.rollout import request_seed
 from megatron_sglang.types import Completion, GenerateRequest, Prompt, RolloutGroup
 
 LIMITS = st.builds(
@@ -26,9 +28,10 @@ LIMITS = st.builds(
 
 def check(engine: ScriptedEngine, groups: tuple[RolloutGroup, ...], tokens: int, limits: Limits) -> None:
     """What must hold of any batch, whatever was aborted on the way."""
-    sessions: dict[str, list[tuple[GenerateRequest, Completion]]] = {}
+    sessions: dict[tuple[int, int, int], list[tuple[GenerateRequest, Completion]]] = {}
     for request, one in engine.asked:
-        sessions.setdefault(request.session_id, []).append((request, one))
+        assert request.sampling.seed is not None
+        sessions.setdefault(owners()[request.sampling.seed], []).append((request, one))
     for group in groups:
         start = len(group.prompt.token_ids_T)
         for done in group.completions_G:
@@ -44,6 +47,16 @@ def check(engine: ScriptedEngine, groups: tuple[RolloutGroup, ...], tokens: int,
             assert done.finish_reason in ("stop", "length")
             added = [i for i, m in enumerate(mask_T) if not m and done.token_ids_T[i] == STOP]
             assert all(done.token_ids_T[i - 1] != STOP for i in added), "an end token after an end token"
+
+
+@functools.cache
+def owners() -> dict[int, tuple[int, int, int]]:
+    """Seed of a request -> prompt, batch and member of its trajectory."""
+    found = {}
+    for prompt, step, member in itertools.product(range(60), range(4), range(3)):
+        for place in (f"{step}", *(f"{step}/{turn}/{part}" for turn in range(6) for part in range(6))):
+            found[request_seed(1, place, f"p{prompt}", member)] = (prompt, step, member)
+    return found
 
 
 def sampled(
@@ -112,17 +125,17 @@ def test_a_batch_is_the_same_for_any_pace_and_order() -> None:
     assert found[0] == found[1] == found[2]
 
 
-def test_turns_of_one_trajectory_share_a_session_and_nothing_else_does() -> None:
-    """Sessions decide which engine and which prefix cache serve a turn."""
+def test_a_group_is_a_session_and_its_trajectories_keep_apart() -> None:
+    """Sessions decide which engine and which prefix cache serve a turn: the prompt is the group's, seeds are not."""
     engine = ScriptedEngine()
     make_rollout(engine).batch(source(), 0)
     by_session: dict[str, list[tuple[int, ...]]] = {}
     for request, _ in engine.asked:
         by_session.setdefault(request.session_id, []).append(request.token_ids_T)
-    assert len(by_session) == 12
-    assert any(len(histories) > 1 for histories in by_session.values())
+    assert len(by_session) == 4
     for histories in by_session.values():
-        assert all(later[: len(one)] == one for one, later in itertools.pairwise(histories))
+        assert len({one[:2] for one in histories}) == 1, "one prompt"
+        assert histories.count(min(histories, key=len)) == 3, "the first turns of three trajectories"
     seeds = [request.sampling.seed for request, _ in engine.asked]
     assert len(set(seeds)) == len(seeds)
 
