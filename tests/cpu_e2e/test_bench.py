@@ -1,4 +1,4 @@
-"""`megatron-sglang bench sync` on four trainer ranks: the paths agree, and bytes and calls are those of the plan."""
+"""`megatron-sglang bench sync` on two trainer ranks: the paths agree, and bytes and calls are those of the plan."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.cpu_e2e
 def test_direct_beats_generic_at_equal_result(tmp_path: Path) -> None:
     """The command itself refuses other bits or other bytes than planned; here it must also be worth having."""
     binaries, output = Path(sys.executable).parent, tmp_path / "sync.json"
-    command = [str(binaries / "torchrun"), "--standalone", "--nproc-per-node", "4"]
+    command = [str(binaries / "torchrun"), "--standalone", "--nproc-per-node", "2"]
     command += [str(binaries / "megatron-sglang"), "bench", "sync", "--hf-model", "examples/tiny_fim/model"]
-    command += ["--expert-model-parallel-size", "4", "--engine-tp", "2", "--dtype", "float32", "--lora-rank", "8"]
+    command += ["--expert-model-parallel-size", "2", "--engine-tp", "2", "--dtype", "float32", "--lora-rank", "8"]
     command += ["--bucket-bytes", "1000000", "--syncs", "5", "--output", str(output)]
     command += ["--also-buckets", "300000", "--also-one-slot"]
     done = subprocess.run(
@@ -29,7 +29,7 @@ def test_direct_beats_generic_at_equal_result(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(output.read_text())
-    assert found["ranks"] == 4
+    assert found["ranks"] == 2
     assert found["planned_bytes"] == found["paths"]["direct"]["bytes"] == 4_500_480
     assert found["paths"]["direct"]["buckets"] == 3
     assert found["direct_with_buckets"].keys() == {"300000"}
@@ -37,13 +37,13 @@ def test_direct_beats_generic_at_equal_result(tmp_path: Path) -> None:
     assert counts == {"1000000": 3, "300000": found["direct_with_buckets"]["300000"]["buckets"]}
     assert found["generic_over_direct"] > 1.2, found["paths"]
     assert found["paths"]["stock"]["bytes"] == found["paths"]["generic"]["bytes"]
-    # Bridge merges experts' adapters by their local numbers where they are split over ranks: every expert of the last
-    # three ranks is wrong, by as much as an update changes it, and nothing else is.
+    # Bridge merges experts' adapters by their local numbers where they are split over ranks: every expert of the
+    # second rank is wrong, by as much as an update changes it, and nothing else is.
     checked = found["weights_checker"]
     assert checked["generic_equals_direct"] is True
     assert checked["stock_equals_ours"] is False
     difference = checked["stock_difference"]
-    assert difference["different"] == 4 * 6 * 3, difference
+    assert difference["different"] == 4 * 4 * 3, difference
     assert all(".experts." in name for name in difference["first"])
     assert 0.5 < difference["largest"] / difference["largest_update"] < 3, difference
     before, after = found["held_first_and_last"]
