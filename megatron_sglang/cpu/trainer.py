@@ -5,11 +5,14 @@ Each patch names the place upstream that makes it necessary (megatron-core 0.19.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import inspect
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +22,9 @@ from megatron_sglang.errors import DataError
 
 # Megatron and Bridge import these when they are installed, and use none of them on a CPU: 27 s become 17 s.
 _ONLY_FOR_GPUS = ("flashinfer", "fla", "torchao", "tilelang", "tvm", "flash_attn", "cutlass")
+# transformers takes a function of each, for assisted generation and for losses of object detection. Unlike the others
+# they can be imported again afterwards: a user's reward function runs in this process.
+_NOT_NOW = ("sklearn", "scipy")
 
 _entered = False
 
@@ -40,11 +46,29 @@ def enter() -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     # torch warns at import, past any redirection, that it finds nvcc but no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    torch_facade.install()
-    exact_matmul.install()
-    te_import.install()
-    _patch_core()
-    _patch_training()
+    with _short_imports():
+        torch_facade.install()
+        exact_matmul.install()
+        te_import.install()
+        _patch_core()
+        _patch_training()
+
+
+@contextlib.contextmanager
+def _short_imports() -> Iterator[None]:
+    """Import without collecting garbage and without `_NOT_NOW`."""
+    collecting = gc.isenabled()
+    gc.disable()
+    for name in _NOT_NOW:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in _NOT_NOW:
+            if sys.modules.get(name) is None:
+                sys.modules.pop(name, None)
+        if collecting:
+            gc.enable()
 
 
 def layer_spec(provider: Any) -> Any:
