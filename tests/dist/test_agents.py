@@ -73,7 +73,7 @@ def test_an_engine_that_dies_amid_trajectories_costs_no_sample(run_ranks, tmp_pa
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     undisturbed = records(tmp_path / "whole")
-    disturbed = records(tmp_path / "cut", faults=[{"path": "/generate", "do": "die", "after": 60}])
+    disturbed = records(tmp_path / "cut", faults=[{"path": "/generate", "do": "die", "after": 30}])
     assert sum(record.get("engine/deaths", 0) for record in disturbed) >= 1
     assert sum(record.get("engine/deaths", 0) for record in undisturbed) == 0
     same = ("rollout/turns", "rollout/reward", "rollout/tokens", "rollout/started_groups", "train/loss", "eval/reward")
