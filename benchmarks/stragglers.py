@@ -30,7 +30,7 @@ from megatron_sglang.training.modes import members
 from megatron_sglang.types import Completion, Prompt, SamplingParams
 
 ROOT = Path(__file__).parents[1]
-USUAL_S, TURNS, GROUPS, MEMBERS, ROUNDS = 0.2, 3, 8, 4, 5
+USUAL_S, TURNS, GROUPS, MEMBERS, ROUNDS = 0.5, 3, 8, 4, 3
 CASES: dict[int, dict[str, tuple[float, str, str]]] = {
     1: {
         "no slow request": (1.0, "abort", ""),

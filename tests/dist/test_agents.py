@@ -62,3 +62,20 @@ def test_a_multi_turn_run_that_was_killed_resumes_with_the_same_losses(run_ranks
         assert expected[iteration]["rollout/observed_tokens"] > 2
         for name in ("train/loss", "train/grad_norm", "rollout/reward", "rollout/tokens", "sync/update_norm"):
             assert found[iteration][name] == pytest.approx(expected[iteration][name], rel=1e-6), (iteration, name)
+
+
+def test_an_engine_that_dies_amid_trajectories_costs_no_sample(run_ranks, tmp_path):
+    """Some have a turn behind them, some groups are dropped: started again, the batch is the same."""
+
+    def records(folder: Path, **case: object) -> list[dict]:
+        ranks = run_ranks(2, "cases_failures.outcome", argv=[*BASE, f"log.run_dir={folder}"], **case)
+        assert [rank["code"] for rank in ranks] == [0, 0], ranks
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    undisturbed = records(tmp_path / "whole")
+    disturbed = records(tmp_path / "cut", faults=[{"path": "/generate", "do": "die", "after": 30}])
+    assert sum(record.get("engine/deaths", 0) for record in disturbed) >= 1
+    assert sum(record.get("engine/deaths", 0) for record in undisturbed) == 0
+    same = ("rollout/turns", "rollout/reward", "rollout/tokens", "rollout/started_groups", "train/loss", "eval/reward")
+    for name in same:
+        assert [record.get(name) for record in disturbed] == [record.get(name) for record in undisturbed], name
