@@ -14,7 +14,6 @@ import math
 import random
 import re
 import signal
-import types
 import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -307,7 +306,7 @@ def direct(
         expected = whole[box.row : box.row + box.rows, box.col : box.col + box.cols]
         wrong += int((received[target, name] != expected).sum())
     ended_after = 0
-    for _ in sender.deliveries(lambda _: None, lambda: rank == len(everyone) - 1 and ended_after >= 2):
+    for _ in sender.deliveries(lambda _: None, lambda: rank == len(everyone) - 1 and ended_after >= 2):  # noqa: B023
         ended_after += 1
     return {
         "wrong": wrong,

@@ -1,4 +1,4 @@
-"""What a rank of test_layouts.py and test_merge_kernel.py does with units made by hand: on a CPU no layer is grouped."""
+"""What a rank of test_layouts.py and test_merge_kernel.py does with units by hand: no layer of a CPU is grouped."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from megatron_sglang.comm import TorchComm
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.errors import WeightSyncError
+from megatron_sglang.hf_files import tensor_shapes
 from megatron_sglang.sync import publish
 from megatron_sglang.training.paths import Paths
-from megatron_sglang.hf_files import tensor_shapes
 
 METHODS = ("generic", "disk", "merge-on-engine")
 

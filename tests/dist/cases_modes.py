@@ -16,12 +16,12 @@ from megatron_sglang.comm import TorchComm
 from megatron_sglang.digests import digest
 from megatron_sglang.engine import EngineOptions, create_engines
 from megatron_sglang.errors import WeightSyncError
+from megatron_sglang.hf_files import tensor_shapes
 from megatron_sglang.sync import publish
 from megatron_sglang.training.offload import Offload
 from megatron_sglang.training.paths import Paths
 from megatron_sglang.training.shared import SharedCycle
 from megatron_sglang.types import GenerateRequest, SamplingParams
-from megatron_sglang.hf_files import tensor_shapes
 
 
 def split(

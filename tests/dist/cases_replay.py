@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from cases import randomize, samples, set_up, train_steps
 from megatron.core import parallel_state as mpu
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
-from megatron.training import training
 
 from megatron_sglang import batching
 from megatron_sglang.batching import MicroBatch
 from megatron_sglang.losses import LossOptions
 from megatron_sglang.training import logprobs
-from megatron_sglang.training.plugin import _rerunnable
 from megatron_sglang.training.replay import RoutingReplay
 from megatron_sglang.training.step import PolicyStep
 from megatron_sglang.types import TrainSample
@@ -52,9 +49,9 @@ def spoiled(told: list[list[list[int]]]) -> list[list[list[int]]]:
 
 
 def with_experts(items: list[TrainSample], told: list[list[list[int]]]) -> list[TrainSample]:
-    from megatron_sglang.routing import of_engine
-
     import base64
+
+    from megatron_sglang.routing import of_engine
 
     found = []
     for sample, numbers in zip(items, told, strict=True):
@@ -95,6 +92,4 @@ def train(hf: str, layout: dict[str, Any], told: list[list[list[int]]] | None, s
 
 def _sum(scored: list[torch.Tensor], batches: list[MicroBatch]) -> float:
     """Of all logprobs of responses, so that every one of them counts."""
-    return sum(
-        float((found.double() * batch.loss_mask).sum()) for found, batch in zip(scored, batches, strict=False)
-    )
+    return sum(float((found.double() * batch.loss_mask).sum()) for found, batch in zip(scored, batches, strict=False))

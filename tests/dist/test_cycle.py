@@ -231,8 +231,8 @@ def _better_path_that_is_none(folder: Path) -> Any:
 
 
 def test_where_the_direct_path_does_not_apply_the_generic_one_is_taken_and_said_once(tmp_path: Path) -> None:
-    """An engine that cannot be traced, and one that the direct path would leave with other weights: the run goes on with
-    the right ones, on all ranks, and its owner learns why it is slow."""
+    """An engine that cannot be traced, and one that the direct path would leave with other weights: the run goes on
+    with the right ones, on all ranks, and its owner learns why it is slow."""
     (plain, untraceable, different), on_the_other = two_ranks(_better_path_that_is_none, tmp_path)
     assert plain[3] == []
     for result in (untraceable, different):

@@ -113,11 +113,9 @@ def test_direct_path_delivers_what_the_generic_path_exports(run_ranks, name):
     ("name", "engine_ranks", "hosts"), [("world1", 2, None), ("ep2", 1, None), ("ep2", 3, None), ("ep2", 3, 1)]
 )
 def test_direct_path_between_sides_of_other_sizes(run_ranks, name, engine_ranks, hosts):
-    """Split: one trainer rank hands over to several engine ranks, or to none; hosts: only those on the engine's node."""
+    """Split: one trainer rank hands over to several engine ranks, or none; hosts: only those on the engine's node."""
     ranks, layout = LAYOUTS[name]
-    found = run_ranks(
-        ranks, "direct", hf=HF, layout=layout, engine_ranks=engine_ranks, limit=100_000, hosts=hosts
-    )
+    found = run_ranks(ranks, "direct", hf=HF, layout=layout, engine_ranks=engine_ranks, limit=100_000, hosts=hosts)
     assert [result["wrong"] for result in found] == [0] * ranks
     assert [result["elements"] for result in found] == [result["wanted"] for result in found]
     assert [result["wanted"] > 0 for result in found] == [rank < (hosts or engine_ranks) for rank in range(ranks)]

@@ -15,9 +15,7 @@ def test_chunks_and_shards_change_nothing(run_ranks, ranks, dtype, temperature, 
     """A chunk that is left out, a shard's own maximum, or a gradient through the wrong temperature would train on
     something else without a word."""
     rounding = 2e-6 if dtype == "float32" else 8e-3  # of a gradient in the logits' dtype
-    for found in run_ranks(
-        ranks, "cases_logprobs.scored", dtype=dtype, temperature=temperature, chunk_rows=chunk_rows
-    ):
+    for found in run_ranks(ranks, "cases_logprobs.scored", dtype=dtype, temperature=temperature, chunk_rows=chunk_rows):
         assert found.pop("input_kept")
         for name, apart in found.items():
             assert apart < (rounding if name.startswith("of_") else 1e-5), (name, apart)

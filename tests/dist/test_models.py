@@ -55,9 +55,9 @@ def test_the_plan_command_knows_glm4_moe(run_ranks, name, tmp_path):
 
 @pytest.mark.parametrize("model", ["glm4_moe", "deepseek_v3"])
 def test_engine_and_trainer_choose_experts_by_the_same_bias(run_ranks, model, tmp_path):
-    """Megatron rounds it to bf16 when it wraps a model and computes with it in fp32 then; an engine with the file's bias
-    would choose other experts. And it must stay: Megatron would move it after each train step, outside the optimizer,
-    and checkpoints hold adapters only."""
+    """Megatron rounds it to bf16 when it wraps a model and computes with it in fp32 then; an engine with the file's
+    bias would choose other experts. And it must stay: Megatron would move it after each train step, outside the
+    optimizer, and checkpoints hold adapters only."""
     from tiny_models import make_model
 
     found = run_ranks(1, "cases_models.router_bias", hf=str(make_model(model, tmp_path)))[0]
@@ -68,5 +68,7 @@ def test_latent_attention_is_refused_on_a_cpu(run_ranks, tmp_path):
     """Megatron's own message is a TypeError out of three constructors."""
     from tiny_models import make_model
 
-    with pytest.raises(AssertionError, match="DataError: the model has latent attention .* choose another model, or a GPU"):
+    with pytest.raises(
+        AssertionError, match=r"DataError: the model has latent attention .* choose another model, or a GPU"
+    ):
         run_ranks(1, "drawn_weights", hf=str(make_model("deepseek_v3", tmp_path)), layout={})

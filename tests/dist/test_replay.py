@@ -81,15 +81,15 @@ def test_logprobs_are_scored_with_the_experts(run_ranks, told, plain, spoiled):
 
 
 RUN = (
-    "--config conf/tiny_cpu.yaml --rollout-engine fake rollout.prompts_per_batch=4 rollout.samples_per_prompt=2 rollout.batches=2 "
-    "rollout.eval_samples=4 reward.name=function:letter_reward.vowels --micro-batch-size 2 --global-batch-size 4 "
-    "--moe-enable-routing-replay"
+    "--config conf/tiny_cpu.yaml --rollout-engine fake rollout.prompts_per_batch=4 rollout.samples_per_prompt=2 "
+    "rollout.batches=2 rollout.eval_samples=4 reward.name=function:letter_reward.vowels --micro-batch-size 2 "
+    "--global-batch-size 4 --moe-enable-routing-replay"
 ).split()
 
 
 def test_a_run_takes_what_the_engine_says(run_ranks, tmp_path):
-    """The fake engine's experts have nothing to do with the scores: what the trainer's routers would choose differs. Two
-    train steps with a learning rate of 0: old logprobs are the policy's, if both are computed with the same experts."""
+    """The fake engine's experts have nothing to do with the scores: what the trainer's routers would choose differs.
+    Two train steps with a learning rate of 0: old logprobs are the policy's, if both come from the same experts."""
     assert run_ranks(2, "run", argv=[*RUN, "--lr=0", "--min-lr=0", f"log.run_dir={tmp_path}"]) == ["", ""]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "train/loss" in record]

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.dist
 
 BASE = (
     "--config conf/tiny_cpu.yaml --rollout-engine fake rollout.prompts_per_batch=4 rollout.samples_per_prompt=2 "
-    "rollout.batches=6 rollout.eval_samples=4 reward.name=function:letter_reward.vowels --micro-batch-size 2 --global-batch-size 8"
+    "rollout.batches=6 rollout.eval_samples=4 reward.name=function:letter_reward.vowels "
+    "--micro-batch-size 2 --global-batch-size 8"
 ).split()
 
 

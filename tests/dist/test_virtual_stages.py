@@ -100,9 +100,9 @@ def test_random_weights_differ_from_layer_to_layer(run_ranks) -> None:
 
 
 RUN = (
-    "--config conf/tiny_cpu.yaml --rollout-engine fake rollout.prompts_per_batch=4 rollout.samples_per_prompt=2 rollout.batches=3 "
-    "rollout.eval_samples=4 reward.name=function:letter_reward.vowels --micro-batch-size 2 --global-batch-size 8 "
-    "--pipeline-model-parallel-size=2 --expert-model-parallel-size=1 --clip-grad=1e9"
+    "--config conf/tiny_cpu.yaml --rollout-engine fake rollout.prompts_per_batch=4 rollout.samples_per_prompt=2 "
+    "rollout.batches=3 rollout.eval_samples=4 reward.name=function:letter_reward.vowels --micro-batch-size 2 "
+    "--global-batch-size 8 --pipeline-model-parallel-size=2 --expert-model-parallel-size=1 --clip-grad=1e9"
 ).split()
 VIRTUAL = "--num-layers-per-virtual-pipeline-stage=1"
 VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank=2"
@@ -114,9 +114,9 @@ def records(folder: Path) -> dict[int, dict]:
 
 
 def test_a_run_learns_the_same_and_resumes(run_ranks, tmp_path) -> None:
-    """The whole loop: rollouts, direct path, reference logprobs, checkpoints of adapters in several chunks. A checkpoint
-    is the model's and not a layout's: it is saved with virtual stages and loaded with and without. The fake engine samples
-    from the weights' bits, so nothing but the norm may differ."""
+    """The whole loop: rollouts, direct path, reference logprobs, checkpoints of adapters in several chunks. A
+    checkpoint is the model's and not a layout's: it is saved with virtual stages and loaded with and without. The fake
+    engine samples from the weights' bits, so nothing but the norm may differ."""
     plain, whole, cut, other = (tmp_path / name for name in ("plain", "whole", "cut", "other"))
     assert run_ranks(2, "run", argv=[*RUN, f"log.run_dir={plain}"]) == ["", ""]
     assert run_ranks(2, "run", argv=[*RUN, VIRTUAL, f"log.run_dir={whole}"]) == ["", ""]
