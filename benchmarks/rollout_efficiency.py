@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from cycle import spread
 
 from megatron_sglang import config_load, host
 from megatron_sglang.bench import result
@@ -154,10 +155,7 @@ def measure(bench: Bench, rounds: int, warm_up: int) -> Iterator[dict[str, Any]]
             "prompt_tokens": bench.config.data.max_prompt_tokens,
             "tokens": expected,
             "rounds": number + 1 - warm_up,
-            "seconds": {
-                name: {"min": min(each), "median": medians[name], "max": max(each), "each": each}
-                for name, each in seconds.items()
-            },
+            "seconds": {name: spread(each) | {"each": each} for name, each in seconds.items()},
             "tokens_per_s": {name: expected / median for name, median in medians.items()},
             "ours_over_bare": medians["bare"] / medians["ours"],
             "ours_over_bare_without_logprobs": medians["bare_without_logprobs"] / medians["ours"],

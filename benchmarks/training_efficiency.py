@@ -24,9 +24,11 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cycle import TRAINING, spread
 
 from megatron_sglang import config_load, host
 from megatron_sglang.bench import result
@@ -109,14 +111,12 @@ class Trainer:
             cfg_container=pretrain_cfg_container_from_args(recipe.args),
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
-        self.args, self.train_step, self.forward_backward = (
-            recipe.args,
-            training.train_step,
-            get_forward_backward_func(),
-        )
-        self.config = training.get_model_config(self.model[0])
-        self.config.grad_scale_func = self.optimizer.scale_loss
-        self.config.finalize_model_grads_func = training.finalize_model_grads
+        self.train_step = training.train_step
+        config_of_model = training.get_model_config(self.model[0])
+        config_of_model.grad_scale_func = self.optimizer.scale_loss
+        config_of_model.finalize_model_grads_func = training.finalize_model_grads
+        self.trained = self.model, self.optimizer, self.scheduler, config_of_model, get_forward_backward_func()
+        """What both ways hand to Megatron's train_step."""
         self.cycle = FixedSamples(_samples(config, recipe.args.padded_vocab_size), TorchComm())
         step = PolicyStep(
             config.algo.loss, LossOptions.of(config.algo, config.rollout.max_new_tokens), config.rollout.temperature
@@ -130,15 +130,7 @@ class Trainer:
         seconds: list[float] = []
         for _ in self.batches:
             before = self.cycle.seconds[-1].get("train", 0.0) if self.cycle.seconds and seconds else 0.0
-            self.plugin._train_step(
-                self.train_step,
-                self.model,
-                self.optimizer,
-                self.scheduler,
-                self.config,
-                self.forward_backward,
-                iteration=0,
-            )
+            self.plugin._train_step(self.train_step, *self.trained, iteration=0)
             seconds.append(self.cycle.seconds[-1]["train"] - before)
         return seconds
 
@@ -150,16 +142,7 @@ class Trainer:
         self.cycle.comm.agree(None)
         for batches in self.batches:
             with _timed(seconds):
-                self.train_step(
-                    _plain_forward_step,
-                    _rerunnable(self.model, batches),
-                    self.model,
-                    self.optimizer,
-                    self.scheduler,
-                    self.config,
-                    self.forward_backward,
-                    iteration=0,
-                )
+                self.train_step(_plain_forward_step, _rerunnable(self.model, batches), *self.trained, iteration=0)
         return seconds
 
 
@@ -214,24 +197,20 @@ def measure(trainer: Trainer, rounds: int, warm_up: int) -> Iterator[dict[str, A
             "tokens_of_a_step": tokens,
             "steps_of_a_rollout_batch": len(trainer.batches),
             "rounds": number + 1 - warm_up,
-            "seconds_of_a_step": {name: _spread(each) | {"each": each} for name, each in seconds.items()},
+            "seconds_of_a_step": {name: spread(each) | {"each": each} for name, each in seconds.items()},
             "tokens_per_s": {name: tokens / median for name, median in medians.items()},
             "ours_over_plain": medians["plain"] / medians["ours"],
             "phases_of_a_rollout_batch": {
-                name: _spread([one.get(name, 0.0) for one in trainer.cycle.seconds[warm_up:]]) for name in names
+                name: spread([one.get(name, 0.0) for one in trainer.cycle.seconds[warm_up:]]) for name in names
             },
-            "train_share_of_training": _spread([one["train"] / sum(one.values()) for one in phases]),
+            "train_share_of_training": spread([one["train"] / sum(one.values()) for one in phases]),
             "allocated_peak_gb": peaks,
         }
 
 
 def _outermost(seconds: dict[str, float]) -> dict[str, float]:
     """`old` and `reference` are parts of `logprobs`."""
-    return {name: value for name, value in seconds.items() if name in ("batches", "logprobs", "train")}
-
-
-def _spread(numbers: Sequence[float]) -> dict[str, float]:
-    return {"min": min(numbers), "median": statistics.median(numbers), "max": max(numbers)}
+    return {name: value for name, value in seconds.items() if name in TRAINING}
 
 
 def main() -> int:

@@ -23,15 +23,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
-import shutil
-import signal
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_sync_session import COMMAND, LARGE, ROOT, TINY, Step, count_gpus, run_all
+from gpu_sync_session import COMMAND, LARGE, Step, add_arguments, session
 
 TARGETS = {"ours_over_bare": 0.98, "ours_over_plain": 0.97, "switch_s_on_8": 1.0, "memory_off_plan": 0.1}
 CONFIG = "conf/qwen3_30b_fim_gspo_h200.yaml"
@@ -91,39 +87,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "build/gpu_flagship")))
+    add_arguments(parser, "gpu_flagship")
     parser.add_argument("--cycles", type=int, default=6, help="rollout batches of the run, the first is warm-up (6)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these steps")
-    parser.add_argument("--again", nargs="+", default=[], metavar="NAME", help="also if they were done")
-    parser.add_argument("--deadline-s", type=float, default=float("inf"), help="start nothing that may end later")
-    parser.add_argument("--gpus", type=int, help="instead of counting them")
-    parser.add_argument("--dry-run", action="store_true", help="print the steps")
-    parser.add_argument("--rehearse", action="store_true", help="two ranks on the CPU")
     chosen, overrides = parser.parse_known_args()
-    began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step under way is ended too
-    gpus = chosen.gpus or (2 if chosen.rehearse else count_gpus())
-    if not gpus:
-        print("no GPU is visible; --rehearse runs the same on a CPU, --dry-run --gpus 8 shows the plan")
-        return 1
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        model = LARGE
-        if chosen.rehearse:
-            model = str(work / "tiny")
-            Path(model).mkdir()
-            shutil.copy(ROOT / TINY / "config.json", model)
-        planned = [
-            step
-            for step in steps(gpus, chosen.cycles, chosen.out, model, overrides, rehearse=chosen.rehearse)
-            if step.name in chosen.only or not chosen.only
-        ]
-        if chosen.dry_run:
-            for step in planned:
-                print(f"{step.name} (at most {step.timeout_s} s)\n    {' '.join(step.arguments)}")
-            print(f"{len(planned)} steps, at most {sum(step.timeout_s for step in planned)} s")
-            return 0
-        return run_all(planned, chosen, work, began, TARGETS)
+
+    def steps_of(gpus: int, tiny: str) -> list[Step]:
+        model = tiny if chosen.rehearse else LARGE
+        return steps(gpus, chosen.cycles, chosen.out, model, overrides, rehearse=chosen.rehearse)
+
+    return session(chosen, steps_of, TARGETS)
 
 
 if __name__ == "__main__":

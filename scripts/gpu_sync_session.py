@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,16 +172,23 @@ def summary(records: Sequence[dict[str, Any]], targets: dict[str, float]) -> str
     return "\n".join([*lines, f"targets: {targets}"])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "build/gpu_sync")))
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these steps")
-    parser.add_argument("--again", nargs="+", default=[], metavar="NAME", help="also if they were done")
-    parser.add_argument("--deadline-s", type=float, default=float("inf"), help="start nothing that may end later")
-    parser.add_argument("--gpus", type=int, help="instead of counting them")
-    parser.add_argument("--dry-run", action="store_true", help="print the steps")
-    parser.add_argument("--rehearse", action="store_true", help="two ranks on the CPU")
-    chosen = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """What every session takes. out: folder of its results below build."""
+    add = parser.add_argument
+    add("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "build" / out)))
+    add("--only", nargs="+", default=[], metavar="NAME", help="these steps")
+    add("--again", nargs="+", default=[], metavar="NAME", help="also if they were done")
+    add("--deadline-s", type=float, default=float("inf"), help="start nothing that may end later")
+    add("--gpus", type=int, help="instead of counting them")
+    add("--dry-run", action="store_true", help="print the steps")
+    add("--rehearse", action="store_true", help="two ranks on the CPU")
+
+
+def session(
+    chosen: argparse.Namespace, steps_of: Callable[[int, str], Sequence[Step]], targets: dict[str, float]
+) -> int:
+    """Run what was `chosen`, or print it. steps_of: from the number of GPUs, or of ranks where it is rehearsed, and a
+    folder with the small model's config.json alone. Returns the exit status."""
     began = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step under way is ended too
     gpus = chosen.gpus or (2 if chosen.rehearse else count_gpus())
@@ -190,19 +197,23 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        (work / "tiny").mkdir()
-        shutil.copy(ROOT / TINY / "config.json", work / "tiny")
-        planned = [
-            step
-            for step in steps(gpus, chosen.rehearse, str(work / "tiny"))
-            if step.name in chosen.only or not chosen.only
-        ]
+        tiny = work / "tiny"
+        tiny.mkdir()
+        shutil.copy(ROOT / TINY / "config.json", tiny)
+        planned = [step for step in steps_of(gpus, str(tiny)) if step.name in chosen.only or not chosen.only]
         if chosen.dry_run:
             for step in planned:
                 print(f"{step.name} (at most {step.timeout_s} s)\n    {' '.join(step.arguments)}")
             print(f"{len(planned)} steps, at most {sum(step.timeout_s for step in planned)} s")
             return 0
-        return run_all(planned, chosen, work, began, TARGETS)
+        return run_all(planned, chosen, work, began, targets)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "gpu_sync")
+    chosen = parser.parse_args()
+    return session(chosen, lambda gpus, tiny: steps(gpus, chosen.rehearse, tiny), TARGETS)
 
 
 def run_all(
