@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
-from megatron.bridge.peft.lora import LoRA
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
 from megatron_sglang.config import LoraConfig
+from megatron_sglang.training.grouped_lora import PolicyLoRA
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Adapter:
 
 def apply(model: torch.nn.Module, config: LoraConfig, seed: int) -> torch.nn.Module:
     """Freeze `model` and adapt the layers of `config.targets`; the adapters are the only parameters that train."""
-    peft = LoRA(
+    peft = PolicyLoRA(
         target_modules=list(config.targets),
         dim=config.rank,
         alpha=config.alpha,  # type: ignore[arg-type]
