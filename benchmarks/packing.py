@@ -64,7 +64,7 @@ def measure(config: RunConfig, budget: int, steps: int) -> dict[str, Any]:
         name: _setting(Namespace(**vars(recipe.args) | more), step, items, model, optimizer, scheduler, steps)
         for name, more in (("padded", {}), ("packed", {"max_seqlen_per_dp_cp_rank": budget}))
     }
-    scored = {name: values.pop("scored") for name, values in found.items()}
+    scored = {name: _of_all_ranks(values.pop("scored")) for name, values in found.items()}
     apart = torch.tensor([abs(scored["packed"][key] - value) for key, value in scored["padded"].items()] or [0.0])
     sums = [abs(value) for value in scored["padded"].values()] or [1.0]
     return {
@@ -81,6 +81,19 @@ def measure(config: RunConfig, budget: int, steps: int) -> dict[str, Any]:
     }
 
 
+def _of_all_ranks(scored: dict[str, float]) -> dict[str, float]:
+    """Samples of all data-parallel ranks, which packing deals out anew, with the parts of context-parallel ones."""
+    from megatron.core import parallel_state as mpu
+
+    from megatron_sglang.comm import TorchComm
+
+    whole: dict[str, float] = {}
+    for part in TorchComm().gather(scored if mpu.get_tensor_model_parallel_rank() == 0 else {}):
+        for key, value in part.items():
+            whole[key] = whole.get(key, 0.0) + value
+    return whole
+
+
 def _apart(found: dict[str, dict[str, Any]], name: str) -> float:
     return abs(found["packed"][name] - found["padded"][name]) / max(abs(found["padded"][name]), 1e-12)
 
@@ -89,10 +102,12 @@ def _setting(
     args: Namespace, step: Any, items: list[Any], model: list[Any], optimizer: Any, scheduler: Any, steps: int
 ) -> dict[str, Any]:
     import torch
+    from megatron.core import parallel_state as mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.training import training
 
     from megatron_sglang import metrics
+    from megatron_sglang.comm import TorchComm
     from megatron_sglang.training import logprobs
     from megatron_sglang.training.micro_batches import counted, of_this_rank
     from megatron_sglang.training.plugin import _rerunnable
@@ -119,7 +134,8 @@ def _setting(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     result, train_s = _timed(train, steps)
-    parts = metrics.merge(step.take_metrics())
+    rows = [metrics.to_rows(part) for part in step.take_metrics()] if mpu.get_tensor_model_parallel_rank() == 0 else []
+    parts = metrics.merge(metrics.from_rows(row) for rank in TorchComm().gather(rows) for row in rank)
     tokens = sum(item.length for item in items)
     report = {
         "micro_batches": len(batches),

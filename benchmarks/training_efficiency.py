@@ -7,6 +7,8 @@
     ours    the plugin's own step (`training/plugin.py`): micro-batches, old and reference logprobs, then Megatron's
             train_step with our forward step, loss and guard, as often as a rollout batch has train steps
     plain   Megatron's train_step on the same tokens with pretrain_gpt's loss: the model computes cross entropy itself
+    bridge  with --also-bridge: plain, and experts computed by Megatron-Bridge, one after the other, instead of by
+            `training/grouped_lora.py`
 
 All arguments but those of `--help` are pretrain_gspo.py's. Samples are random tokens of the longest length that the
 configuration allows, so nothing is padding. No engine is started. Seconds are rank 0's, with the device waited for.
@@ -24,7 +26,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +127,10 @@ class Trainer:
         self.plugin = Plugin(config, step, lambda *_: cycle, lambda chunks: in_place(recipe.bridge, chunks))
         self.batches = micro_batches.of_this_rank(self.cycle.samples, recipe.args)
 
+    def seconds_of(self, way: str) -> list[float]:
+        """Of each train step of a rollout batch."""
+        return {"ours": self.ours, "plain": self.plain, "bridge": self.bridge}[way]()
+
     def ours(self) -> list[float]:
         """Seconds of each train step of a rollout batch; the spans before it are in `cycle.seconds`."""
         seconds: list[float] = []
@@ -144,6 +150,16 @@ class Trainer:
             with _timed(seconds):
                 self.train_step(_plain_forward_step, _rerunnable(self.model, batches), *self.trained, iteration=0)
         return seconds
+
+    def bridge(self) -> list[float]:
+        """The same without our grouped experts."""
+        from megatron_sglang.training.grouped_lora import GroupedLoRALinear
+
+        kept, GroupedLoRALinear.is_grouped = GroupedLoRALinear.is_grouped, lambda *_: False
+        try:
+            return self.plain()
+        finally:
+            GroupedLoRALinear.is_grouped = kept
 
 
 def _plain_forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
@@ -173,17 +189,17 @@ def _samples(config: RunConfig, vocabulary: int) -> list[TrainSample]:
     return made
 
 
-def measure(trainer: Trainer, rounds: int, warm_up: int) -> Iterator[dict[str, Any]]:
+def measure(trainer: Trainer, rounds: int, warm_up: int, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The result so far after each round: a run that is cut off keeps what it has measured."""
     import torch
 
-    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     peaks: dict[str, float] = {}
     for number in range(warm_up + rounds):
         for name in seconds:
             if torch.cuda.is_initialized():
                 torch.cuda.reset_peak_memory_stats()
-            found = trainer.ours() if name == "ours" else trainer.plain()
+            found = trainer.seconds_of(name)
             if torch.cuda.is_initialized():
                 peaks[name] = max(trainer.cycle.comm.gather(torch.cuda.max_memory_allocated())) / GB
             seconds[name] += found if number >= warm_up else []
@@ -199,7 +215,7 @@ def measure(trainer: Trainer, rounds: int, warm_up: int) -> Iterator[dict[str, A
             "rounds": number + 1 - warm_up,
             "seconds_of_a_step": {name: spread(each) | {"each": each} for name, each in seconds.items()},
             "tokens_per_s": {name: tokens / median for name, median in medians.items()},
-            "ours_over_plain": medians["plain"] / medians["ours"],
+            **{f"ours_over_{name}": medians[name] / medians["ours"] for name in ways[1:]},
             "phases_of_a_rollout_batch": {
                 name: spread([one.get(name, 0.0) for one in trainer.cycle.seconds[warm_up:]]) for name in names
             },
@@ -219,6 +235,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="measured rollout batches (5)")
     parser.add_argument("--warm-up", type=int, default=1, help="rollout batches before them (1)")
+    parser.add_argument("--also-bridge", action="store_true", help="measure Bridge's own experts too, on a GPU")
     parser.add_argument("--output", type=Path, help="JSON file, written again after each round")
     args, rest = parser.parse_known_args()
     for changed in host.prepare(os.environ):
@@ -240,7 +257,8 @@ def main() -> int:
         "ranks": torch.distributed.get_world_size(),
         "configuration": dataclasses.asdict(config),
     }
-    for found in measure(trainer, args.rounds, args.warm_up):
+    ways = ["ours", "plain", *(["bridge"] if args.also_bridge else [])]
+    for found in measure(trainer, args.rounds, args.warm_up, ways):
         if leads:
             print(f"ours over plain: {found['ours_over_plain']:.3f}", found["tokens_per_s"], file=sys.stderr)
             if args.output:

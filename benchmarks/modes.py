@@ -1,0 +1,112 @@
+"""Every rollout mode on the real SGLang, three batches of the demo each: the same rewards, and the time of an update.
+
+    python benchmarks/modes.py --output benchmarks/results/modes_h200_2.json
+
+Each is a run of pretrain_gspo.py by torchrun (`RUNS`), fp32, all with the demo's model, data and seeds; seeds belong to
+requests, so every run must sample what the demo samples: its first rewards are `EXPECTED`. Wants two GPUs, Transformer
+Engine and SGLang; without a GPU the same runs on the CPU. Prints JSON; exits with 1 where a run failed, sampled
+something else or left memory on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megatron_sglang.trace import METRICS, read_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+ONE = ("--expert-model-parallel-size", "1", "engine.tp_size=1")
+RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "split, direct": (1, (*ONE, "--rollout-mode", "split")),
+    "split, broadcast": (1, (*ONE, "--rollout-mode", "split", "sync.method=broadcast")),
+    "shared": (1, (*ONE, "--rollout-mode", "shared")),
+    "colocated, two engines": (2, ("engine.tp_size=1",)),
+    "colocated, merge-on-engine": (2, ("sync.method=merge-on-engine",)),
+}
+"""Trainer ranks, and arguments beside `ALL`."""
+ALL = ("--config", "conf/tiny_cpu.yaml", "rollout.batches=3", "rollout.eval_interval=0", "data.eval=")
+ON_GPUS = ("--attention-backend", "unfused", "--no-gradient-accumulation-fusion", "--moe-grouped-gemm",
+           "--sglang-attention-backend", "triton", "sglang.mem_fraction_static=0.15",
+           "sync.bucket_bytes=1000000")  # fmt: skip
+EXPECTED = (0.377, 0.412)
+"""Mean rewards of the demo's first two batches, to three digits (README)."""
+TIMEOUT_S = 400
+ENDED = ("timeout", "--kill-after=30", str(TIMEOUT_S))
+"""By SIGTERM, which torchrun hands to the ranks, and they to what they have started."""
+
+
+def run(name: str, work: Path, gpus: bool) -> dict[str, Any]:
+    ranks, arguments = RUNS[name]
+    folder = work / "".join(letter for letter in name if letter.isalnum())
+    command = [*ENDED, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["pretrain_gspo.py", "--rollout-engine", "sglang", *ALL, *arguments, *(ON_GPUS if gpus else ())]
+    command += [f"log.run_dir={folder}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if name == "shared" and gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = "0"
+    began = time.monotonic()
+    with (work / f"{folder.name}.log").open("w+") as log:
+        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False).returncode
+        log.seek(0)
+        said = log.read()
+    found: dict[str, Any] = {"ranks": ranks, "arguments": " ".join(arguments), "status": status}
+    found["seconds"] = round(time.monotonic() - began, 1)
+    lines = [line for line in read_lines(folder / METRICS) if "timing_s/train" in line] if folder.exists() else []
+    for key in ("rollout/reward", "train/logprob_gap_mean", "timing_s/sync", "timing_s/train"):
+        found[key] = [line.get(key) for line in lines]
+    found["alike"] = status == 0 and tuple(round(one, 3) for one in found["rollout/reward"][:2]) == EXPECTED
+    if not found["alike"]:
+        found["said"] = said[-4000:].splitlines()
+    return found
+
+
+def used_mb() -> list[int]:
+    """Of each GPU's memory; empty without one."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        return []
+    return [int(line) for line in done.stdout.split()] if done.returncode == 0 else []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other (1)")
+    given = parser.parse_args()
+
+    before = used_mb()
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(given.at_once) as pool:
+        results = list(pool.map(lambda name: run(name, Path(temporary), bool(before)), given.only))
+    runs = dict(zip(given.only, results, strict=True))
+    left = [after - was for was, after in zip(before, used_mb(), strict=True)]
+    text = json.dumps(
+        {
+            "command": "benchmarks/modes.py " + " ".join(sys.argv[1:]).partition("--output")[0],
+            "gpus": len(before),
+            "expected_rewards": EXPECTED,
+            "memory_left_mb": left,
+            "runs": runs,
+        },
+        indent=1,
+    )
+    print(text)
+    if given.output:
+        given.output.write_text(text + "\n")
+    return 0 if all(one["alike"] for one in results) and all(size < 64 for size in left) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
