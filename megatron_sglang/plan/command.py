@@ -146,7 +146,7 @@ def as_text(placement: Placement, update: Update) -> Iterator[str]:
     yield from ("", "# peak extra memory")
     yield (
         f"rank {rank}: {_mb(extra.total)} MB = two send buffers {_mb(extra.send)} + two receive buffers "
-        f"{_mb(extra.receive)} + the engine's reading back {_mb(extra.read_back)}"
+        f"{_mb(extra.receive)}"
     )
     yield from ("", f"# predicted seconds of one update on {update.host.name}")
     for name, figure in figures(update.host).items():

@@ -10,8 +10,9 @@ from megatron_sglang import transfer
 from megatron_sglang.plan.cost import H200, Host, Load, Prediction, Steps, predict
 from megatron_sglang.transfer import SENDS, SLOTS, Piece, Region
 
-DIGESTS_SENT, DIGESTS_RECEIVED = 1, 2
-"""How often a byte is digested: where it is packed; on arrival, and when it is read back from the parameters."""
+DIGESTS_SENT, DIGESTS_RECEIVED = 1, 1
+"""Passes that a digest costs: where a byte is packed; when it is read back from the parameters. That of what arrives is
+made where it is copied into them (`copy_kernel.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,11 @@ class Memory:
     send: int
     """Two buffers: the next bucket is merged while one is sent."""
     receive: int
-    read_back: int
-    """Of the engine ranks that it hands over to, in their processes: what they have written, read again."""
+    """Two for each engine rank that it hands over to, which needs none of its own."""
 
     @property
     def total(self) -> int:
-        return self.send + self.receive + self.read_back
+        return self.send + self.receive
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +148,7 @@ def _memory(buckets: Sequence[Sequence[Piece]], ranks: int, itemsize: int) -> li
         largest_part |= _by(bucket, "target", itemsize)
     for target, size in largest_part.items():  # each engine rank that a rank hands over to has buffers of its own
         receive[transfer.host_of(target, ranks)] += size
-    return [
-        Memory(send=min(SENDS, len(buckets)) * send[rank], receive=SLOTS * receive[rank], read_back=receive[rank])
-        for rank in range(ranks)
-    ]
+    return [Memory(send=min(SENDS, len(buckets)) * send[rank], receive=SLOTS * receive[rank]) for rank in range(ranks)]
 
 
 def _by(bucket: Iterable[Piece], end: str, itemsize: int) -> Counter[int]:
