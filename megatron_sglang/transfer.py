@@ -23,10 +23,9 @@ from megatron_sglang.errors import WeightSyncError
 from megatron_sglang.layout import RankLayout, Write
 
 SLOTS = 2
-"""Receive buffers: the engine reads one while the next bucket is merged and exchanged into the other."""
-
-SENDS = 2
-"""Send buffers: the next bucket is merged into one while the other is exchanged."""
+"""Send buffers, and receive buffers of each engine rank. With two of each, a bucket is merged while the one before it
+is exchanged, and exchanged while the engine takes the one before that; with one of each a bucket may be twice as large
+in the same memory, and is merged while the engine takes the one before."""
 
 CHUNK_BYTES = 32 << 20
 """Without a kernel of ours, each of a merge's half dozen fp32 temporaries holds at most this much, or one expert."""
