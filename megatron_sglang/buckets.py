@@ -6,6 +6,7 @@ A bucket is one flat uint8 tensor plus, for each named tensor in it, where it li
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -82,6 +83,11 @@ def pack(version: int, index: int, named_tensors: Sequence[tuple[str, torch.Tens
     return bucket
 
 
+NAMES = 1 << 17
+"""Of how many tensors keys are kept: a plan asks for those of each some ten times."""
+
+
+@functools.lru_cache(NAMES)
 def fusion_key(name: str) -> str:
     """Tensors with the same key become one parameter in the engine, so they must reach its loader together.
 
@@ -93,6 +99,7 @@ def fusion_key(name: str) -> str:
     return re.sub(r"\.(q_a_proj|kv_a_proj_with_mqa)\.", ".qkv_a_proj.", name)
 
 
+@functools.lru_cache(NAMES)
 def transfer_order(name: str) -> tuple[int, str, str]:
     """Sort key of HF names: what is outside the layers, then layer after layer, fused tensors side by side."""
     layer = re.search(r"\.layers\.(\d+)\.", name)

@@ -14,19 +14,18 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from megatron_sglang.buckets import transfer_order
+from megatron_sglang.buckets import fusion_key, transfer_order
 from megatron_sglang.copies import Copy, Rectangle, fold
 from megatron_sglang.errors import WeightSyncError
 from megatron_sglang.layout import RankLayout, Write
 
 SLOTS = 2
-"""Receive buffers: the engine reads one while the next bucket is merged and exchanged into the other."""
-
-SENDS = 2
-"""Send buffers: the next bucket is merged into one while the other is exchanged."""
+"""Send buffers, and receive buffers of each engine rank. With two of each, a bucket is merged while the one before it
+is exchanged, and exchanged while the engine takes the one before that; with one of each a bucket may be twice as large
+in the same memory, and is merged while the engine takes the one before."""
 
 CHUNK_BYTES = 32 << 20
 """Without a kernel of ours, each of a merge's half dozen fp32 temporaries holds at most this much, or one expert."""
@@ -177,9 +176,10 @@ def make_plan(
 
 
 def cut(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
-    """Buckets: runs of pieces of which no target receives more than `limit` elements (one tensor may exceed it).
+    """Buckets: runs of pieces of which no target receives more than `limit` elements (one row of a tensor may).
 
-    A decoder layer that fits stays whole, so that its grouped experts are merged once.
+    A decoder layer that fits stays whole, so that its grouped experts are merged once. One that does not is spread over
+    its buckets evenly: each keeps all who send and all who receive of the layer equally busy.
     """
     buckets: list[list[Piece]] = []
     filled: Counter[int] = Counter()
@@ -194,13 +194,53 @@ def cut(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
 
 
 def _units(pieces: Sequence[Piece], limit: int) -> Iterator[list[Piece]]:
-    """What stays together: a layer, or a tensor of a layer that is too large."""
+    """What stays together: a layer; of one that is too large what fuses; some rows of that where it is too large."""
     for _, layer in itertools.groupby(pieces, key=lambda piece: transfer_order(piece.name)[0]):
         unit = list(layer)
         if max(_received(unit).values()) <= limit:
             yield unit
-        else:
-            yield from (list(tensor) for _, tensor in itertools.groupby(unit, key=lambda piece: piece.name))
+            continue
+        for group in _interleaved(unit):
+            yield from _by_rows(group, limit)
+
+
+def _interleaved(layer: Iterable[Piece]) -> list[list[Piece]]:
+    """The layer's tensors, those that fuse together: the trainer merges them in one go. What the same ranks send to the
+    same ranks is spread over the whole layer."""
+    groups: defaultdict[str, list[Piece]] = defaultdict(list)
+    for piece in layer:
+        groups[fusion_key(piece.name)].append(piece)
+    alike: defaultdict[tuple[frozenset[int], frozenset[int]], list[str]] = defaultdict(list)
+    for key, found in groups.items():
+        alike[frozenset(piece.source for piece in found), frozenset(piece.target for piece in found)].append(key)
+    places: dict[str, float] = {}
+    for keys in alike.values():
+        sizes = [sum(piece.size for piece in groups[key]) for key in keys]
+        ends = itertools.accumulate(sizes)
+        # Of its kind's elements, the share that lies before its middle.
+        places |= {key: (end - size / 2) / sum(sizes) for key, size, end in zip(keys, sizes, ends, strict=True)}
+    return [groups[key] for key in sorted(groups, key=lambda key: (places[key], key))]
+
+
+def _by_rows(group: list[Piece], limit: int) -> list[list[Piece]]:
+    """These pieces, all of them cut by their rows into so many parts that no target gets more than the limit in one.
+    There are no more parts than rows: of many pieces of few rows a target may get more."""
+    most = max(piece.rows for piece in group)
+    parts = -(-max(_received(group).values()) // limit)
+    while True:
+        parts = min(parts, most)
+        found = [[part for piece in group if (part := _rows_of(piece, number, parts)).rows] for number in range(parts)]
+        if parts == most or max(max(_received(part).values()) for part in found) <= limit:
+            return found
+        parts += 1  # rows are not cut, so that parts are not equally long
+
+
+def _rows_of(piece: Piece, number: int, parts: int) -> Piece:
+    """Part `number` of so many; empty where there are fewer rows."""
+    first, end = piece.rows * number // parts, piece.rows * (number + 1) // parts
+    here = replace(piece.here, offset=piece.here.offset + first * piece.here.row_stride)
+    there = replace(piece.there, offset=piece.there.offset + first * piece.there.row_stride)
+    return replace(piece, rows=end - first, here=here, there=there)
 
 
 def _received(pieces: Iterable[Piece]) -> Counter[int]:

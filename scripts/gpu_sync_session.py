@@ -7,9 +7,11 @@ Steps run in order of what they need, each under its own deadline; one that fail
     digest       the Triton digest against torch's, and how fast each reads
     tiny-N       `bench sync` of the example's model in fp32 on N GPUs: stock, generic, direct, and the all_to_all limit
     merge        the merging kernel against torch
-    30b-N        the same of Qwen3-30B-A3B's shape with random weights in bf16, trainer EP N, engine TP N, LoRA 32; then
-                 the direct path with other buckets
+    30b-N        the direct path alone for Qwen3-30B-A3B's shape with random weights in bf16, trainer EP N, engine TP N,
+                 LoRA 32: each size of buckets with two buffers of each kind and with one; which was the fastest
     soak         200 updates of the small model by the direct path
+    methods      the sync methods against each other, the small model on two GPUs
+    paths-N      stock, generic and direct for the large model, with a profile of one direct update
 
 Results go to OUT (--out, else $OUT, else build/gpu_sync): session.json with every result, written after each step, and
 session.log with all output. A second call goes on where the first one stopped (--again NAME repeats a step). With
@@ -39,8 +41,10 @@ TINY, LARGE = "examples/tiny_fim/model", "examples/qwen3_30b_a3b"
 ENGINE_TP_OF_TINY = 2
 """It has two key-value heads."""
 COMMAND = "import sys; from megatron_sglang.cli import main; sys.exit(main())"
-BUCKETS = (170_000_000, 256 << 20, 512 << 20)
-"""The first one with all paths, the others with the direct path."""
+BUCKETS = (240_000_000, 330_000_000, 490_000_000)
+"""Of 8 GPUs one, two and three layers. With two buffers of each kind the first takes 1 GB, with one the last."""
+METHODS = "direct,generic,disk,merge-on-engine,adapter"
+"""`restart` starts the engine anew for each version: half a minute each, and nothing of it is the GPU's."""
 TARGETS = {"median_s_on_8": 0.15, "generic_over_direct": 20.0, "direct_over_limit": 6.0, "extra_device_bytes": 1e9}
 GRACE_S = 30.0
 LAST_CHARS = 3000
@@ -78,16 +82,23 @@ def steps(gpus: int, rehearse: bool, random_tiny: str) -> list[Step]:
     model, dtype = (random_tiny, "float32") if rehearse else (LARGE, "bfloat16")
     buckets = (300_000, 1_000_000) if rehearse else BUCKETS
     large = ("--hf-model", model, "--random-weights", "--dtype", dtype, "--lora-rank", "32", *grouped)
+    large += ("--syncs", "5", "--warm-up", "1")
+    # 61 GB of weights are on each side; with one GPU both are on it.
+    memory = {1: ("--mem-fraction", "0.48")} if not rehearse else {}
+    sweep = ("--paths", "direct", "--bucket-bytes", str(buckets[0]), "--also-buckets", *map(str, buckets[1:]))
     for size in reversed(sizes):
-        # 61 GB of weights are on each side; with one GPU both are on it.
-        memory = ("--mem-fraction", "0.48") if size == 1 and not rehearse else ()
-        sizes_tried = ("--bucket-bytes", str(buckets[0]), "--also-buckets", *map(str, buckets[1:]))
-        counts = ("--also-one-slot", "--syncs", "5", "--warm-up", "1")
-        # Without others to share the work, the slow paths take minutes.
-        paths = ("--paths", "direct") if size == 1 < most else ()
-        found.append(_bench(f"30b-{size}", size, size, 580, *large, *counts, *sizes_tried, *memory, *paths))
+        more = (*sweep, "--also-slots", "1", *memory.get(size, ()))
+        found.append(_bench(f"30b-{size}", size, size, 300, *large, *more))
     soak = ("--paths", "direct", "--syncs", "10" if rehearse else "200")
     found.append(_bench("soak", most, min(most, ENGINE_TP_OF_TINY), 500, *small, *soak))
+    two = min(most, ENGINE_TP_OF_TINY)
+    methods = ("--methods", METHODS, "--lora-targets", "linear_qkv,linear_proj", "--lora-rank", "8", "--syncs", "3")
+    found.append(_bench("methods", two, two, 500, *small, *methods, "--warm-up", "1"))
+    for size in reversed(sizes):
+        # Without others to share the work, the slow paths take minutes.
+        paths = ("--paths", "direct") if size == 1 < most else ()
+        bucket = ("--bucket-bytes", str(buckets[-1]), "--profile", "{profile}")
+        found.append(_bench(f"paths-{size}", size, size, 580, *large, *bucket, *memory.get(size, ()), *paths))
     return found
 
 
@@ -95,7 +106,6 @@ def _bench(name: str, ranks: int, engine_tp: int, timeout_s: int, *arguments: st
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     program = ("--no-python", sys.executable, "-c", COMMAND, "bench", "sync")
     layout = ("--engine-tp", str(engine_tp), "--expert-model-parallel-size", str(ranks), "--output", "{result}")
-    layout += ("--profile", "{profile}") if name.startswith("30b") else ()
     return Step(name, (*launcher, *program, *arguments, *layout), timeout_s, {})
 
 
@@ -164,12 +174,24 @@ def summary(records: Sequence[dict[str, Any]], targets: dict[str, float]) -> str
             text += (
                 f"({ratio:.1f} x all_to_all, {record['result']['paths']['direct']['extra_device_bytes'] / 1e6:.0f} MB)"
             )
+        for name, one in record.get("result", {}).get("methods", {}).items():
+            text += f"{name} {one['seconds']['median']:.3f} s  "
         ratios = {name: one for name, one in record.get("result", {}).items() if name.startswith("ours_over_")}
         text += "  ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
         if switch := record.get("result", {}).get("seconds", {}).get("switch"):
             text += f"switch {switch['median']:.3f} s"
         lines.append(text.rstrip())
+        if record.get("result", {}).get("direct_with_slots"):
+            lines += [f"{'':4}{line}" for line in _table(record["result"])]
     return "\n".join([*lines, f"targets: {targets}"])
+
+
+def _table(found: dict[str, Any]) -> list[str]:
+    """The direct path's sizes of buckets and numbers of buffers."""
+    sys.path[:0] = [str(ROOT)]  # nothing is installed on a GPU host
+    from megatron_sglang.bench import result
+
+    return result.variants(found)
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
@@ -231,7 +253,7 @@ def run_all(
             continue
         record = records[step.name] = run(step, chosen.out, work)
         path.write_text(json.dumps(list(records.values()), indent=1) + "\n")
-        print(summary([record], targets).splitlines()[0], flush=True)
+        print(summary([record], targets).rpartition("\n")[0], flush=True)
     print(summary(list(records.values()), targets))
     return 0 if all(records.get(step.name, {}).get("status") == 0 for step in planned) else 1
 

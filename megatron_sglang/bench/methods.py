@@ -4,8 +4,9 @@
         --methods direct,generic,disk,merge-on-engine,restart,adapter --lora-targets linear_qkv,linear_proj
 
 Each method publishes the same versions. Those that leave merged weights must leave the same engine digest, version by
-version; those of `adapter` must sample the same tokens with the same logprobs, or there is no result. Besides bytes and
-seconds: what a repeated prompt finds in the prefix cache, which is on here, before and after an update.
+version; those of `adapter` (on a GPU of `merge-on-engine` too) must sample the same tokens with the same logprobs, or
+there is no result. Besides bytes and seconds: what a repeated prompt finds in the prefix cache, which is on here,
+before and after an update.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_sglang.config import LoraConfig
@@ -33,8 +34,12 @@ if TYPE_CHECKING:
 METHODS = ("direct", "generic", "disk", "merge-on-engine", "restart", "adapter")
 PROBE = tuple(range(5, 69))
 """A prompt of 64 tokens."""
-GAP = {"float32": 1e-4, "bfloat16": 0.25}
-"""Largest difference between a logprob under an adapter and under merged weights."""
+GAP = {"cpu": {"float32": 1e-4, "bfloat16": 0.25}, "cuda": {"float32": 1e-2, "bfloat16": 0.25}}
+"""Largest difference between a logprob under an adapter and under merged weights. On a GPU SGLang's kernels multiply
+fp32 as TF32, of 10 bits: what differs in the last bit before may differ in the tenth after."""
+ROUNDED = {"cpu": {"adapter"}, "cuda": {"adapter", "merge-on-engine"}}
+"""Methods whose weights need not have the same bits as those merged by the trainer: they are judged by what is sampled.
+On a GPU an engine rank sums products in another order than the trainer's kernel."""
 
 
 class MethodsError(MegatronSglangError):
@@ -71,11 +76,11 @@ def run(args: argparse.Namespace, options: EngineOptions, sizes: Mapping[str, in
             if names := [name for name in methods if name in group]:
                 with _engine(model, how) as engine:
                     found |= {name: _measured(args, model, engine, lora, home, name) for name in names}
-        _compare(found, GAP[args.dtype])
+        _compare(found, GAP[device][args.dtype], ROUNDED[device])
         ranks = model.comm.world_size
     standalone.leave()
     if is_leader():
-        result = _result(args, lora, ranks, found)
+        result = _result(args, lora, ranks, found, ROUNDED[device])
         if args.output is not None:
             args.output.write_text(json.dumps(result, indent=2) + "\n")
         print(_table(result), file=sys.stderr)
@@ -145,22 +150,25 @@ def _ask(engine: Any) -> dict[str, Any]:
     }
     if engine.adapter:
         body["lora_path"] = [engine.adapter]
-    (reply,) = engine._connected.post("/generate", body, 120.0, admin=False)
+    # On a GPU the first answer waits for kernels to be compiled.
+    (reply,) = engine._connected.post("/generate", body, 300.0, admin=False)
     meta = reply["meta_info"]
     logprobs = [found[0] for found in meta["output_token_logprobs"]]
     return {"tokens": reply["output_ids"], "logprobs": logprobs, "cached": meta["cached_tokens"]}
 
 
-def _compare(found: Mapping[str, Mapping[str, Any]], allowed: float) -> None:
-    """All methods left the same policy in every version."""
+def _compare(found: Mapping[str, Mapping[str, Any]], allowed: float, rounded: Collection[str]) -> None:
+    """All methods left the same policy in every version. rounded: see `ROUNDED`."""
     names = list(found)
-    for name in names[1:]:
-        for first, other in zip(found[names[0]]["reports"], found[name]["reports"], strict=True):
-            if name != "adapter" and first.engine_digest != other.engine_digest:
+    exact = [name for name in names if name not in rounded]
+    for name in exact[1:]:
+        for first, other in zip(found[exact[0]]["reports"], found[name]["reports"], strict=True):
+            if first.engine_digest != other.engine_digest:
                 raise MethodsError(
                     f"version {first.version}: engine digest {other.engine_digest} by {name}, {first.engine_digest} by "
-                    f"{names[0]}; report this"
+                    f"{exact[0]}; report this"
                 )
+    for name in names[1:]:
         for version, (first, other) in enumerate(zip(found[names[0]]["answers"], found[name]["answers"], strict=True)):
             if gap := _gap(first, other, allowed):
                 raise MethodsError(f"version {version + 1}: {name} samples other tokens than {names[0]}: {gap}")
@@ -174,7 +182,11 @@ def _gap(first: Mapping[str, Any], other: Mapping[str, Any], allowed: float) -> 
 
 
 def _result(
-    args: argparse.Namespace, lora: LoraConfig, ranks: int, found: Mapping[str, Mapping[str, Any]]
+    args: argparse.Namespace,
+    lora: LoraConfig,
+    ranks: int,
+    found: Mapping[str, Mapping[str, Any]],
+    rounded: Collection[str],
 ) -> dict[str, Any]:
     from megatron_sglang.bench import meter
     from megatron_sglang.bench import result as shared
@@ -206,7 +218,7 @@ def _result(
         "lora": dataclasses.asdict(lora),
         "syncs": args.syncs,
         "probe_tokens": len(PROBE),
-        "equal_digests": [name for name in found if name != "adapter"],
+        "equal_digests": [name for name in found if name not in rounded],
         "methods": methods,
     }
 

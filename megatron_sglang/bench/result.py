@@ -104,10 +104,7 @@ def table(found: Mapping[str, Any]) -> str:
         numbers = " ".join(f"{total[key]:8.3f}" for key in names)
         shown = f"{ratio:11.1f}x" if ratio else ""
         lines.append(f"{name:8} {path['buckets']:8} {path['bytes'] / 1e6:10.1f} {numbers} {shown}".rstrip())
-    for kind in ("direct_with_buckets", "direct_with_one_slot"):
-        for size, path in found.get(kind, {}).items():
-            median = path["seconds"]["total"]["median"]
-            lines.append(f"{kind.replace('_', ' ')}, at most {size} bytes a bucket: median {median:.3f} s")
+    lines += variants(found)
     limit = f"all_to_all of the same bytes alone: {found['all_to_all_limit_s']:.4f} s"
     if found["direct_over_limit"]:
         limit += f"; direct takes {found['direct_over_limit']:.1f} times as long; bytes and calls as planned"
@@ -125,6 +122,32 @@ def table(found: Mapping[str, Any]) -> str:
             f"(the update itself changes them by up to {difference['largest_update']:.3g})"
         )
     return "\n".join(lines)
+
+
+LITTLE_MEMORY = 10**9
+"""Bytes that an update may take of each GPU beside what is there."""
+
+
+def variants(found: Mapping[str, Any]) -> list[str]:
+    """The direct path with each size of buckets and number of buffers, and which was the fastest."""
+    tried = [(found["slots"], size, path) for size, path in found["direct_with_buckets"].items()]
+    tried += [(int(n), size, path) for n, sizes in found["direct_with_slots"].items() for size, path in sizes.items()]
+    if "direct" in found["paths"]:
+        tried.insert(0, (found["slots"], found["bucket_bytes"], found["paths"]["direct"]))
+    if len(tried) < 2:
+        return []
+    rows = [(path["seconds"]["total"]["median"], slots, int(size), path) for slots, size, path in tried]
+    rows.sort(key=lambda row: row[:3])
+    lines = [f"{'slots':>5} {'a bucket':>12} {'buckets':>8} {'median s':>9} {'extra MB':>9}"]
+    for median, slots, size, path in rows:
+        extra = path["extra_device_bytes"] / 1e6
+        lines.append(f"{slots:5} {size:12,} {path['buckets']:8} {median:9.3f} {extra:9.0f}")
+    within = [row for row in rows if row[3]["extra_device_bytes"] <= LITTLE_MEMORY]
+    for what, chosen in (("fastest", rows), (f"fastest within {LITTLE_MEMORY / 1e6:.0f} MB", within)):
+        if chosen:
+            median, slots, size, _ = chosen[0]
+            lines.append(f"{what}: {slots} of each buffer, buckets of at most {size:,} bytes: {median:.3f} s")
+    return lines
 
 
 def versions() -> dict[str, str]:

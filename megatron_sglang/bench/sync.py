@@ -62,8 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sync.add_argument("--bucket-bytes", type=int, default=SyncConfig().bucket_bytes)
     also = "afterwards the direct path with these as well"
     sync.add_argument("--also-buckets", type=int, nargs="+", default=[], metavar="BYTES", help=also)
-    single = "afterwards the direct path with one receive buffer, too: no bucket is sent before the last one was taken"
-    sync.add_argument("--also-one-slot", action="store_true", help=single)
+    buffers = (
+        f"afterwards the direct path with so many send and receive buffers, too, instead of {transfer.SLOTS} of each"
+    )
+    sync.add_argument("--also-slots", type=int, nargs="+", default=[], metavar="N", help=buffers)
     sync.add_argument("--syncs", type=int, default=5, help="measured versions (5)")
     sync.add_argument("--warm-up", type=int, default=2, help="versions before them (2)")
     sync.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="which to measure (all)")
@@ -166,7 +168,8 @@ def _measure(args: argparse.Namespace, model: Model, engine: Any) -> Iterator[di
         engine_ranks=args.engine_tp,
     )
     generic = made.generic()
-    publish(comm, engine, generic, 1)
+    if args.paths != ["direct"]:
+        publish(comm, engine, generic, 1)
     direct = made.direct()
     http = stock.connect(engine) if engine is not None else None
     stocks = stock.StockPath(comm, model.bridge, model.chunks, dtype, args.bucket_bytes, http, args.engine_tp)
@@ -211,33 +214,40 @@ def _measure(args: argparse.Namespace, model: Model, engine: Any) -> Iterator[di
     peaks = comm.gather(found.device_peaks)
     found.device_peaks = {name: max(one[name] for one in peaks) for name in args.paths}
     written = result.of(args, comm.world_size, found, difference, held, limit, moved)
-    written |= {"direct_with_buckets": {}, "direct_with_one_slot": {}}
+    written |= {"slots": made.slots, "direct_with_buckets": {}, "direct_with_slots": {}}
     yield written
-    for kind, size, path in _variants(args, made, model):
-        written[kind][size] = path
+    for slots, size, path in _variants(args, made, direct, model):
+        sizes = written["direct_with_slots"].setdefault(slots, {}) if slots else written["direct_with_buckets"]
+        sizes[size] = path
         yield written
 
 
-def _variants(args: argparse.Namespace, made: Paths, model: Model) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """The direct path otherwise: what is other, bytes of a bucket, result."""
-    for size in args.also_buckets:
-        yield "direct_with_buckets", size, _resized(args, replace(made, bucket_bytes=size), model)
-    if args.also_one_slot:
-        for size in (args.bucket_bytes, *args.also_buckets):
-            yield "direct_with_one_slot", size, _resized(args, replace(made, bucket_bytes=size, slots=1), model)
+def _variants(
+    args: argparse.Namespace, made: Paths, direct: DirectPath, model: Model
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """The direct path otherwise: buffers of each kind (0: as many as before), bytes of a bucket, result. Planned once
+    for each size."""
+    for size in (args.bucket_bytes, *args.also_buckets):
+        path = direct if size == args.bucket_bytes else replace(made, bucket_bytes=size).direct()
+        if path is not direct:
+            yield 0, size, _repeated(args, made, path, model)
+        sender: Any = path.sender
+        for slots in args.also_slots:
+            sender.slots = slots
+            yield slots, size, _repeated(args, made, path, model)
 
 
-def _resized(args: argparse.Namespace, made: Paths, model: Model) -> dict[str, Any]:
-    """The direct path, planned anew."""
+def _repeated(args: argparse.Namespace, made: Paths, path: DirectPath, model: Model) -> dict[str, Any]:
+    """Warm-up and measured versions."""
     from megatron_sglang.bench import meter, result
     from megatron_sglang.sync import publish
     from megatron_sglang.training import lora
 
-    direct, reports, largest = made.direct(), [], 0
+    reports, largest = [], 0
     for version in range(args.warm_up + args.syncs):
         lora.vary(model.chunks, version)
         with meter.device_peak() as peak:
-            report = publish(made.comm, made.engine, direct, version + 1)
+            report = publish(made.comm, made.engine, path, version + 1)
         if version >= args.warm_up:
             reports.append(report)
             largest = max(largest, peak[0])

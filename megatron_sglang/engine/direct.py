@@ -1,8 +1,8 @@
 """The direct path inside an engine rank: parts of a flat buffer go straight into the parameters.
 
 Torch only; called by `loader.py`. The plan is installed once and checked against the live parameters: every element
-of each must be written exactly once, by a copy or a constant. A delivery is checked segment by segment before it
-touches a parameter, and read back after.
+of each must be written exactly once, by a copy or a constant. Of each segment of a delivery two digests are compared
+with the sender's: of what arrived, and of what the parameters hold after.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
+from megatron_sglang import digests as digest_of
 from megatron_sglang.copies import Copy
-from megatron_sglang.digests import digests as digests_of
-from megatron_sglang.digests import segments_of
 from megatron_sglang.engine.live_model import refresh, tie_head
 
 
@@ -26,16 +25,8 @@ class Plan:
 
     buckets: tuple[tuple[Copy, ...], ...]
     constants: tuple[tuple[Copy, float], ...]
-    launches: dict[int, _Launches | None] = field(default_factory=dict)
-    """By delivery: what its kernels need, laid out at its first; None: it goes step by step."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Launches:
-    moves: Any
-    """`copy_kernel.Moves`."""
-    segments: Any
-    """`digest_kernel.Segments`."""
+    launches: dict[int, Any] = field(default_factory=dict)
+    """By delivery: what its kernel needs (`copy_kernel.Moves`), laid out at its first; None: it goes step by step."""
 
 
 class Live:
@@ -81,8 +72,9 @@ def check(model: Any, message: dict[str, Any]) -> Plan:
 def deliver(live: Live, plan: Plan, index: int, message: dict[str, Any], data: torch.Tensor) -> None:
     """Write delivery `index`. ValueError if its bytes are not those that were sent, or are not in the parameters.
 
-    Step by step, nothing wrong touches a parameter. With kernels, all four passes are under way before the first digest
-    is read; a parameter that took wrong bytes keeps them until the next version begins, and nothing of it is served.
+    Step by step, nothing wrong touches a parameter. By kernel, both passes (write, read back) are under way before the
+    first digest is read; a parameter that took wrong bytes keeps them until the next version begins, and nothing of it
+    is served.
     """
     flat = data.view(getattr(torch, message["dtype"]))
     copies = plan.buckets[index]
@@ -91,34 +83,36 @@ def deliver(live: Live, plan: Plan, index: int, message: dict[str, Any], data: t
     if sum(lengths) != flat.numel() or flat.numel() != expected:
         raise ValueError(f"delivery {index} has {flat.numel()} elements, expected {expected} by plan")
     if index not in plan.launches:
-        plan.launches[index] = _launches(live, copies, lengths, flat)
-    launches, written = plan.launches[index], torch.empty_like(flat)
-    if launches is not None and live.aligned and flat.data_ptr() % 16 == 0:
-        arrived = launches.segments.digests(flat)
-        launches.moves.write(flat, live.addresses)
-        launches.moves.read(written, live.addresses)
-        arrived_digests, written_digests = torch.stack([arrived, launches.segments.digests(written)]).tolist()
-        _compare(index, copies, lengths, digests, arrived_digests, "arrived with")
-        _compare(index, copies, lengths, digests, written_digests, "reads back from the parameters as")
+        plan.launches[index] = _moves(live, copies, lengths, flat)
+    moves = plan.launches[index]
+    if moves is not None and live.aligned and flat.data_ptr() % 16 == 0:
+        arrived, written = torch.stack([moves.write(flat, live.addresses), moves.read(live.addresses)]).tolist()
+        _compare(index, copies, lengths, digests, arrived, "arrived with")
+        _compare(index, copies, lengths, digests, written, "reads back from the parameters as")
         return
-    _compare(index, copies, lengths, digests, digests_of(flat.split(lengths)), "arrived with")
+    _compare(index, copies, lengths, digests, digest_of.digests(flat.split(lengths)), "arrived with")
     for copy in copies:
         copy.of(live.parameters[copy.tensor]).copy_(copy.of_flat(flat))
+    again = torch.empty_like(flat)
     for copy in copies:
-        copy.of_flat(written).copy_(copy.of(live.parameters[copy.tensor]))
-    written_digests = digests_of(written.split(lengths))
-    _compare(index, copies, lengths, digests, written_digests, "reads back from the parameters as")
+        copy.of_flat(again).copy_(copy.of(live.parameters[copy.tensor]))
+    written = digest_of.digests(again.split(lengths))
+    _compare(index, copies, lengths, digests, written, "reads back from the parameters as")
 
 
-def _launches(live: Live, copies: Sequence[Copy], lengths: Sequence[int], flat: torch.Tensor) -> _Launches | None:
-    segments = segments_of(flat, lengths)
-    if segments is None or not copies:
+def _moves(live: Live, copies: Sequence[Copy], lengths: Sequence[int], flat: torch.Tensor) -> Any:
+    """`copy_kernel.Moves` of a delivery; None where it has to go step by step."""
+    if not copies or not digest_of.is_on_gpu(flat):
         return None
-    from megatron_sglang import copy_kernel  # Triton is there: the segments are its too
-
-    if any(live.parameters[copy.tensor].dtype != flat.dtype or not copy_kernel.takes(copy) for copy in copies):
+    try:
+        from megatron_sglang import copy_kernel
+    except ImportError:  # no Triton
         return None
-    return _Launches(copy_kernel.Moves(copies, live.numbers, flat.element_size(), flat.device), segments)
+    if any(live.parameters[copy.tensor].dtype != flat.dtype for copy in copies):
+        return None
+    if not copy_kernel.Moves.fits(copies, lengths, flat.element_size()):
+        return None
+    return copy_kernel.Moves(copies, lengths, live.numbers, flat.element_size(), flat.device)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """How long one weight update takes, from bytes and measured rates. Pure.
 
-    seconds = merged / merge + moved / link + far / network + 2 received / copy + digested / digest
+    seconds = merged / merge + moved / link + far / network + received / copy + digested / digest
             + buckets x hand_over + fixed
 
 Ranks meet in every bucket, so what is merged and moved counts as the busiest rank's of each bucket, added up (`Steps`);
@@ -12,9 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
-
-COPIES = 2
-"""Into the engine's parameters, and out of them to be read back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,7 @@ class Host:
     network: Figure
     """Between machines."""
     copy: Figure
-    """From the received buffer into the engine's parameters, or back."""
+    """From the received buffer into the engine's parameters, with a digest on the way."""
     digest: Figure
     """One digest of the bytes."""
     hand_over: Figure
@@ -58,7 +55,7 @@ def _h200(gpus: int, held: float, leaves: float, merge_s: float, link_s: float, 
     in bf16, EP and engine TP as many as GPUs. Seconds: of the merging kernel and of the digest kernel on rank 0, and of
     an all_to_all of the same bytes."""
     run = f"benchmarks/results/sync_h200_{gpus}.json"
-    fit = "least squares over the three sizes of buckets in benchmarks/results/sync_h200_2.json"
+    fit = "least squares over the three sizes of buckets that 2 GPUs have run with the code before (plan_check.json)"
     return Host(
         name=f"{gpus} x H200, NVLink",
         gpus=gpus,
@@ -149,7 +146,7 @@ def predict(loads: Sequence[Load], steps: Steps, host: Host = H200) -> Predictio
         merge=steps.merged / host.merge.value,
         link=steps.moved / host.link.value,
         network=steps.far / host.network.value,
-        copy=COPIES * max(load.received for load in loads) / host.copy.value,
+        copy=max(load.received for load in loads) / host.copy.value,
         digest=max(load.digested for load in loads) / host.digest.value,
         hand_over=steps.buckets * host.hand_over.value,
         fixed=host.fixed.value,

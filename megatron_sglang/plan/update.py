@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from megatron_sglang import transfer
 from megatron_sglang.plan.cost import H200, Host, Load, Prediction, Steps, predict
-from megatron_sglang.transfer import SENDS, SLOTS, Piece, Region
+from megatron_sglang.transfer import SLOTS, Piece, Region
 
-DIGESTS_SENT, DIGESTS_RECEIVED = 1, 2
-"""How often a byte is digested: where it is packed; on arrival, and when it is read back from the parameters."""
+DIGESTS_SENT, DIGESTS_RECEIVED = 1, 1
+"""Passes that a digest costs: where a byte is packed; when it is read back from the parameters. That of what arrives is
+made where it is copied into them (`copy_kernel.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +21,13 @@ class Memory:
     writes into the send buffer (`weights/merge_kernel.py`)."""
 
     send: int
-    """Two buffers: the next bucket is merged while one is sent."""
+    """So many buffers as there are slots (`transfer.SLOTS`)."""
     receive: int
-    read_back: int
-    """Of the engine ranks that it hands over to, in their processes: what they have written, read again."""
+    """As many for each engine rank that it hands over to, which needs none of its own."""
 
     @property
     def total(self) -> int:
-        return self.send + self.receive + self.read_back
+        return self.send + self.receive
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +68,16 @@ class Update:
 
 
 def update_of(
-    shards: Collection[Region], slots: Sequence[Region], ranks: int, itemsize: int, bucket_bytes: int, host: Host = H200
+    shards: Collection[Region],
+    slots: Sequence[Region],
+    ranks: int,
+    itemsize: int,
+    bucket_bytes: int,
+    host: Host = H200,
+    buffers: int = SLOTS,
 ) -> Update:
     """Plan an update as `sync.plan_for` does. shards and slots: of all ranks; ranks: of the trainer; itemsize: of the
-    engine's dtype, in bytes.
+    engine's dtype, in bytes; buffers: of each kind.
 
     Raises `WeightSyncError` for a slot that the shards do not fill.
     """
@@ -92,7 +98,7 @@ def update_of(
         largest_of_rank=max(max(sizes.values()) for sizes in received),
         loads=loads,
         steps=steps,
-        memory=_memory(buckets, ranks, itemsize),
+        memory=_memory(buckets, ranks, itemsize, buffers),
         seconds=predict(loads, steps, host),
         host=host,
     )
@@ -141,17 +147,14 @@ def steps_of(pairs: Sequence[Mapping[tuple[int, int], int]], ranks: int, gpus: i
     )
 
 
-def _memory(buckets: Sequence[Sequence[Piece]], ranks: int, itemsize: int) -> list[Memory]:
+def _memory(buckets: Sequence[Sequence[Piece]], ranks: int, itemsize: int, buffers: int) -> list[Memory]:
     send, receive, largest_part = Counter[int](), Counter[int](), Counter[int]()
     for bucket in buckets:
         send |= _by(bucket, "source", itemsize)
         largest_part |= _by(bucket, "target", itemsize)
     for target, size in largest_part.items():  # each engine rank that a rank hands over to has buffers of its own
         receive[transfer.host_of(target, ranks)] += size
-    return [
-        Memory(send=min(SENDS, len(buckets)) * send[rank], receive=SLOTS * receive[rank], read_back=receive[rank])
-        for rank in range(ranks)
-    ]
+    return [Memory(min(buffers, len(buckets)) * send[rank], buffers * receive[rank]) for rank in range(ranks)]
 
 
 def _by(bucket: Iterable[Piece], end: str, itemsize: int) -> Counter[int]:

@@ -8,6 +8,7 @@ not own. The plan depends on placement alone, so what each rank does with each b
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from megatron_sglang import transfer
 from megatron_sglang.copies import Copy, fold
 from megatron_sglang.digests import digests_of, segments_of
-from megatron_sglang.transfer import SENDS, SLOTS, Piece
+from megatron_sglang.transfer import SLOTS, Piece
 from megatron_sglang.types import MergeFidelity
 from megatron_sglang.weights.merge import MergeStats, Unit, factored, kernel_for, merged, units_of
 
@@ -65,7 +66,7 @@ class DirectSender:
     """Sends weight versions by a plan. Collective: all ranks iterate together.
 
     buckets: the plan, cut; the same on all ranks. shapes: of the HF tensors. hosts: trainer ranks that hand over, the
-    first ones; None: all. slots: receive buffers; with one, an exchange waits until the last bucket has been taken.
+    first ones; None: all. slots: buffers of each kind (`transfer.SLOTS`); may be set anew between two versions.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class DirectSender:
         sources: defaultdict[str, set[int]] = defaultdict(set)
         for piece in (piece for bucket in buckets for piece in bucket):
             sources[piece.here.tensor].add(piece.source)
+        self._beside = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._shares = [
             torch.tensor(self._share(unit, sources), dtype=torch.float64, device=self._device) for unit in self._units
         ]
@@ -109,11 +111,13 @@ class DirectSender:
         """
         self.stats = MergeStats()
         largest = max(part.sent(len(self.rounds)) for part in self._parts)
-        sends = [self._buffer(largest) for _ in range(min(SENDS, len(self._parts)))]
+        sends = [self._buffer(largest) for _ in range(min(self.slots, len(self._parts)))]
         slots = [
             [self._buffer(max(sum(part.receive_sizes[number]) for part in self._parts)) for _ in range(self.slots)]
             for number in self.rounds
         ]
+        # Merging what is split over TP gathers factors, and two groups' collectives at a time may block each other.
+        ahead = len(sends) > 1 and not any(unit.is_collective for unit in self._units)
         counted: set[int] = set()
         kept: dict[int, torch.Tensor] = {}
         self._merge_part(0, sends[0], counted, kept)
@@ -121,12 +125,19 @@ class DirectSender:
             if index >= self.slots:
                 free(index - self.slots)
             under_way = [
-                self._exchange(index, number, sends[index % SENDS], slots[number][index % self.slots], failed())
+                self._exchange(index, number, sends[index % len(sends)], slots[number][index % self.slots])
                 for number in self.rounds
             ]
-            # A GPU is given its next work before this one's digests are waited for.
+            if not ahead:
+                self._tell(under_way, failed())
+                for exchange in under_way:
+                    exchange.before_next()
+            # A GPU is given its next work before this one's digests are waited for; working ahead, before they are
+            # exchanged: where all streams share one queue, what waits there would hold up the merge.
             if index + 1 < len(self._parts):
-                self._merge_part(index + 1, sends[(index + 1) % SENDS], counted, kept)
+                self._merge_part(index + 1, sends[(index + 1) % len(sends)], counted, kept)
+            if ahead:
+                self._tell(under_way, failed())
             for exchange in under_way:
                 delivery = exchange.delivery()
                 if delivery is None:
@@ -234,25 +245,32 @@ class DirectSender:
         counted.add(number)
         return merged(self._units[number], self.dtype, stats, self._shares[number]).contiguous().view(-1)
 
-    def _exchange(self, index: int, number: int, send: torch.Tensor, memory: torch.Tensor, failed: bool) -> _Exchange:
+    def _exchange(self, index: int, number: int, send: torch.Tensor, memory: torch.Tensor) -> _Exchange:
         part = self._parts[index]
         send_sizes, receive_sizes = part.send_sizes[number], part.receive_sizes[number]
         outgoing, incoming = send[part.sent(number) : part.sent(number + 1)], memory[: sum(receive_sizes)]
-        dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes)
+        work = dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes, async_op=True)
         key = index, number
         if key not in self._segments:
             self._segments[key] = segments_of(outgoing, send_sizes)
         segments = self._segments[key]
         digests = segments.digests(outgoing) if segments is not None else digests_of(outgoing.split(send_sizes))
-        told = torch.stack([digests, torch.full_like(digests, int(failed))], dim=1)
-        heard = torch.empty_like(told)
-        dist.all_to_all_single(heard, told)
         place = (self._target(number, self.rank), index, index % self.slots)
-        return _Exchange(place, memory, incoming, tuple(receive_sizes), heard)
+        return _Exchange(place, memory, incoming, tuple(receive_sizes), work, digests)
+
+    def _tell(self, under_way: Sequence[_Exchange], failed: bool) -> None:
+        """After all all-to-alls of a bucket, since a group of ranks must not run two collectives side by side: in a
+        stream that waits for them but not for this rank's next merge."""
+        with torch.cuda.stream(self._beside) if self._beside is not None else contextlib.nullcontext():
+            for exchange in under_way:
+                exchange.wait()
+            for exchange in under_way:
+                exchange.tell(failed)
 
 
 class _Exchange:
-    """All-to-alls under way. heard: [ranks, 2] int64, the digest of each rank's segment and whether the rank failed."""
+    """An all-to-all under way. work: torch's; digests: int64 [ranks], of the segments that this rank sends, begun but
+    not waited for."""
 
     def __init__(
         self,
@@ -260,15 +278,37 @@ class _Exchange:
         memory: torch.Tensor,
         data: torch.Tensor,
         lengths: tuple[int, ...],
-        heard: torch.Tensor,
+        work: Any,
+        digests: torch.Tensor,
     ) -> None:
         self._place, self._memory, self._data, self._lengths = place, memory, data, lengths
-        self._heard, self._done = heard, None
-        if heard.is_cuda:
+        self._work, self._digests = work, digests
+        self._digested, self._done = None, None
+        if digests.is_cuda:
+            self._digested, self._done = torch.cuda.Event(), torch.cuda.Event()
+            self._digested.record()
+
+    def wait(self) -> None:
+        """Until data and digests are there; on a GPU the current stream does, not the host."""
+        if self._digested is not None:
+            self._digested.wait()
+        self._work.wait()
+
+    def tell(self, failed: bool) -> None:
+        """Exchange the digests, and whether this rank has failed. Collective."""
+        told = torch.stack([self._digests, torch.full_like(self._digests, int(failed))], dim=1)
+        heard = torch.empty_like(told)
+        dist.all_to_all_single(heard, told)
+        self._heard = heard
+        if self._done is not None:
             self._heard = torch.empty(heard.shape, dtype=heard.dtype, pin_memory=True)
             self._heard.copy_(heard, non_blocking=True)
-            self._done = torch.cuda.Event()
             self._done.record()
+
+    def before_next(self) -> None:
+        """After `tell`: what this rank's stream is given from here on may overwrite what was sent."""
+        if self._done is not None:
+            self._done.wait()
 
     def delivery(self) -> Delivery | None:
         """Waits until it is complete on its device. None on all ranks where one has failed."""

@@ -6,6 +6,7 @@ In Triton's interpreter, which needs no GPU; it is chosen when Triton is importe
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -54,37 +55,30 @@ print("equal")
 """
 
 DELIVERY = """
-import random
 import torch
 from megatron_sglang import copies, digests
-from megatron_sglang.copy_kernel import Moves, takes
+from megatron_sglang.copy_kernel import Moves
 from megatron_sglang.engine import direct
 
-random.seed(3)
-names = {"a": (40, 96), "b": (3, 2, 8, 160), "c": (5000,), "d": (7, 13)}
+names = {"a": (40, 96), "b": (3, 2, 8, 160), "c": (5000,), "d": (7, WIDTH)}
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
         for name, shape in names.items():
-            self.register_parameter(name, torch.nn.Parameter(torch.full(shape, torch.nan, dtype=torch.bfloat16)))
+            self.register_parameter(name, torch.nn.Parameter(torch.full(shape, torch.nan, dtype=torch.DTYPE)))
 
-# Columns of a, in two halves of evenly spaced groups of rows; b by its last axes; c whole; d row by row backwards.
+# Columns of a, in two halves of evenly spaced groups of rows; b by its last axes; c whole, long enough for rows of its
+# own; d row by row backwards.
 rectangles = [("a", 96 * row + 48 * half, 4, 48, 96, 1) for half in (0, 1) for row in range(0, 40, 4)]
 rectangles += [("b", 1280 * outer + 80 * half, 8, 80, 160, 1) for half in (1, 0) for outer in range(6)]
-rectangles += [("c", 0, 1, 5000, 5000, 1)] + [("d", 13 * row, 1, 13, 13, 1) for row in reversed(range(7))]
+rectangles += [("c", 0, 1, 5000, 5000, 1)] + [("d", WIDTH * row, 1, WIDTH, WIDTH, 1) for row in reversed(range(7))]
 made = copies.fold(rectangles)
-assert all(map(takes, made)) and any(len(copy.sizes) > 2 for copy in made), made
-sizes = [rows * cols for _, _, rows, cols, _, _ in rectangles]
-total = sum(sizes)
-lengths = [total // 8 * 4, 0, total - total // 8 * 4]
-lengths = [lengths[0] - lengths[0] % 4, 0, total - lengths[0] + lengths[0] % 4]
-if lengths[2] % 4:
-    rectangles.append(("e", 0, 1, 4 - lengths[2] % 4, 4, 1))
-    names["e"] = (4 - lengths[2] % 4,)
-    made, total = copies.fold(rectangles), total + names["e"][0]
-    lengths[2] += names["e"][0]
-flat = torch.randn(total).bfloat16()
-message = {"dtype": "bfloat16", "lengths": lengths, "digests": digests.digests(flat.split(lengths))}
+assert any(len(copy.sizes) > 2 for copy in made), made
+total = sum(rows * cols for _, _, rows, cols, _, _ in rectangles)
+# Segments end within a copy, a row and a tile; some are empty.
+lengths = [3000, 0, 2004, 4, 0, total - 5008]
+flat = torch.randn(total).to(torch.DTYPE)
+message = {"dtype": "DTYPE", "lengths": lengths, "digests": digests.digests(flat.split(lengths))}
 rows = [(c.tensor, c.offset, c.flat, c.sizes, c.strides, c.flat_strides) for c in made]
 
 def delivered(by_kernel, changed=None):
@@ -95,41 +89,72 @@ def delivered(by_kernel, changed=None):
     if changed is not None:
         data[changed] += 1
     direct.deliver(direct.Live(model), plan, 0, message, data.view(torch.uint8))
-    assert (plan.launches[0] is not None) == by_kernel
+    assert (plan.launches[0] is not None) == (by_kernel and BY_KERNEL)
     return dict(model.named_parameters())
 
 expected, found = delivered(False), delivered(True)
 assert all(torch.equal(found[name], expected[name]) for name in names)
 assert not any(parameter.isnan().any() for parameter in found.values())
 for by_kernel in (False, True):
-    for changed, source in ((0, 0), (total - 1, 2)):
+    for changed, source in ((0, 0), (2999, 0), (3000, 2), (5003, 2), (5004, 3), (5008, 5), (total - 1, 5)):
         try:
             delivered(by_kernel, changed)
         except ValueError as error:
             assert f"part of trainer rank {source}, for " in str(error), error
             assert ": arrived with digest" in str(error), error
             named = str(error).partition(", for ")[2].partition(":")[0].split(", ")
-            assert set(named) < set(names) and (made[0] if changed == 0 else made[-1]).tensor in named, error
+            assert set(named) < set(names), error
+            assert {0: made[0].tensor, total - 1: made[-1].tensor}.get(changed, named[0]) in named, error
         else:
             raise AssertionError("a changed element was not noticed")
 
 class Forgetful(Moves):
     def write(self, flat, addresses):
+        found = super().write(flat, addresses)
         super().write(flat.roll(1), addresses)
+        return found
+
+class Missing(Moves):
+    def write(self, flat, addresses):
+        found = super().write(flat, addresses)
+        parameters["d"].view(torch.int16)[-1, -1] ^= 1  # a single bit of what has been written
+        return found
+
+class Watched(direct.Live):
+    def __init__(self, model):
+        super().__init__(model)
+        parameters.update(self.parameters)
 
 import megatron_sglang.copy_kernel
-megatron_sglang.copy_kernel.Moves = Forgetful
-try:
-    delivered(True)
-except ValueError as error:
-    assert "reads back from the parameters as digest" in str(error), error
-else:
-    raise AssertionError("other bytes in the parameters were not noticed")
+parameters, direct.Live = {}, Watched
+for faulty in (Forgetful, Missing) if BY_KERNEL else ():
+    megatron_sglang.copy_kernel.Moves = faulty
+    try:
+        delivered(True)
+    except ValueError as error:
+        assert "reads back from the parameters as digest" in str(error), error
+        assert faulty is Forgetful or "part of trainer rank 5, for " in str(error), error
+    else:
+        raise AssertionError("other bytes in the parameters were not noticed")
 print("equal")
 """
 
 
-@pytest.mark.parametrize("program", [DIGESTS, DELIVERY], ids=["digests", "delivery"])
+def delivery(dtype: str, width: int, *, by_kernel: bool) -> str:
+    values = {"DTYPE": dtype, "WIDTH": str(width), "BY_KERNEL": str(by_kernel)}
+    return re.sub("|".join(values), lambda found: values[found[0]], DELIVERY)
+
+
+PROGRAMS = {
+    "digests": DIGESTS,
+    "large words": delivery("bfloat16", 16, by_kernel=True),
+    "small words": delivery("bfloat16", 12, by_kernel=True),
+    "fp32": delivery("float32", 12, by_kernel=True),
+    "rows of broken words": delivery("bfloat16", 13, by_kernel=False),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS.keys())
 def test_the_kernels_compute_the_same(program: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", program]

@@ -24,8 +24,8 @@ ROOMS = {
 
 LAYERS = [
     "errors types copies precision packing digest_kernel",
-    "digests copy_kernel stops hf_files routing",
-    "config buckets layout placement",
+    "digests stops hf_files routing",
+    "copy_kernel config buckets layout placement",
     "config_check interfaces weight_folder metrics trackers advantages prompts comm",
     "config_argv losses trace rewards rollout transfer host memory samples",
     "config_docs batching report cpu sync agents feed",

@@ -87,10 +87,9 @@ def test_bytes_buckets_and_memory_add_up() -> None:
     assert update.pairs == {(0, 0): 20, (0, 1): 8, (1, 0): 8, (1, 1): 20}
     assert (update.total, update.stays, update.buckets) == (56, 40, 2)
     assert (update.largest, update.largest_of_rank) == (32, 16)
-    assert update.loads == [Load(merged=28, sent=8, sent_far=0, received=28, digested=28 + 2 * 28)] * 2
+    assert update.loads == [Load(merged=28, sent=8, sent_far=0, received=28, digested=28 + 28)] * 2
     memory = update.memory[0]
-    assert (memory.send, memory.receive, memory.read_back) == (2 * 16, 2 * 16, 16)
-    assert memory.total == 80
+    assert (memory.send, memory.receive, memory.total) == (2 * 16, 2 * 16, 64)
 
 
 def test_more_engine_ranks_than_trainer_ranks_count_where_they_are_handed_over() -> None:
@@ -105,7 +104,7 @@ def test_more_engine_ranks_than_trainer_ranks_count_where_they_are_handed_over()
     update = update_of(Trainer(found, (1, 1), placement).shards(), slots, 2, 2, 1 << 20)
     assert update.pairs == {(source, target): 4 for source in (0, 1) for target in range(4)}
     assert (update.total, update.stays) == (32, 16)
-    assert update.loads == [Load(merged=16, sent=8, sent_far=0, received=16, digested=16 + 2 * 16)] * 2
+    assert update.loads == [Load(merged=16, sent=8, sent_far=0, received=16, digested=16 + 16)] * 2
     assert update.memory[0].receive == 2 * (8 + 8)
 
 
@@ -138,13 +137,13 @@ def test_seconds_are_those_of_the_busiest_rank() -> None:
     one = replace(H200.merge, value=1.0)
     host = replace(H200, merge=ten, link=ten, network=one, copy=ten, digest=ten, hand_over=one, fixed=one)
     load, idle = Load(merged=50, sent=20, sent_far=3, received=50, digested=150), Load(0, 0, 0, 0, 0)
-    expected = {"merge": 5.0, "link": 2.0, "network": 3.0, "copy": 10.0, "digest": 15.0, "hand_over": 4.0, "fixed": 1.0}
+    expected = {"merge": 5.0, "link": 2.0, "network": 3.0, "copy": 5.0, "digest": 15.0, "hand_over": 4.0, "fixed": 1.0}
     for loads in ([load], [idle, load, idle]):
         found = predict(loads, Steps.even(loads, buckets=4), host)
         assert asdict(found) == expected
-        assert found.total == 40.0
+        assert found.total == 35.0
     uneven = Steps(buckets=4, merged=100, moved=40, far=3)
-    assert predict([load, load], uneven, host).total == 47.0, "one rank at a time is busy"
+    assert predict([load, load], uneven, host).total == 42.0, "one rank at a time is busy"
 
 
 def test_buckets_in_which_one_rank_sends_cost_its_time() -> None:
@@ -164,7 +163,7 @@ def test_the_host_is_the_one_that_was_measured_with_as_many_gpus() -> None:
 
 def test_what_was_predicted_for_measured_updates() -> None:
     """benchmarks/plan_check.py plans them anew; what it has written must be what the figures give today. How far off
-    each is: docs/plan.md."""
+    each is, and what older code's updates say: docs/plan.md."""
     rows = json.loads((CHECKS / "plan_check.json").read_text())
     assert {row["gpus"] for row in rows} == {2, 4}
     for row in rows:
@@ -174,7 +173,7 @@ def test_what_was_predicted_for_measured_updates() -> None:
         sizes = run["direct_with_buckets"] | {str(run["bucket_bytes"]): run["paths"]["direct"]}
         measured = sizes[str(row["bucket_bytes"])]
         assert measured["seconds"]["total"]["median"] == row["measured_s"]
-        assert measured["buckets"] == steps.buckets
+        assert measured["buckets"] == steps.buckets or row["of_older_code"]
 
 
 def test_arguments_that_cannot_work() -> None:
