@@ -75,8 +75,9 @@ def set_up(
     return recipe, model, optimizer, scheduler
 
 
-def randomize(model: list[Any], scale: float) -> None:
-    """Give every adapter's B values that do not depend on the layout."""
+def randomize(model: list[Any], scale: float, exactly: bool = False) -> None:
+    """Give every adapter's B values that do not depend on the layout. exactly: A and B get so few digits that fp32
+    holds their products and sums; then no order of summation, which a machine chooses, changes a bit."""
     for adapter in lora.adapters(model):
         weight = adapter.wrapper.adapter.linear_out.weight
         dense = adapter.expert is None
@@ -86,6 +87,9 @@ def randomize(model: list[Any], scale: float) -> None:
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         whole = torch.randn(weight.shape[0] * tp_size, weight.shape[1], generator=generator) * scale
         weight.data.copy_(whole.chunk(tp_size)[tp_rank])
+        if exactly:
+            for factor in (weight, adapter.wrapper.adapter.linear_in.weight):
+                factor.data.copy_((factor.data * 256).round() / 256)
 
 
 def samples(count: int, vocabulary: int) -> list[TrainSample]:
@@ -260,7 +264,7 @@ def direct(
     recipe, model, _, _ = set_up(hf, layout, dtype=dtype)
     sent_as = getattr(torch, dtype)
     merge._is_on_gpu = digests.is_on_gpu = lambda _: fused
-    randomize(model, 0.2)
+    randomize(model, 0.2, exactly=fused)
     shapes = tensor_shapes(hf)
     mine = shards.of_this_rank(recipe.bridge, model, shapes)
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
