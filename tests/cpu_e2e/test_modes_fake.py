@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from engine_tools import fake_options, script
+from engine_tools import fake_options, script, shared_memory
 
 from megatron_sglang.buckets import pack
 from megatron_sglang.engine import create_engines
@@ -171,9 +171,12 @@ class Running:
 
     def kill(self) -> None:
         if self.process is not None:
+            shared = shared_memory(self.process.pid)
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(20)
             self.process = None
+            for path in shared:  # nobody else would: we are its supervisor
+                path.unlink(missing_ok=True)
 
     def connect(self, **changes: Any) -> ExternalEngine:
         environment = {KEY: "user", ADMIN_KEY: "admin", MAILBOX_VARIABLE: str(self.mailbox), **changes}
