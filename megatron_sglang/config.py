@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "router"]
 
+RouterPolicy = Literal["manual", "cache_aware", "power_of_two", "round_robin", "random"]
+"""Of sglang-router: who gets a request."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:

@@ -15,7 +15,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from megatron_sglang import placement
-from megatron_sglang.config import RunConfig
+from megatron_sglang.config import RouterPolicy, RunConfig
 from megatron_sglang.errors import ConfigError
 
 SECTIONS = tuple(item.name for item in dataclasses.fields(RunConfig) if item.name != "seed")
@@ -29,6 +29,9 @@ SGLANG_RESERVED = {
     "random_seed": "seed",
 }
 """ServerArgs fields that are written from our own; the engine refuses the others that it owns."""
+
+ROUTER = "router_policy"
+"""Under `sglang`, though no field of ServerArgs: the flag --router-policy of `sglang_router.launch_server`."""
 
 MEGATRON_RESERVED = {
     "seed": "seed",
@@ -70,7 +73,8 @@ def known_options(section: Literal["megatron", "sglang"]) -> Mapping[str, str]:
     """Option name -> its number of values ("0", "1", "3", "*", "+"; "bool": --x and --no-x) in the pinned version."""
     table = {"megatron": "megatron_flags.txt", "sglang": "sglang_fields.txt"}[section]
     lines = resources.files("megatron_sglang").joinpath(table).read_text().splitlines()
-    return dict(line.split() for line in lines if line and not line.startswith("#"))
+    more = {ROUTER: "1"} if section == "sglang" else {}
+    return dict(line.split() for line in lines if line and not line.startswith("#")) | more
 
 
 @cache
@@ -119,6 +123,7 @@ def check(config: RunConfig, *, local_world_size: int | None = None) -> tuple[st
     """Raise `ConfigError` for what cannot work; the warnings otherwise. Engine sizes need `local_world_size`."""
     _check_ranges(config)
     _check_pass_through(config)
+    _check_router(config)
     _check_batches(config)
     if local_world_size is not None:
         _check_engine(config, local_world_size)
@@ -177,6 +182,12 @@ def _check_pass_through(config: RunConfig) -> None:
             f"expert-tensor-parallel-size={config.megatron['expert-tensor-parallel-size']}: adapters of experts are "
             "wrong above 1 in Megatron-Bridge 0.6.2; set it to 1 and raise expert-model-parallel-size instead"
         )
+
+
+def _check_router(config: RunConfig) -> None:
+    policies = typing.get_args(RouterPolicy)
+    if (given := config.sglang.get(ROUTER)) not in (None, *policies):
+        raise ConfigError(f"sglang.{ROUTER}={given}; expected {' or '.join(policies)}; without it there is no router")
 
 
 def _megatron_int(config: RunConfig, name: str, default: int) -> int:

@@ -28,12 +28,14 @@ def create_rollout(
     say: Callable[[str], None],
     routing: bool = False,
 ) -> Rollout | AgentRollout:
-    """`Rollout` where a completion is one turn and a batch is what was started; `AgentRollout` for all else.
+    """`Rollout` where a completion is one turn, a batch is what was started, and no router is there, which passes on
+    single requests only; `AgentRollout` for all else.
 
     engine: `interfaces.Engine` with `client()`. routing: ask it for the experts that processed each token.
     Raises `ConfigError` for an environment that does not exist.
     """
-    if not config.environment and config.over_sampling == 1 and not config.dynamic_sampling:
+    routed = getattr(engine, "router", None) is not None
+    if not config.environment and config.over_sampling == 1 and not config.dynamic_sampling and not routed:
         return Rollout(engine, reward, tokenizer.decode, sampling, config.samples_per_prompt, seed, routing=routing)
     return AgentRollout(
         connect=engine.client,

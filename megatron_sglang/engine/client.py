@@ -176,6 +176,7 @@ class EngineClient:
                 f"stop texts {list(request.sampling.stop)} cut a completion before its end, where SGLang tells the "
                 "experts; end it by stop_token_ids, or leave routing_from out"
             )
+        one.session_id = request.session_id
         self._running.add(one)
         try:
             async with self._places:

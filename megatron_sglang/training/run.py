@@ -18,6 +18,7 @@ from typing import Any
 from megatron_sglang import agents, rewards
 from megatron_sglang.comm import Board, TorchComm
 from megatron_sglang.config import RunConfig
+from megatron_sglang.config_check import ROUTER
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.cycle import Cycle, Leader
 from megatron_sglang.engine import EngineOptions
@@ -253,6 +254,7 @@ def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]
 def engine_options(config: RunConfig) -> EngineOptions:
     """How the first engine is started for `config`; `create_engines` derives the others."""
     extra = modes.extra_of(config) | config.sglang | modes.lora_of(config)
+    extra.pop(ROUTER, None)
     sizes = {ours: extra.pop(theirs) for theirs, ours in SIZES.items() if theirs in extra}
     return EngineOptions(
         model_path=config.model.hf_path,
