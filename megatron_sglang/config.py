@@ -78,6 +78,9 @@ class RolloutConfig:
     """Only the k likeliest tokens; -1: all."""
     max_new_tokens: int = 1024
     """Longest completion, in tokens, its stop token included."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, or a turn, wherever they appear in it, besides the tokenizer's end token; the
+    verifier sees what is before them. Several of them, or escapes: a list, '["</answer>", "\\n\\n"]'."""
     batches: int = 30
     """Rollout batches in the run."""
     mode: Literal["auto", "colocated", "split", "shared"] = "auto"
@@ -161,8 +164,6 @@ class EngineConfig:
 
     tp_size: int | None = None
     """Ranks of one engine (its tensor parallelism): N trainer ranks of the node get N / tp_size engines; null: one."""
-    ep_size: int = 1
-    """Expert parallelism inside an engine; divides tp_size."""
     external: tuple[str, ...] = ()
     """URLs of engines that run already; empty: engines are started and ended with the run."""
     python: str = ""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from megatron_sglang import placement
 from megatron_sglang.config import RouterPolicy, RunConfig
 from megatron_sglang.errors import ConfigError
+from megatron_sglang.stops import StopMatcher
 
 SECTIONS = tuple(item.name for item in dataclasses.fields(RunConfig) if item.name != "seed")
 
@@ -24,7 +25,6 @@ SGLANG_RESERVED = {
     "model_path": "model.hf_path",
     "dtype": "model.dtype",
     "tp_size": "engine.tp_size",
-    "ep_size": "engine.ep_size",
     "enable_deterministic_inference": "engine.deterministic",
     "random_seed": "seed",
 }
@@ -53,7 +53,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: v > 0,
         "above 0",
     ),
-    ("reward.workers reward.timeout_s reward.memory_mb sync.bucket_bytes engine.ep_size", lambda v: v > 0, "above 0"),
+    ("reward.workers reward.timeout_s reward.memory_mb sync.bucket_bytes", lambda v: v > 0, "above 0"),
     ("engine.start_timeout_s engine.request_timeout_s engine.update_timeout_s", lambda v: v > 0, "above 0"),
     ("rollout.eval_interval rollout.eval_samples algo.entropy_coef seed", lambda v: v >= 0, "0 or above"),
     ("algo.kl_coef", lambda v: v is None or v >= 0, "0 or above, or null"),
@@ -124,6 +124,7 @@ def check(config: RunConfig, *, local_world_size: int | None = None) -> tuple[st
     _check_ranges(config)
     _check_pass_through(config)
     _check_router(config)
+    _check_stop(config)
     _check_batches(config)
     if local_world_size is not None:
         _check_engine(config, local_world_size)
@@ -190,6 +191,20 @@ def _check_router(config: RunConfig) -> None:
         raise ConfigError(f"sglang.{ROUTER}={given}; expected {' or '.join(policies)}; without it there is no router")
 
 
+def _check_stop(config: RunConfig) -> None:
+    StopMatcher(config.rollout.stop, str)
+    if config.rollout.stop and config.replays_routing:
+        raise ConfigError(
+            f"rollout.stop={list(config.rollout.stop)} with --moe-enable-routing-replay: texts cut a completion before "
+            "its end, where SGLang tells the experts; leave one of the two out"
+        )
+    if config.rollout.stop and config.rollout.environment.get("name") == "feed":
+        raise ConfigError(
+            f"rollout.stop={list(config.rollout.stop)} in a run whose batches are sampled elsewhere; give the texts to "
+            "whoever samples"
+        )
+
+
 def _megatron_int(config: RunConfig, name: str, default: int) -> int:
     given = config.megatron.get(name, default)
     try:
@@ -227,10 +242,9 @@ def _check_engine(config: RunConfig, ranks: int) -> None:
     tp_size = config.engine.tp_size or ranks
     if config.rollout.mode != "split" and not config.engine.external:
         placement.engines(ranks, tp_size)
-    if tp_size % config.engine.ep_size:
-        raise ConfigError(
-            f"engine.ep_size={config.engine.ep_size} does not divide engine.tp_size={tp_size}; set it to a divisor"
-        )
+    ep_size = config.sglang.get("ep_size", 1)
+    if not isinstance(ep_size, int) or ep_size < 1 or tp_size % ep_size:
+        raise ConfigError(f"sglang.ep_size={ep_size!r} does not divide engine.tp_size={tp_size}; set it to a divisor")
 
 
 def _warnings(config: RunConfig) -> Iterable[str]:

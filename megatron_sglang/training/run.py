@@ -33,6 +33,7 @@ from megatron_sglang.training import console, hf_folder, modes
 from megatron_sglang.types import Prompt, SamplingParams
 
 SIZES = {
+    "ep_size": "ep_size",
     "mem_fraction_static": "mem_fraction",
     "max_total_tokens": "max_total_tokens",
     "max_running_requests": "max_running_requests",
@@ -198,6 +199,7 @@ class Station:
             top_k=config.rollout.top_k,
             max_new_tokens=config.rollout.max_new_tokens,
             stop_token_ids=(tokenizer.eos_token_id,),
+            stop=config.rollout.stop,
         )
         sampler = agents.create_rollout(
             config.rollout,
@@ -260,7 +262,6 @@ def engine_options(config: RunConfig) -> EngineOptions:
         model_path=config.model.hf_path,
         kind=config.rollout.engine,
         tp_size=config.engine.tp_size or 1,
-        ep_size=config.engine.ep_size,
         dtype=config.model.dtype,
         load_format="auto" if config.sync.method == "adapter" and not config.model.random_weights else "dummy",
         start_timeout_s=config.engine.start_timeout_s,
