@@ -183,8 +183,8 @@ class SyncConfig:
     """How a weight version travels."""
 
     method: Literal["auto", "generic", "broadcast", "merge-on-engine", "adapter", "disk", "restart"] = "auto"
-    """auto: merged weights straight into the engine's parameters where that proves equal to the generic path, else the
-    generic one (docs/weight_sync.md has the others)."""
+    """auto (or merged): merged weights straight into the engine's parameters where that proves equal to the generic
+    path, else the generic one (docs/weight_sync.md has the others)."""
     bucket_bytes: int = 512 * 2**20
     """Bytes per bucket; bounds the extra memory of a weight update."""
 

@@ -27,6 +27,9 @@ from megatron_sglang.config_check import check, known_options, megatron_argv, re
 from megatron_sglang.config_docs import help_text
 from megatron_sglang.errors import ConfigError
 
+ALIASES = {"sync.method=merged": "auto"}
+"""A choice as others call it -> what it is called here."""
+
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
@@ -163,7 +166,7 @@ def _convert(given: Any, kind: Any, path: str) -> Any:
         return None if given is None else _convert(given, inner, path)
     if origin is Literal:
         # YAML reads a bare off as false.
-        given = "off" if given is False and "off" in arguments else given
+        given = "off" if given is False and "off" in arguments else ALIASES.get(f"{path}={given}", given)
         if given in arguments:
             return given
         raise ConfigError(f"{path}={given!r} is not allowed; set it to {' or '.join(map(str, arguments))}")

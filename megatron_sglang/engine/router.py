@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -107,6 +108,7 @@ class Router:
                 text=True,
             )
         spec = {"module": __name__, "folder": str(self._folder), "key": self._key, "urls": self._urls}
+        spec |= {"request_s": self._engines.engines[0].options.request_timeout_s}
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once: wait_ready says why
             self._process.stdin.write(json.dumps(spec | {"policy": self._policy}) + "\n")
@@ -194,7 +196,8 @@ def serve(spec: dict[str, Any], listener: socket.socket) -> None:
         prometheus_host="127.0.0.1",
         prometheus_port=metrics,
         log_level="warn",
-        # What runs twice is not one request: its deadline is the client's.
+        # What runs twice is not one request: its deadline is the client's, which is to come first.
+        request_timeout_secs=math.ceil(spec["request_s"]) + 60,
         disable_retries=True,
         disable_circuit_breaker=True,
     )

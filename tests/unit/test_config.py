@@ -106,6 +106,11 @@ def test_a_dumped_config_is_the_same_config(tmp_path: Path) -> None:
     assert split_argv(["--config", str(tmp_path / "c.yaml")], local_world_size=8).config == config
 
 
+def test_the_default_method_has_a_second_name() -> None:
+    """What all other methods replace is called merged in the documents that this package follows."""
+    assert parse("--weight-sync", "merged").config == parse().config
+
+
 def test_stop_texts_are_taken_as_they_stand() -> None:
     """A comma or a line end in one is a part of it."""
     assert parse("--rollout-stop", "</a>, b").config.rollout.stop == ("</a>, b",)

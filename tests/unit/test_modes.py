@@ -12,6 +12,7 @@ import pytest
 
 from megatron_sglang.agents import AgentRollout, create_rollout
 from megatron_sglang.config_load import split_argv
+from megatron_sglang.dry_run import plan_command
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.engine.options import ENVIRONMENT, find_python
 from megatron_sglang.engine.router import Router
@@ -128,6 +129,16 @@ def test_a_router_where_there_is_something_to_choose(tmp_path: Path, monkeypatch
     assert "sglang-router is not installed (megatron-sglang[router]), so router_policy=cache_aware has no" in said[1]
     with pytest.raises(ConfigError, match=r"sglang\.router_policy=sticky; expected manual or cache_aware or "):
         split_argv([*base, "--sglang-router-policy=sticky"], local_world_size=2)
+
+
+def test_expert_parallelism_goes_by_sglangs_name() -> None:
+    """It is an option of the engine room too, which must not get it twice."""
+    argv = ["model.hf_path=m", "data.train=t", "rollout.engine=fake", "--sglang-ep-size", "2"]
+    config = split_argv(argv, local_world_size=2).config
+    options = engine_options(config)
+    assert (options.tp_size, options.ep_size) == (2, 2)
+    assert "ep_size" not in options.extra
+    assert "--engine-ep 2" in plan_command(config)
 
 
 def test_external_engines_need_no_device() -> None:
