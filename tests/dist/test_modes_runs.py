@@ -14,10 +14,10 @@ COLOCATED = [0.377, 0.412]
 """Rewards of the first two batches of the demo (README.md), whose second is sampled from weights that were trained."""
 
 MODES = {
-    "split, broadcast": (
+    "split, broadcast, router": (
         2,
-        ["--rollout-mode=split", "sync.method=broadcast", "engine.tp_size=1"],
-        "rollout mode: split",
+        ["--rollout-mode=split", "sync.method=broadcast", "engine.tp_size=1", "--sglang-router-policy=manual"],
+        "router: sglang-router, manual, in front of 2 engines",
     ),
     "split, direct": (1, ["--rollout-mode=split", "engine.tp_size=2"], "weight sync: the direct path"),
     "shared": (1, ["--rollout-mode=shared", "engine.tp_size=1"], "rollout mode: shared"),
