@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "router"]
 
+RouterPolicy = Literal["manual", "cache_aware", "power_of_two", "round_robin", "random"]
+"""Of sglang-router: who gets a request."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -75,6 +78,9 @@ class RolloutConfig:
     """Only the k likeliest tokens; -1: all."""
     max_new_tokens: int = 1024
     """Longest completion, in tokens, its stop token included."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, or a turn, wherever they appear in it, besides the tokenizer's end token; the
+    verifier sees what is before them. Several of them, or escapes: a list, '["</answer>", "\\n\\n"]'."""
     batches: int = 30
     """Rollout batches in the run."""
     mode: Literal["auto", "colocated", "split", "shared"] = "auto"
@@ -158,8 +164,6 @@ class EngineConfig:
 
     tp_size: int | None = None
     """Ranks of one engine (its tensor parallelism): N trainer ranks of the node get N / tp_size engines; null: one."""
-    ep_size: int = 1
-    """Expert parallelism inside an engine; divides tp_size."""
     external: tuple[str, ...] = ()
     """URLs of engines that run already; empty: engines are started and ended with the run."""
     python: str = ""
@@ -179,8 +183,8 @@ class SyncConfig:
     """How a weight version travels."""
 
     method: Literal["auto", "generic", "broadcast", "merge-on-engine", "adapter", "disk", "restart"] = "auto"
-    """auto: merged weights straight into the engine's parameters where that proves equal to the generic path, else the
-    generic one (docs/weight_sync.md has the others)."""
+    """auto (or merged): merged weights straight into the engine's parameters where that proves equal to the generic
+    path, else the generic one (docs/weight_sync.md has the others)."""
     bucket_bytes: int = 512 * 2**20
     """Bytes per bucket; bounds the extra memory of a weight update."""
 

@@ -40,6 +40,7 @@ FLAGS = {
     "rollout-top-p": "rollout.top_p",
     "rollout-top-k": "rollout.top_k",
     "rollout-max-response-len": "rollout.max_new_tokens",
+    "rollout-stop": "rollout.stop",
     "num-rollout": "rollout.batches",
     "rm-type": "reward.name",
     "unsafe-local-sandbox": "reward.sandbox=unsafe-local",

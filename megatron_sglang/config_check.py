@@ -15,8 +15,9 @@ from importlib import resources
 from typing import Any, Literal
 
 from megatron_sglang import placement
-from megatron_sglang.config import RunConfig
+from megatron_sglang.config import RouterPolicy, RunConfig
 from megatron_sglang.errors import ConfigError
+from megatron_sglang.stops import StopMatcher
 
 SECTIONS = tuple(item.name for item in dataclasses.fields(RunConfig) if item.name != "seed")
 
@@ -24,11 +25,13 @@ SGLANG_RESERVED = {
     "model_path": "model.hf_path",
     "dtype": "model.dtype",
     "tp_size": "engine.tp_size",
-    "ep_size": "engine.ep_size",
     "enable_deterministic_inference": "engine.deterministic",
     "random_seed": "seed",
 }
 """ServerArgs fields that are written from our own; the engine refuses the others that it owns."""
+
+ROUTER = "router_policy"
+"""Under `sglang`, though no field of ServerArgs: the flag --router-policy of `sglang_router.launch_server`."""
 
 MEGATRON_RESERVED = {
     "seed": "seed",
@@ -50,7 +53,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: v > 0,
         "above 0",
     ),
-    ("reward.workers reward.timeout_s reward.memory_mb sync.bucket_bytes engine.ep_size", lambda v: v > 0, "above 0"),
+    ("reward.workers reward.timeout_s reward.memory_mb sync.bucket_bytes", lambda v: v > 0, "above 0"),
     ("engine.start_timeout_s engine.request_timeout_s engine.update_timeout_s", lambda v: v > 0, "above 0"),
     ("rollout.eval_interval rollout.eval_samples algo.entropy_coef seed", lambda v: v >= 0, "0 or above"),
     ("algo.kl_coef", lambda v: v is None or v >= 0, "0 or above, or null"),
@@ -70,7 +73,8 @@ def known_options(section: Literal["megatron", "sglang"]) -> Mapping[str, str]:
     """Option name -> its number of values ("0", "1", "3", "*", "+"; "bool": --x and --no-x) in the pinned version."""
     table = {"megatron": "megatron_flags.txt", "sglang": "sglang_fields.txt"}[section]
     lines = resources.files("megatron_sglang").joinpath(table).read_text().splitlines()
-    return dict(line.split() for line in lines if line and not line.startswith("#"))
+    more = {ROUTER: "1"} if section == "sglang" else {}
+    return dict(line.split() for line in lines if line and not line.startswith("#")) | more
 
 
 @cache
@@ -119,6 +123,8 @@ def check(config: RunConfig, *, local_world_size: int | None = None) -> tuple[st
     """Raise `ConfigError` for what cannot work; the warnings otherwise. Engine sizes need `local_world_size`."""
     _check_ranges(config)
     _check_pass_through(config)
+    _check_router(config)
+    _check_stop(config)
     _check_batches(config)
     if local_world_size is not None:
         _check_engine(config, local_world_size)
@@ -179,6 +185,26 @@ def _check_pass_through(config: RunConfig) -> None:
         )
 
 
+def _check_router(config: RunConfig) -> None:
+    policies = typing.get_args(RouterPolicy)
+    if (given := config.sglang.get(ROUTER)) not in (None, *policies):
+        raise ConfigError(f"sglang.{ROUTER}={given}; expected {' or '.join(policies)}; without it there is no router")
+
+
+def _check_stop(config: RunConfig) -> None:
+    StopMatcher(config.rollout.stop, str)
+    if config.rollout.stop and config.replays_routing:
+        raise ConfigError(
+            f"rollout.stop={list(config.rollout.stop)} with --moe-enable-routing-replay: texts cut a completion before "
+            "its end, where SGLang tells the experts; leave one of the two out"
+        )
+    if config.rollout.stop and config.rollout.environment.get("name") == "feed":
+        raise ConfigError(
+            f"rollout.stop={list(config.rollout.stop)} in a run whose batches are sampled elsewhere; give the texts to "
+            "whoever samples"
+        )
+
+
 def _megatron_int(config: RunConfig, name: str, default: int) -> int:
     given = config.megatron.get(name, default)
     try:
@@ -216,10 +242,9 @@ def _check_engine(config: RunConfig, ranks: int) -> None:
     tp_size = config.engine.tp_size or ranks
     if config.rollout.mode != "split" and not config.engine.external:
         placement.engines(ranks, tp_size)
-    if tp_size % config.engine.ep_size:
-        raise ConfigError(
-            f"engine.ep_size={config.engine.ep_size} does not divide engine.tp_size={tp_size}; set it to a divisor"
-        )
+    ep_size = config.sglang.get("ep_size", 1)
+    if not isinstance(ep_size, int) or ep_size < 1 or tp_size % ep_size:
+        raise ConfigError(f"sglang.ep_size={ep_size!r} does not divide engine.tp_size={tp_size}; set it to a divisor")
 
 
 def _warnings(config: RunConfig) -> Iterable[str]:

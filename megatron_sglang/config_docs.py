@@ -39,7 +39,8 @@ configuration, which is also written to the run folder.
   `ppo_max_token_len_per_gpu`), packs the samples of a train step without padding into micro-batches of at most N
   tokens, N on each context-parallel rank ([algorithm.md](algorithm.md)); `--micro-batch-size` then has no meaning.
   0 or absent: micro-batches of `--micro-batch-size` samples, padded to the longest.
-* SGLang's ServerArgs are reached as `--sglang-log-level info`, or `log_level: info` under `sglang:` in YAML.
+* SGLang's ServerArgs are reached as `--sglang-log-level info`, or `log_level: info` under `sglang:` in YAML; so is
+  `--sglang-router-policy`, for several engines behind sglang-router ([modes.md](modes.md)).
 * In YAML `${oc.env:NAME}` is the value of an environment variable.
 """
 

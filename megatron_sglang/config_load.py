@@ -23,9 +23,12 @@ from yaml import YAMLError
 
 from megatron_sglang.config import RunConfig
 from megatron_sglang.config_argv import sort_words
-from megatron_sglang.config_check import check, megatron_argv, resolve, suggest
+from megatron_sglang.config_check import check, known_options, megatron_argv, resolve, suggest
 from megatron_sglang.config_docs import help_text
 from megatron_sglang.errors import ConfigError
+
+ALIASES = {"sync.method=merged": "auto"}
+"""A choice as others call it -> what it is called here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,9 @@ def _build[T](cls: type[T], given: Any, path: str) -> T:
     kinds = typing.get_type_hints(cls)
     for name in given:
         if name not in kinds:
-            hint = suggest(str(name), kinds, prefix) or f"; {path or 'the top level'} has {', '.join(kinds)}"
+            known = f"; {path or 'the top level'} has {', '.join(kinds)}"
+            own = f"; it is SGLang's own: sglang.{name}" if path == "engine" and name in known_options("sglang") else ""
+            hint = own or suggest(str(name), kinds, prefix) or known
             raise ConfigError(f"{prefix}{name} is not an option{hint}")
     # A required section (model, data) that is absent is built from nothing: then its missing field is what is named.
     values = {
@@ -139,6 +144,18 @@ def _build[T](cls: type[T], given: Any, path: str) -> T:
     return cls(**values)
 
 
+def _items(given: Any, path: str) -> list[Any]:
+    """Of a list, or of a text with commas between them. A text may have a comma, or be what YAML takes for nothing."""
+    texts = path == "rollout.stop"
+    if isinstance(given, list):
+        return given
+    if given == "" or (given is None and not texts):
+        return []
+    if isinstance(given, str):
+        return [given] if texts else given.split(",")
+    raise ConfigError(f"{path}={given!r}; expected a list, [a, b]; put quotes around what YAML reads as something else")
+
+
 def _convert(given: Any, kind: Any, path: str) -> Any:
     """`given` as a value of type `kind`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -149,13 +166,12 @@ def _convert(given: Any, kind: Any, path: str) -> Any:
         return None if given is None else _convert(given, inner, path)
     if origin is Literal:
         # YAML reads a bare off as false.
-        given = "off" if given is False and "off" in arguments else given
+        given = "off" if given is False and "off" in arguments else ALIASES.get(f"{path}={given}", given)
         if given in arguments:
             return given
         raise ConfigError(f"{path}={given!r} is not allowed; set it to {' or '.join(map(str, arguments))}")
     if origin is tuple:
-        items = [] if given in (None, "") else given.split(",") if isinstance(given, str) else given
-        return tuple(_convert(item, arguments[0], path) for item in items)
+        return tuple(_convert(item, arguments[0], path) for item in _items(given, path))
     if origin is dict and given is None:
         return {}
     if kind is str and not isinstance(given, (dict, list, bool)):

@@ -68,8 +68,8 @@ def plan_command(config: RunConfig) -> str:
     for name in ("tensor-model", "context", "pipeline-model", "expert-model"):
         if (size := int(config.megatron.get(f"{name}-parallel-size", 1))) > 1:
             words.append(f"--{name}-parallel-size {size}")
-    if config.engine.ep_size > 1:
-        words.append(f"--engine-ep {config.engine.ep_size}")
+    if (ep_size := config.sglang.get("ep_size", 1)) > 1:
+        words.append(f"--engine-ep {ep_size}")
     words.append(f"--dtype {config.model.dtype} --bucket-bytes {config.sync.bucket_bytes}")
     words.append(f"--micro-batch-size {config.megatron.get('micro-batch-size', 1)} --lora-rank {config.lora.rank}")
     words.append(f"--sequence-tokens {config.data.max_prompt_tokens + config.rollout.max_new_tokens}")

@@ -66,6 +66,9 @@ class GenerateRequest:
     """LoRA adapter that serves it, by name; empty: the engine's weights as they are."""
     routing_from: int | None = None
     """Return the experts of its tokens from this place on, the prompt's too; None: of none."""
+    stop_from: int | None = None
+    """Look for stop texts from this place in its tokens on: it continues a completion that begins there. None: behind
+    its tokens."""
 
 
 @dataclass(frozen=True, slots=True)

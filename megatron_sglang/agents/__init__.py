@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron_sglang.agents.environment import Environments
@@ -28,18 +29,24 @@ def create_rollout(
     say: Callable[[str], None],
     routing: bool = False,
 ) -> Rollout | AgentRollout:
-    """`Rollout` where a completion is one turn and a batch is what was started; `AgentRollout` for all else.
+    """`Rollout` where a completion is one turn, a batch is what was started, and nothing wants single requests: stop
+    texts, which are watched for in each, and a router, which passes on no others. `AgentRollout` for all else.
 
     engine: `interfaces.Engine` with `client()`. routing: ask it for the experts that processed each token.
     Raises `ConfigError` for an environment that does not exist.
     """
-    if not config.environment and config.over_sampling == 1 and not config.dynamic_sampling:
+    single = bool(sampling.stop) or getattr(engine, "router", None) is not None
+    if not config.environment and config.over_sampling == 1 and not config.dynamic_sampling and not single:
         return Rollout(engine, reward, tokenizer.decode, sampling, config.samples_per_prompt, seed, routing=routing)
+    connect, decode = engine.client, tokenizer.decode
+    if sampling.stop:  # text that is out must not change with what follows
+        decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        connect = partial(engine.client, decode)
     return AgentRollout(
-        connect=engine.client,
+        connect=connect,
         reward=reward,
         environments=Environments.of(config.environment),
-        decode=tokenizer.decode,
+        decode=decode,
         encode=plain_encoder(tokenizer),
         sampling=sampling,
         group_size=config.samples_per_prompt,

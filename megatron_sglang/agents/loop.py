@@ -29,6 +29,7 @@ from megatron_sglang.agents.environment import Environment, Limits, Observation,
 from megatron_sglang.errors import ConfigError, EngineError, RewardError
 from megatron_sglang.interfaces import AsyncEngine
 from megatron_sglang.rollout import Decode, request_seed
+from megatron_sglang.stops import StopMatcher
 from megatron_sglang.types import (
     Completion,
     FinishReason,
@@ -120,22 +121,23 @@ class Trajectory:
         self.versions += versions
         assert len(self.ids) == len(self.logprobs) == len(self.mask) == len(self.versions)
 
-    def turn(self, span: Turn, decode: Decode, stop_ids: Sequence[int]) -> Completion:
-        """A turn as the environment sees it."""
+    def turn(self, span: Turn, decode: Decode, sampling: SamplingParams) -> Completion:
+        """A turn as the environment sees it: its text ends before the token or text that ended it."""
         ids_T = tuple(self.ids[span.start : span.end])
-        stopped = bool(ids_T) and ids_T[-1] in stop_ids
         return Completion(
             token_ids_T=ids_T,
             logprobs_T=tuple(self.logprobs[span.start : span.end]),
             finish_reason=span.finish_reason,
             weight_version=self.versions[span.end - 1],
-            text=decode(ids_T[:-1] if stopped else ids_T),
+            text=_text(ids_T, decode, sampling),
         )
 
-    def completion(self, decode: Decode, stop_ids: Sequence[int], *, trained: Callable[[int], bool]) -> Completion:
+    def completion(self, decode: Decode, sampling: SamplingParams, *, trained: Callable[[int], bool]) -> Completion:
         """The whole, done. trained: whether the loss may count a token of that weight version."""
         assert self.finish_reason is not None, "it is still going on"
-        stopped = self.ids[-1] in stop_ids
+        last_turn = self.ids[self.turns[-1].start :]
+        ended_by = len(decode(last_turn)) - len(_text(last_turn, decode, sampling))
+        text = decode(self.ids)
         mask_T = tuple(int(m and trained(version)) for m, version in zip(self.mask, self.versions, strict=True))
         last = max(place for place, sampled in enumerate(self.mask) if sampled)
         return Completion(
@@ -143,7 +145,7 @@ class Trajectory:
             logprobs_T=tuple(self.logprobs),
             finish_reason=self.finish_reason,
             weight_version=self.versions[last],
-            text=decode(self.ids[:-1] if stopped else self.ids),
+            text=text[: len(text) - ended_by],
             loss_mask_T=() if all(mask_T) else mask_T,
             versions_T=() if len(set(self.versions)) == 1 else tuple(self.versions),
             turns=len(self.turns),
@@ -229,7 +231,11 @@ class Agent:
         )
         known = 0 if trajectory.routed is None else trajectory.routed.tokens
         request = GenerateRequest(
-            history, sampling, trajectory.session_id, routing_from=known if self.routing else None
+            history,
+            sampling,
+            trajectory.session_id,
+            stop_from=len(history) - done if done and sampling.stop else None,
+            routing_from=known if self.routing else None,
         )
         completion = await self.engine.generate(request)
         length, reason = len(completion.token_ids_T), completion.finish_reason
@@ -270,7 +276,7 @@ class Agent:
         trajectory.observed(observation)
 
     async def _step(self, environment: Environment, trajectory: Trajectory, span: Turn) -> Step:
-        turn = trajectory.turn(span, self.decode, self.sampling.stop_token_ids)
+        turn = trajectory.turn(span, self.decode, self.sampling)
         try:
             async with asyncio.timeout(self.limits.step_timeout_s):
                 return await environment.step(turn)
@@ -289,3 +295,13 @@ class Agent:
     def _count(self, trajectory: Trajectory, counts: Mapping[str, float]) -> None:
         for name, number in counts.items():
             trajectory.counts[name] = trajectory.counts.get(name, 0) + number
+
+
+def _text(ids: Sequence[int], decode: Decode, sampling: SamplingParams) -> str:
+    """Of a turn, without the token or the text that ended it."""
+    if ids and ids[-1] in sampling.stop_token_ids:
+        return decode(ids[:-1])
+    matcher = StopMatcher(sampling.stop, decode)
+    if sampling.stop:
+        matcher.feed(ids)
+    return matcher.text if matcher.matched is not None else decode(ids)

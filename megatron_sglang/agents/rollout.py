@@ -194,13 +194,12 @@ class AgentRollout:
         del dropped[:missing]
 
     def _finished(self, groups: Sequence[Group], version: int | None) -> tuple[RolloutGroup, ...]:
-        stops = self.sampling.stop_token_ids
         masked = self.stragglers == "resume_masked" and version is not None
         return tuple(
             RolloutGroup(
                 group.prompt,
                 tuple(
-                    one.completion(self.decode, stops, trained=lambda v: not masked or v == version)
+                    one.completion(self.decode, self.sampling, trained=lambda v: not masked or v == version)
                     for one in group.trajectories
                 ),
                 tuple(one.score() for one in group.trajectories),

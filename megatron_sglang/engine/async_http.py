@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from megatron_sglang.engine.http import DYING_S
 from megatron_sglang.errors import EngineDiedError, EngineError, EngineTimeoutError
 
 CONNECT_S = 5.0
+SESSION_HEADER = "X-SMG-Routing-Key"
+"""By it sglang-router knows what belongs together."""
 KEEP_S = 2.0
 """How long an idle connection is kept: less than SGLang keeps it (external engines 5 s, ours `server.KEEP_ALIVE_S`),
 which would close it under a request."""
@@ -38,6 +41,8 @@ class Address:
     api_key: str = field(repr=False)
     admin_key: str = field(default="", repr=False)
     """SGLang wants it for /abort_request. Without it every completion is streamed, and ended by closing its stream."""
+    routed: bool = False
+    """A router (`router.py`), which answers itself for an engine that is gone."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +55,7 @@ class Running:
     http: AsyncHttp | None = None
     """Of the engine that has it; None while it waits for a place."""
     rid: str = ""
+    session_id: str = ""
     aborted: bool = False
     waiting: asyncio.Timeout | None = None
     """Around what waits for the engine; None while the caller has the word."""
@@ -110,7 +116,7 @@ class AsyncHttp:
     async def _whole(self, one: Running, body: dict[str, Any]) -> AsyncGenerator[Answer]:
         try:
             async with self._wait(one, self._deadline()):
-                response = await self._send(body)
+                response = await self._send(one, body)
                 content = await response.read()
         except (asyncio.CancelledError, EngineTimeoutError):
             ending = asyncio.create_task(self.abort(one.rid))
@@ -120,7 +126,7 @@ class AsyncHttp:
         if response.status == answers.ABORTED:
             yield answers.NOTHING
             return
-        _expect_ok(response.status, content)
+        await self._require_ok(response.status, content)
         yield answers.read(json.loads(content), 0, body.get("routed_experts_start_len"))
 
     async def _streamed(self, one: Running, body: dict[str, Any]) -> AsyncGenerator[Answer]:
@@ -128,9 +134,9 @@ class AsyncHttp:
         known = 0
         try:
             async with self._wait(one, deadline):
-                one.response = response = await self._send(body | {"stream": True})
+                one.response = response = await self._send(one, body | {"stream": True})
                 if response.status != 200:
-                    _expect_ok(response.status, await response.read())
+                    await self._require_ok(response.status, await response.read())
             events = _events(response.content.iter_any())
             while True:
                 async with self._wait(one, deadline):
@@ -193,13 +199,24 @@ class AsyncHttp:
             await asyncio.sleep(0.1)
         return None
 
-    async def _send(self, body: dict[str, Any]) -> aiohttp.ClientResponse:
+    async def _send(self, one: Running, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        headers = {}
+        if self.address.routed and one.session_id:  # hashed: a client of the endpoint may call its session anything
+            headers[SESSION_HEADER] = hashlib.blake2b(one.session_id.encode(), digest_size=16).hexdigest()
         for pause in (0.05, 0.1, 0.2, 0.4):
             # Nothing was sent yet, so it may be tried again.
             with contextlib.suppress(aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
-                return await self._session.post("/generate", json=body)
+                return await self._session.post("/generate", json=body, headers=headers)
             await asyncio.sleep(pause)
-        return await self._session.post("/generate", json=body)
+        return await self._session.post("/generate", json=body, headers=headers)
+
+    async def _require_ok(self, status: int, content: bytes) -> None:
+        if status == 200:
+            return
+        if self.address.routed and status >= 500 and (reason := await self._wait_dead()) is not None:
+            raise EngineDiedError(f"engine died during /generate: {reason}")
+        text = content[:500].decode(errors="replace")
+        raise EngineError(f"engine answered /generate with {status}, expected 200: {text}")
 
 
 class _AbortedError(Exception):
@@ -215,10 +232,3 @@ async def _events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[dict[str, Any]
             data = event.removeprefix(b"data: ")
             if data != b"[DONE]":
                 yield json.loads(data)
-
-
-def _expect_ok(status: int, content: bytes) -> None:
-    if status != 200:
-        raise EngineError(
-            f"engine answered /generate with {status}, expected 200: {content[:500].decode(errors='replace')}"
-        )

@@ -101,7 +101,7 @@ class EngineClient:
         """One completion. Aborted (here, or by a weight update) it is what was sampled until then, as "abort"."""
         stops = bool(request.sampling.stop)
         one = Running(streamed=stops, every=EVENT_TOKENS)
-        pieces = [piece async for piece in self._pieces(one, request, self._matcher(request.sampling, stops))]
+        pieces = [piece async for piece in self._pieces(one, request, self._matcher(request, stops))]
         completion = _joined(pieces)
         if self.decode is None or stops:
             return completion
@@ -111,7 +111,7 @@ class EngineClient:
     def stream(self, request: GenerateRequest) -> AsyncGenerator[Piece]:
         """The completion as it comes. Close it when leaving early (contextlib.aclosing), which ends the request."""
         wanted = self.decode is not None or bool(request.sampling.stop)
-        return self._pieces(Running(streamed=True), request, self._matcher(request.sampling, wanted))
+        return self._pieces(Running(streamed=True), request, self._matcher(request, wanted))
 
     @property
     def running(self) -> int:
@@ -157,7 +157,8 @@ class EngineClient:
 
     # ---- steps ----
 
-    def _matcher(self, sampling: SamplingParams, wanted: bool) -> StopMatcher | None:
+    def _matcher(self, request: GenerateRequest, wanted: bool) -> StopMatcher | None:
+        sampling = request.sampling
         if not wanted:
             return None
         if self.decode is None:
@@ -165,7 +166,10 @@ class EngineClient:
                 f"stop texts {list(sampling.stop)} need the text of what is sampled; give the client `decode`, for "
                 "instance a tokenizer's decode, or use stop_token_ids"
             )
-        return StopMatcher(sampling.stop, self.decode, ignore_first=sampling.min_new_tokens)
+        matcher = StopMatcher(sampling.stop, self.decode, ignore_first=sampling.min_new_tokens)
+        if request.stop_from is not None:
+            matcher.feed(request.token_ids_T[request.stop_from :])
+        return matcher
 
     async def _pieces(
         self, one: Running, request: GenerateRequest, matcher: StopMatcher | None
@@ -176,6 +180,7 @@ class EngineClient:
                 f"stop texts {list(request.sampling.stop)} cut a completion before its end, where SGLang tells the "
                 "experts; end it by stop_token_ids, or leave routing_from out"
             )
+        one.session_id = request.session_id
         self._running.add(one)
         try:
             async with self._places:

@@ -232,14 +232,14 @@ def client_of(
         return next((one.server.why_dead() for one in engines if address in one.addresses), "it was started again")
 
     known: dict[str, Any] = {
+        "addresses": lambda: [address for one in engines for address in one.addresses],
         "timeout_s": options.request_timeout_s,
         "refuse": refuse,
         "why_dead": why_dead,
         "eos_token_ids": eos_token_ids(options.model_path),
         "adapter": lambda: engines[0].adapter,
     }
-    addresses = lambda: [address for one in engines for address in one.addresses]  # noqa: E731
-    return EngineClient(addresses, decode=decode, **(known | more))
+    return EngineClient(decode=decode, **(known | more))
 
 
 def eos_token_ids(model_path: str) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from megatron_sglang.types import Completion, GenerateRequest
 
 if TYPE_CHECKING:
     from megatron_sglang.engine.client import Address, EngineClient
+    from megatron_sglang.engine.router import Router
     from megatron_sglang.stops import Decode
 
 
@@ -68,6 +69,9 @@ def _require_alike(options: Sequence[EngineOptions]) -> None:
 class EngineGroup(Announced):
     """One engine for each of `options`, which have the same sizes. Errors name the engine and are of its class."""
 
+    router: Router | None = None
+    """Set before `start`: requests of `client` go through it; it starts and ends with the engines."""
+
     def __init__(self, options: Sequence[EngineOptions]) -> None:
         _require_alike(options)
         self.engines = [HttpEngine(one) for one in options]
@@ -104,23 +108,32 @@ class EngineGroup(Announced):
         with self._all_or_none():
             self._each(lambda _, engine: engine.wait_ready(), until_first_error=True)
             _require_alike([engine.options for engine in self.engines])
+            if self.router is not None:
+                self.router.ensure()
         self.stale = next((engine.stale for engine in self.engines if engine.stale), "")
 
     def why_dead(self) -> str | None:
         """None while all run; else what is known of those that do not."""
-        reasons = ((number, engine.why_dead()) for number, engine in enumerate(self.engines))
-        return "; ".join(f"{self._name(number)}{reason}" for number, reason in reasons if reason) or None
+        reasons = ((self._name(number), engine.why_dead()) for number, engine in enumerate(self.engines))
+        router = [("router: ", self.router.why_dead())] if self.router is not None else []
+        return "; ".join(f"{name}{reason}" for name, reason in (*reasons, *router) if reason) or None
 
     def restart(self) -> None:
-        """Start those that died anew; none serves until the next update."""
+        """Start those that died anew, and a router before them; none serves until the next update."""
         dead = [engine for engine in self.engines if engine.why_dead()]
         self.fail_update("an engine beside it died")
         self._each(lambda _, engine: engine.restart() if engine in dead else None, until_first_error=True)
+        if self.router is not None:
+            self.router.ensure()
 
     def close(self) -> None:
         """End every process of all engines, also if that fails for one of them; idempotent, safe at any point."""
         self._withdraw()
-        self._each(lambda _, engine: engine.close())
+        try:
+            if self.router is not None:
+                self.router.close()
+        finally:
+            self._each(lambda _, engine: engine.close())
 
     def __enter__(self) -> Self:
         self.start()
@@ -144,7 +157,10 @@ class EngineGroup(Announced):
         return [address for engine in self.engines for address in engine.addresses]
 
     def client(self, decode: Decode | None = None, **more: Any) -> EngineClient:
-        """For many requests at once; a session stays with one engine, anything else goes where least runs."""
+        """For many requests at once; a session stays with one engine, anything else goes where least runs. With a
+        `router` that chooses."""
+        if self.router is not None:
+            more = {"addresses": [self.router.ensure()], "why_dead": lambda _: self.why_dead(), **more}
         return client_of(self.engines, lambda: self.stale, decode, more)
 
     def on_each[T](self, ask: Callable[[Controls], T]) -> list[T]:

@@ -1,8 +1,9 @@
 """Supervisor of an engine: `python -m megatron_sglang.engine.launch <listener fd>`, the spec as one JSON line on stdin.
 
 It stays tiny (no torch, no SGLang), forks the server and then does one thing: when the trainer is gone (stdin at
-EOF, or another parent), on SIGTERM, or when the server ends, it kills every descendant, orphans included, and exits;
-without a trainer it also removes the engine's folder. Keys come through stdin: argv and environment are readable.
+EOF, or another parent), on SIGTERM, or when the server ends, it kills every descendant, orphans included, removes what
+they left in /dev/shm (`segments.py`), and exits; without a trainer it also removes the engine's folder. Keys come
+through stdin: argv and environment are readable.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import socket
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+
+from megatron_sglang.engine import segments
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -32,12 +36,14 @@ def main() -> int:
     spec = json.loads(sys.stdin.readline())
     listener = socket.socket(fileno=int(sys.argv[1]))
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    shared = segments.Segments(Path(spec["folder"]))
     server = os.fork()
     if server == 0:
         _run_server(spec, listener)
     listener.close()
-    ending = _supervise(server, trainer)
+    ending = _supervise(server, trainer, shared)
     _kill_descendants()
+    segments.remove(Path(spec["folder"]))
     if ending == "orphaned":
         shutil.rmtree(spec["folder"], ignore_errors=True)
     return 1 if ending == "died" else 0
@@ -61,13 +67,14 @@ def _run_server(spec: dict[str, Any], listener: socket.socket) -> None:
         os._exit(code)
 
 
-def _supervise(server: int, trainer: int) -> Literal["orphaned", "asked", "died"]:
+def _supervise(server: int, trainer: int, shared: segments.Segments) -> Literal["orphaned", "asked", "died"]:
     """Wait until the trainer is gone, asks for the end, or the server ends by itself."""
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while not stop:
         readable, _, _ = select.select([0], [], [], 0.2)
+        shared.look()
         if os.getppid() != trainer or (readable and not os.read(0, 4096)):
             return "orphaned"
         while (ended := _reap()) > 0:

@@ -1,20 +1,22 @@
 """sglang-router in front of several engines, as a process of its own that dies with the trainer. Optional.
 
-    with Router(group) as router:
-        client = EngineClient([router.address])
+    group.router = Router(group)         # before group.start()
+    async with group.client() as client: ...
 
 It listens on 127.0.0.1, wants the engines' user key, and passes /generate on: token ids in, logprobs out, streams. Of
 what rollouts need it cannot do two things (version 0.3.2; docs/modes.md has the evidence): it does not know
-/abort_request (close the stream instead), and takes no lists of sampling parameters. Its policy cache_aware knows the
-prefixes of token ids, and gives all that is new to one engine while nothing is under way. The policy here is "manual":
-requests with the same X-SMG-Routing-Key go to the same engine. `EngineClient` itself chooses by session, without a hop
-more.
+/abort_request (a stream is closed instead), and takes no lists of sampling parameters. Its policy cache_aware knows the
+prefixes of token ids, and gives all that is new to one engine while nothing is under way. By the policy "manual"
+requests of the same session go to the same engine, a new one where least runs. `EngineClient` itself chooses so too,
+without a hop more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,34 +26,42 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
-from megatron_sglang.engine.client import Address
+from megatron_sglang.config import RouterPolicy
+from megatron_sglang.engine.async_http import SESSION_HEADER, Address
 from megatron_sglang.engine.server import CLOSE_TIMEOUT_S, LOG_LINES, clean_environment
 from megatron_sglang.errors import ConfigError, EngineError, EngineStartError, SetupError
 
 if TYPE_CHECKING:
     from megatron_sglang.engine.group import EngineGroup
 
-SESSION_HEADER = "X-SMG-Routing-Key"
-Policy = Literal["manual", "cache_aware", "power_of_two", "round_robin", "random"]
+__all__ = ["SESSION_HEADER", "Router", "is_installed"]
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("sglang_router") is not None
 
 
 class Router:
-    """For a group of engines that run. An engine that is started again has another port: make a new router then.
+    """In front of a group's engines. One that is started again has another port, and gets a new router (`ensure`).
 
     policy: of sglang-router. log_path: None: in a temporary folder that `close` removes.
     """
 
     def __init__(
-        self, engines: EngineGroup, *, policy: Policy = "manual", log_path: str | None = None, timeout_s: float = 60.0
+        self,
+        engines: EngineGroup,
+        *,
+        policy: RouterPolicy = "manual",
+        log_path: str | None = None,
+        timeout_s: float = 60.0,
     ) -> None:
-        addresses = engines.addresses
-        if len(keys := {address.api_key for address in addresses}) != 1:
-            raise ConfigError(f"a router knows one key for all engines; these {len(addresses)} have {len(keys)}")
-        self._urls, self._key = [address.url for address in addresses], addresses[0].api_key
+        self._engines = engines
+        self._urls: list[str] = []
+        self._key = ""
         self._policy, self._timeout_s = policy, timeout_s
         self._given_log = log_path
         self._folder: Path | None = None
@@ -61,16 +71,28 @@ class Router:
     @property
     def address(self) -> Address:
         """Without an admin key: nothing that changes state goes through it."""
-        return Address(f"http://127.0.0.1:{self.port}", self._key)
+        return Address(f"http://127.0.0.1:{self.port}", self._key, routed=True)
 
     @property
     def pid(self) -> int | None:
         """Of its supervisor (`launch.py`)."""
         return self._process.pid if self._process else None
 
+    def ensure(self) -> Address:
+        """Its address, when it is in front of the engines as they are now: it is started where it is not."""
+        if self._process is None or self.why_dead() or self._urls != [one.url for one in self._engines.addresses]:
+            self.close()
+            self.start()
+            self.wait_ready()
+        return self.address
+
     def start(self) -> None:
         """Spawn and return at once."""
         assert self._process is None, "started already"
+        addresses = self._engines.addresses
+        if len(keys := {address.api_key for address in addresses}) != 1:
+            raise ConfigError(f"a router knows one key for all engines; these {len(addresses)} have {len(keys)}")
+        self._urls, self._key = [address.url for address in addresses], addresses[0].api_key
         self._folder = Path(tempfile.mkdtemp(prefix="msgl-"))
         with socket.socket() as listener, self._log.open("a") as log:
             listener.bind(("127.0.0.1", 0))
@@ -86,6 +108,7 @@ class Router:
                 text=True,
             )
         spec = {"module": __name__, "folder": str(self._folder), "key": self._key, "urls": self._urls}
+        spec |= {"request_s": self._engines.engines[0].options.request_timeout_s}
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once: wait_ready says why
             self._process.stdin.write(json.dumps(spec | {"policy": self._policy}) + "\n")
@@ -108,10 +131,8 @@ class Router:
                 time.sleep(0.1)
 
     def why_dead(self) -> str | None:
-        """None while it runs; else its last log lines."""
-        if self._process is None:
-            return "it is not started"
-        if self._process.poll() is None:
+        """None while it runs, or is not started; else its last log lines."""
+        if self._process is None or self._process.poll() is None:
             return None
         return f"exit code {self._process.returncode}: {self._tail()}"
 
@@ -171,10 +192,12 @@ def serve(spec: dict[str, Any], listener: socket.socket) -> None:
         worker_urls=spec["urls"],
         api_key=spec["key"],
         policy=spec["policy"],
+        assignment_mode="min_load",
         prometheus_host="127.0.0.1",
         prometheus_port=metrics,
         log_level="warn",
-        # What runs twice is not one request: its deadline is the client's.
+        # What runs twice is not one request: its deadline is the client's, which is to come first.
+        request_timeout_secs=math.ceil(spec["request_s"]) + 60,
         disable_retries=True,
         disable_circuit_breaker=True,
     )

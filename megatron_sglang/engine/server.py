@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 
+from megatron_sglang.engine import segments
 from megatron_sglang.engine.options import MAILBOX_VARIABLE, EngineOptions, server_args
 from megatron_sglang.errors import EngineError, EngineStartError, SetupError
 
@@ -181,6 +182,7 @@ class Server:
         if process is not None:
             self._end(process)
         if self._folder is not None:
+            segments.remove(self._folder)  # the supervisor did, unless it was killed
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _end(self, process: subprocess.Popen[str]) -> None:

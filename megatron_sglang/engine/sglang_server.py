@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import socket
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -18,13 +20,14 @@ def serve(spec: dict[str, Any], listener: socket.socket) -> None:
 
     import uvicorn
     from sglang.srt.entrypoints import http_server
-    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.server_args import PortArgs, ServerArgs
     from sglang.srt.utils import kill_process_tree
     from sglang.srt.utils.auth import add_api_key_middleware
 
     store, arguments["dist_init_addr"] = _loopback_store()
     # Keys go straight into the middleware: ServerArgs are printed to the log and served by /server_info.
     add_api_key_middleware(http_server.app, api_key=spec["api_key"], admin_api_key=spec["admin_key"])
+    PortArgs.init_new = staticmethod(_named(PortArgs.init_new, Path(spec["folder"]).name))
     # SGLang binds its port a minute after it was chosen (http_server.py:2600); ours is bound already.
     uvicorn.run = functools.partial(_run_on, listener)
     try:
@@ -32,6 +35,18 @@ def serve(spec: dict[str, Any], listener: socket.socket) -> None:
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
         del store
+
+
+def _named(init_new: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """SGLang calls its instance by a random number (server_args.py:9437), and by it a file in /dev/shm that it leaves
+    there. By this name it is known whose that was (`segments.py`)."""
+
+    def init(*args: Any, **named: Any) -> Any:
+        ports = init_new(*args, **named)
+        ports.instance_id = name
+        return ports
+
+    return init
 
 
 def _loopback_store() -> tuple[Any, str]:

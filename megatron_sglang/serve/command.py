@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_sglang.config_check import known_options
+from megatron_sglang.config_check import ROUTER, known_options
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.engine.beacon import NAME
 from megatron_sglang.errors import ConfigError, EngineDiedError
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     engine.add_argument("--kind", choices=("sglang", "fake"), default="sglang", help="fake: tokens without a model")
     engine.add_argument("--engine-log", help="where SGLang's output is appended")
-    for name, values in known_options("sglang").items():
+    for name, values in _sglang_options():
         flag: dict[str, Any] = {} if values == "1" else {"nargs": values}
         flag = {"nargs": "?", "const": "true"} if values == "0" else flag
         engine.add_argument(f"--sglang-{name.replace('_', '-')}", help=argparse.SUPPRESS, **flag)
@@ -166,7 +166,7 @@ def _sigterm_ends() -> Generator[None]:
 def _engine_options(args: argparse.Namespace) -> EngineOptions:
     more: dict[str, Any] = {}
     extra: dict[str, Any] = {}
-    for name, values in known_options("sglang").items():
+    for name, values in _sglang_options():
         given = getattr(args, f"sglang_{name}")
         if given is not None:
             value = [_value(one) for one in given] if values not in ("0", "1") else _value(given)
@@ -185,6 +185,11 @@ def _engine_options(args: argparse.Namespace) -> EngineOptions:
         extra=extra,
         **more,
     )
+
+
+def _sglang_options() -> list[tuple[str, str]]:
+    """Name and number of values; a router has nothing to do before one engine."""
+    return [(name, values) for name, values in known_options("sglang").items() if name != ROUTER]
 
 
 def _value(text: str) -> Any:

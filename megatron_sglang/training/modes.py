@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_sglang import placement
 from megatron_sglang.config import RunConfig
+from megatron_sglang.config_check import ROUTER
 from megatron_sglang.engine import EngineOptions, create_engines
 from megatron_sglang.engine.beacon import NAME
 from megatron_sglang.engine.lora_options import lora_server_args
@@ -62,14 +63,34 @@ def engines_of(config: RunConfig) -> list[range]:
 
 
 def create(config: RunConfig, options: EngineOptions, show: Callable[[str], None]) -> Any:
-    """The run's engines, as one; not started yet. Says which mode, and why."""
+    """The run's engines, as one, behind a router if that is asked for; not started yet. Says which mode, and why."""
     choice = choose(config)
     show(f"rollout mode: {choice.mode}, because {choice.why}")
     if choice.mode == "external":
         from megatron_sglang.engine.external import connect
 
-        return connect(options, config.engine.external)
-    return create_engines(options, len(engines_of(config)))
+        engine: Any = connect(options, config.engine.external)
+    else:
+        engine = create_engines(options, len(engines_of(config)))
+    if policy := config.sglang.get(ROUTER):
+        show(f"router: {route(engine, policy, Path(config.log.run_dir, 'router.log'))}")
+    return engine
+
+
+def route(engine: Any, policy: Any, log_path: Path) -> str:
+    """Put sglang-router before several engines, and say so; or why it is our own client that chooses."""
+    from megatron_sglang.engine import router
+
+    count = len(members(engine))
+    if count == 1:
+        return "there is one engine, so nothing to choose"
+    if not router.is_installed():
+        return (
+            f"sglang-router is not installed (megatron-sglang[router]), so {ROUTER}={policy} has no effect: our own "
+            "client keeps a session at one engine, new ones go where least runs"
+        )
+    engine.router = router.Router(engine, policy=policy, log_path=str(log_path))
+    return f"sglang-router, {policy}, in front of {count} engines; each completion is a request of its own"
 
 
 def check_method(mode: placement.Mode, method: str, why: str = "") -> None:

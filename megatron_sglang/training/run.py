@@ -18,6 +18,7 @@ from typing import Any
 from megatron_sglang import agents, rewards
 from megatron_sglang.comm import Board, TorchComm
 from megatron_sglang.config import RunConfig
+from megatron_sglang.config_check import ROUTER
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.cycle import Cycle, Leader
 from megatron_sglang.engine import EngineOptions
@@ -32,6 +33,7 @@ from megatron_sglang.training import console, hf_folder, modes
 from megatron_sglang.types import Prompt, SamplingParams
 
 SIZES = {
+    "ep_size": "ep_size",
     "mem_fraction_static": "mem_fraction",
     "max_total_tokens": "max_total_tokens",
     "max_running_requests": "max_running_requests",
@@ -197,6 +199,7 @@ class Station:
             top_k=config.rollout.top_k,
             max_new_tokens=config.rollout.max_new_tokens,
             stop_token_ids=(tokenizer.eos_token_id,),
+            stop=config.rollout.stop,
         )
         sampler = agents.create_rollout(
             config.rollout,
@@ -253,12 +256,12 @@ def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]
 def engine_options(config: RunConfig) -> EngineOptions:
     """How the first engine is started for `config`; `create_engines` derives the others."""
     extra = modes.extra_of(config) | config.sglang | modes.lora_of(config)
+    extra.pop(ROUTER, None)
     sizes = {ours: extra.pop(theirs) for theirs, ours in SIZES.items() if theirs in extra}
     return EngineOptions(
         model_path=config.model.hf_path,
         kind=config.rollout.engine,
         tp_size=config.engine.tp_size or 1,
-        ep_size=config.engine.ep_size,
         dtype=config.model.dtype,
         load_format="auto" if config.sync.method == "adapter" and not config.model.random_weights else "dummy",
         start_timeout_s=config.engine.start_timeout_s,

@@ -13,7 +13,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from engine_tools import Publisher, Weights, engine_options
+from engine_tools import Publisher, Weights, engine_options, shared_memory
 from safetensors.torch import load_file, save_file
 
 from megatron_sglang.engine import create_engine
@@ -72,10 +72,14 @@ def other_weights(weights: Weights) -> Weights:
 
 @pytest.fixture(scope="session")
 def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpEngine]:
-    """The session's server, with no weights yet."""
+    """The session's server, with no weights yet. It must leave nothing in /dev/shm when it ends well."""
     log_path = str(tmp_path_factory.mktemp("engine") / "engine.log")
     with create_engine(engine_options(tiny_model, log_path=log_path)) as running:
+        assert running.server.pid is not None
+        shared = shared_memory(running.server.pid)
+        assert len(shared) == 2, shared
         yield running
+    assert not [path for path in shared if path.exists()]
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import psutil
 import torch
 
 from megatron_sglang.buckets import Bucket, pack
@@ -48,6 +49,15 @@ class Publisher:
     @property
     def next_version(self) -> int:
         return (self.engine.version or 0) + 1
+
+
+def shared_memory(pid: int) -> set[Path]:
+    """Files of /dev/shm that processes below this one have mapped."""
+    found: set[Path] = set()
+    for process in psutil.Process(pid).children(recursive=True):
+        maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        found |= {Path(line.split()[-1]) for line in maps if "/dev/shm/" in line and "(deleted)" not in line}
+    return found
 
 
 def engine_options(model: Path, **changes: object) -> EngineOptions:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +12,9 @@ import pytest
 import torch
 from engine_tools import Publisher, Weights
 
-from megatron_sglang.agents import AgentRollout, plain_encoder
+from megatron_sglang.agents import AgentRollout, create_rollout, plain_encoder
 from megatron_sglang.agents.environment import Environments, Limits, Services, Step
+from megatron_sglang.config import RolloutConfig
 from megatron_sglang.interfaces import Reward
 from megatron_sglang.prompts.source import PromptSource, load_prompts, load_tokenizer
 from megatron_sglang.rewards import create_reward
@@ -92,6 +95,39 @@ def test_logprobs_of_all_turns_are_those_of_the_whole_trajectory(
     assert [one.token_ids_T for group in again for one in group.completions_G] == [
         one.token_ids_T for group in groups for one in group.completions_G
     ]
+
+
+def test_stop_texts_of_a_run(
+    publish: Publisher, engine: HttpEngine, reward: Reward, tiny_model: Path, weights: Weights, source: PromptSource
+) -> None:
+    """`rollout.stop` with a real tokenizer and SGLang: the tokens are those of the run without, up to the one that
+    completes the text; the verifier gets what is before it."""
+    publish(weights)
+    tokenizer = load_tokenizer(tiny_model)
+    place = source.state()
+
+    def run(*stop: str) -> list[Completion]:
+        source.restore(place)
+        config, sampling = RolloutConfig(samples_per_prompt=2, stop=stop), replace(SAMPLING, stop=stop)
+        more: Any = {"engine": engine, "reward": reward, "tokenizer": tokenizer, "seed": 3, "say": print}
+        groups = create_rollout(config, sampling=replace(sampling, max_new_tokens=24), **more).batch(source, 0)
+        return [one for group in groups for one in group.completions_G]
+
+    free = run()
+    stop = Counter(one.text[place : place + 2] for one in free for place in range(1, len(one.text) - 1)).most_common(1)
+    text = stop[0][0]
+    ended = 0
+    for whole, stopped in zip(free, run(text, "never said"), strict=True):
+        assert stopped.token_ids_T == whole.token_ids_T[: len(stopped.token_ids_T)]
+        if text not in whole.text:
+            assert (stopped.text, len(stopped.token_ids_T)) == (whole.text, len(whole.token_ids_T))
+            continue
+        ended += 1
+        assert stopped.finish_reason == "stop"
+        assert text not in tokenizer.decode(stopped.token_ids_T[:-1])
+        assert text in tokenizer.decode(stopped.token_ids_T)
+        assert stopped.text == whole.text.partition(text)[0]
+    assert ended >= 2
 
 
 class Patient:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from engine_tools import fake_options, script
 
+from megatron_sglang.agents import create_rollout
 from megatron_sglang.buckets import pack
+from megatron_sglang.config import RolloutConfig
 from megatron_sglang.engine import create_engine, create_engines
 from megatron_sglang.engine.client import EngineClient, Piece
 from megatron_sglang.engine.group import EngineGroup
 from megatron_sglang.engine.http_engine import HttpEngine
 from megatron_sglang.errors import ConfigError, EngineDiedError, EngineError, EngineStaleError, EngineTimeoutError
-from megatron_sglang.types import Completion, GenerateRequest, SamplingParams
+from megatron_sglang.prompts.source import PromptSource
+from megatron_sglang.stops import StopMatcher
+from megatron_sglang.types import Completion, GenerateRequest, Prompt, SamplingParams, Score
 
 pytestmark = pytest.mark.timeout(120)
 WEIGHTS = [("a", torch.arange(12.0).view(3, 4))]
@@ -100,6 +106,63 @@ def test_stops_by_token_and_by_text(engine: HttpEngine) -> None:
         assert (pieces[-1].finish_reason, pieces[-1].matched) == ("stop", matched)
         assert tuple(token for piece in pieces for token in piece.token_ids_T) == ids[:5]
         assert "".join(piece.text for piece in pieces) == (text[:4] if matched == ids[4] else text[:3])
+
+
+def test_a_stop_text_may_begin_before_an_abort(engine: HttpEngine) -> None:
+    """A completion that is taken up again must end where it would have ended undisturbed."""
+    begun = ask(engine, lambda client: client.generate(request(max_new_tokens=4)))
+    known = (1, 2, 3, *begun.token_ids_T)
+    rest = ask(engine, lambda client: client.generate(replace(request(), token_ids_T=known)))
+    stop = begun.text[-2:] + rest.text[:2]
+    again = replace(request(stop=(stop,)), token_ids_T=known)
+    blind, seeing = ask(engine, lambda c: asyncio.gather(c.generate(again), c.generate(replace(again, stop_from=3))))
+    assert blind.token_ids_T == rest.token_ids_T
+    assert (seeing.token_ids_T, seeing.finish_reason) == (rest.token_ids_T[:2], "stop")
+
+
+class Length:
+    """A verifier: the reward is the text's length."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def score(self, items: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
+        self.texts += [completion.text for _, completion in items]
+        return [Score(float(len(completion.text)), True) for _, completion in items]
+
+    def close(self) -> None: ...
+
+
+def test_a_run_with_stop_texts(engine: HttpEngine) -> None:
+    """`rollout.stop`: each completion ends at the first of them, whose last token is trained on; the verifier sees what
+    is before it. A batch that goes out as one request would know nothing of texts."""
+    config = RolloutConfig(samples_per_prompt=4, stop=("e", "xa"))
+    tokenizer: Any = SimpleNamespace(decode=lambda ids, **_: decode(ids), encode=lambda text, **_: list(map(ord, text)))
+    sampling = SamplingParams(max_new_tokens=60, stop=config.stop)
+    prompts = [Prompt(f"p{number}", (number, 7), "test", {}) for number in range(8)]
+    more: dict[str, Any] = {"engine": engine, "tokenizer": tokenizer, "seed": 1, "say": print}
+    groups = {
+        stop: create_rollout(config, reward=(reward := Length()), sampling=replace(sampling, stop=stop), **more).batch(
+            PromptSource(prompts, 8, shuffle=False), 0
+        )
+        for stop in ((), config.stop)
+    }
+    pairs = [
+        (free, stopped)
+        for free_group, group in zip(groups[()], groups[config.stop], strict=True)
+        for free, stopped in zip(free_group.completions_G, group.completions_G, strict=True)
+    ]
+    ends = Counter()
+    for free, stopped in pairs:
+        matcher = StopMatcher(config.stop, decode)
+        matcher.feed(free.token_ids_T)
+        ends[matcher.matched] += 1
+        assert stopped.token_ids_T == free.token_ids_T[: matcher.kept]
+        assert stopped.logprobs_T == free.logprobs_T[: matcher.kept]
+        assert stopped.finish_reason == ("length" if matcher.matched is None else "stop")
+        assert stopped.text == (free.text if matcher.matched is None else matcher.text)
+    assert ends["e"] > 10, ends
+    assert sorted(reward.texts) == sorted(stopped.text for _, stopped in pairs)
 
 
 def test_min_new_tokens_is_one_completion(engine: HttpEngine) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import torch
-from engine_tools import Publisher, Weights, engine_options
+from engine_tools import Publisher, Weights, engine_options, shared_memory
 
 from megatron_sglang.digests import digest
 from megatron_sglang.engine import create_engine, line
@@ -54,7 +54,8 @@ def test_killed_trainer_leaves_nothing(
     engine: HttpEngine, publish: Publisher, weights: Weights, tiny_model: Path, tmp_path: Path
 ) -> None:
     """After SIGKILL of the trainer an engine that lived on would hold its GPUs and ports for ever. Its weights come
-    from disk and its experts are spread by EP=2: its tokens must be those of the TP=2 engine that got them from us."""
+    from disk and its experts are spread by EP=2: its tokens must be those of the TP=2 engine that got them from us. In
+    /dev/shm goes what was its own, and what is of the living engine stays."""
     log = tmp_path / "engine.log"
     tests = str(Path(__file__).parent)
     script = TRAINER.format(tests=tests, model=str(tiny_model), log=str(log), prompt=PROMPT)
@@ -69,6 +70,9 @@ def test_killed_trainer_leaves_nothing(
         assert tuple(tokens) == expected.token_ids_T
         tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
         assert len(tree) >= 5, "supervisor, server, two schedulers, detokenizer"
+        assert len(shared := shared_memory(pid)) == 2, "a queue between ranks, figures of the load"
+        assert engine.server.pid is not None
+        living = shared_memory(engine.server.pid)
     finally:
         trainer.send_signal(signal.SIGKILL)
         trainer.wait(10)
@@ -76,6 +80,9 @@ def test_killed_trainer_leaves_nothing(
     assert not alive
     socket.create_server(("127.0.0.1", port)).close()
     assert not Path(mailbox).parent.exists()
+    assert not [path for path in shared if path.exists()]
+    assert living
+    assert all(path.exists() for path in living)
 
 
 def test_an_engine_rank_that_dies_amid_a_stream_ends_the_update(tiny_model: Path, weights: Weights) -> None:
@@ -96,6 +103,7 @@ def test_an_engine_rank_that_dies_amid_a_stream_ends_the_update(tiny_model: Path
             second.send(header, 0, data, data)
             second.wait(0)
             server = psutil.Process(engine.server.pid)
+            shared = shared_memory(server.pid)
             [victim] = [p for p in server.children(recursive=True) if "scheduler_TP1" in "".join(p.cmdline())]
             victim.kill()
             began = time.monotonic()
@@ -106,6 +114,8 @@ def test_an_engine_rank_that_dies_amid_a_stream_ends_the_update(tiny_model: Path
         assert time.monotonic() - began < 60
         with pytest.raises(EngineStaleError):
             engine.generate([GenerateRequest(PROMPT, SamplingParams(max_new_tokens=2, seed=3))])
+    assert len(shared) == 2
+    assert not [path for path in shared if path.exists()]
 
 
 def send_and_wait(end: line.Line, header: dict[str, Any], data: torch.Tensor) -> None:

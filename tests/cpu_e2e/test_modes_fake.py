@@ -11,15 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
 import torch
-from engine_tools import fake_options, script
+from engine_tools import fake_options, script, shared_memory
 
 from megatron_sglang.buckets import pack
 from megatron_sglang.engine import create_engines
@@ -27,7 +24,6 @@ from megatron_sglang.engine.broadcast import Broadcast
 from megatron_sglang.engine.external import ADMIN_KEY, KEY, ExternalEngine, connect
 from megatron_sglang.engine.group import EngineGroup
 from megatron_sglang.engine.options import MAILBOX_VARIABLE
-from megatron_sglang.engine.router import SESSION_HEADER, Router
 from megatron_sglang.errors import (
     ConfigError,
     EngineError,
@@ -41,7 +37,6 @@ from megatron_sglang.types import GenerateRequest, SamplingParams
 
 pytestmark = pytest.mark.timeout(120)
 WEIGHTS = [("a", torch.arange(12.0).view(3, 4)), ("b", torch.arange(5))]
-SHORT = {"temperature": 1.0, "max_new_tokens": 1, "sampling_seed": 0}
 REQUESTS = [GenerateRequest((prompt, 2, 3), SamplingParams(max_new_tokens=4, seed=prompt)) for prompt in range(4)]
 LOADER = "/update_weights_from_tensor"
 
@@ -171,9 +166,12 @@ class Running:
 
     def kill(self) -> None:
         if self.process is not None:
+            shared = shared_memory(self.process.pid)
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(20)
             self.process = None
+            for path in shared:  # nobody else would: we are its supervisor
+                path.unlink(missing_ok=True)
 
     def connect(self, **changes: Any) -> ExternalEngine:
         environment = {KEY: "user", ADMIN_KEY: "admin", MAILBOX_VARIABLE: str(self.mailbox), **changes}
@@ -298,67 +296,3 @@ def test_another_sglang_and_no_loader(tmp_path: Path) -> None:
             pass
     finally:
         one.kill()
-
-
-# ---- the router ----
-
-
-def test_a_router_passes_on_what_it_can_and_dies_with_the_trainer(engines: EngineGroup) -> None:
-    """Why it is optional: what it does not carry is asserted too, so that a version that does is noticed."""
-    for engine in engines.engines:
-        script(engine)
-    publish(engines, engines.load, next_version(engines))
-    for number, engine in enumerate(engines.engines):  # who served is seen by the version
-        engine._connected.post("/update_weight_version", {"new_version": str(number)}, 10.0)
-    sampling = {"temperature": 0.8, "max_new_tokens": 4, "sampling_seed": 5, "stop_token_ids": [7]}
-    body = {"input_ids": [1, 2, 3], "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": 2}
-    expected = engines.engines[0]._connected.post("/generate", body, 10.0, admin=False)
-    with Router(engines) as router:
-        tree = [psutil.Process(router.pid), *psutil.Process(router.pid).children(recursive=True)]
-        assert not [one for one in tree if router.address.api_key in " ".join(one.cmdline())]
-        headers = {"Authorization": f"Bearer {router.address.api_key}"}
-        with httpx.Client(base_url=router.address.url, trust_env=False, timeout=20.0) as client:
-            answer = client.post("/generate", json=body, headers=headers).json()
-            assert answer["output_ids"] == expected["output_ids"]
-            for key in ("output_token_logprobs", "output_top_logprobs"):
-                assert answer["meta_info"][key] == expected["meta_info"][key]
-            assert client.post("/generate", json=body).status_code == 401
-            served = {}
-            for session in [f"session {number}" for number in range(12)] * 2:
-                named = {**headers, SESSION_HEADER: session}
-                version = client.post("/generate", json=body, headers=named).json()["meta_info"]["weight_version"]
-                served.setdefault(session, set()).add(version)
-            assert all(len(versions) == 1 for versions in served.values()), "a session stays where it was"
-            assert set().union(*served.values()) == {"0", "1"}
-            assert client.post("/abort_request", json={"rid": "x"}, headers=headers).status_code == 404
-            several = {**body, "input_ids": [[1, 2], [3, 4]], "sampling_params": [sampling, sampling]}
-            assert client.post("/generate", json=several, headers=headers).status_code == 422
-    assert not psutil.wait_procs(tree, 10)[1]
-
-
-def test_the_routers_cache_aware_policy_knows_prefixes_of_token_ids(engines: EngineGroup) -> None:
-    """While nothing is under way it gives every new prompt to the same engine; one that was served elsewhere, because
-    that engine was busy, goes back there."""
-    for number, engine in enumerate(engines.engines):
-        script(engine)
-        engine._connected.post("/update_weight_version", {"new_version": str(number)}, 10.0)
-
-    def ask(client: httpx.Client, ids: list[int]) -> str:
-        answer = client.post("/generate", json={"input_ids": ids, "sampling_params": SHORT})
-        return answer.json()["meta_info"]["weight_version"]
-
-    with Router(engines, policy="cache_aware") as router, ThreadPoolExecutor(1) as pool:
-        headers = {"Authorization": f"Bearer {router.address.api_key}"}
-        with httpx.Client(base_url=router.address.url, trust_env=False, timeout=20.0, headers=headers) as client:
-            [first] = {ask(client, list(range(start, start + 20))) for start in range(100, 300, 20)}
-            for engine in engines.engines:
-                script(engine, token_s=1.0)
-            slow = pool.submit(ask, client, list(range(300, 320)))
-            time.sleep(0.4)
-            elsewhere = list(range(400, 440))
-            assert ask(client, elsewhere) != first
-            assert slow.result() == first
-            for engine in engines.engines:
-                script(engine)
-            assert ask(client, [*elsewhere, 1, 2, 3]) != first
-            assert ask(client, list(range(320, 360))) == first

@@ -65,17 +65,24 @@ def test_a_multi_turn_run_that_was_killed_resumes_with_the_same_losses(run_ranks
 
 
 def test_an_engine_that_dies_amid_trajectories_costs_no_sample(run_ranks, tmp_path):
-    """Some have a turn behind them, some groups are dropped: started again, the batch is the same."""
+    """Some have a turn behind them, some groups are dropped: started again, the batch is the same. So it is with two
+    engines behind sglang-router, which has to be told of the new one."""
 
-    def records(folder: Path, **case: object) -> list[dict]:
-        ranks = run_ranks(2, "cases_failures.outcome", argv=[*BASE, f"log.run_dir={folder}"], **case)
+    def records(folder: Path, *more: str, **case: object) -> list[dict]:
+        ranks = run_ranks(2, "cases_failures.outcome", argv=[*BASE, f"log.run_dir={folder}", *more], **case)
         assert [rank["code"] for rank in ranks] == [0, 0], ranks
+        assert not any(rank["left"] or rank["children"] for rank in ranks), ranks
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     undisturbed = records(tmp_path / "whole")
-    disturbed = records(tmp_path / "cut", faults=[{"path": "/generate", "do": "die", "after": 30}])
+    dies = [{"path": "/generate", "do": "die", "after": 30}]
+    disturbed = records(tmp_path / "cut", faults=dies)
+    routed = records(tmp_path / "routed", "engine.tp_size=1", "--sglang-router-policy=manual", faults=dies)
     assert sum(record.get("engine/deaths", 0) for record in disturbed) >= 1
+    assert sum(record.get("engine/deaths", 0) for record in routed) >= 1
     assert sum(record.get("engine/deaths", 0) for record in undisturbed) == 0
     same = ("rollout/turns", "rollout/reward", "rollout/tokens", "rollout/started_groups", "train/loss", "eval/reward")
     for name in same:
-        assert [record.get(name) for record in disturbed] == [record.get(name) for record in undisturbed], name
+        wanted = [record.get(name) for record in undisturbed]
+        assert [record.get(name) for record in disturbed] == wanted, name
+        assert [record.get(name) for record in routed] == wanted, name

@@ -106,6 +106,18 @@ def test_a_dumped_config_is_the_same_config(tmp_path: Path) -> None:
     assert split_argv(["--config", str(tmp_path / "c.yaml")], local_world_size=8).config == config
 
 
+def test_the_default_method_has_a_second_name() -> None:
+    """What all other methods replace is called merged in the documents that this package follows."""
+    assert parse("--weight-sync", "merged").config == parse().config
+
+
+def test_stop_texts_are_taken_as_they_stand() -> None:
+    """A comma or a line end in one is a part of it."""
+    assert parse("--rollout-stop", "</a>, b").config.rollout.stop == ("</a>, b",)
+    assert parse('rollout.stop=["\\n\\n", "a,b"]').config.rollout.stop == ("\n\n", "a,b")
+    assert parse().config.rollout.stop == parse("rollout.stop=[]").config.rollout.stop == ()
+
+
 WRONG = {
     "a flag": (["--lora-rnak", "4"], "did you mean --lora-rank"),
     "megatron flag": (["--expert-model-paralel-size", "2"], "did you mean --expert-model-parallel-size"),
@@ -137,7 +149,22 @@ WRONG = {
     "budget": (["--max-seqlen-per-dp-cp-rank", "-1"], "the tokens of a packed micro-batch, or 0 to pad"),
     "length": (["--seq-length", "100"], "set it to 3072 or more"),
     "engine size": (["--rollout-num-gpus-per-engine", "3"], "set --rollout-num-gpus-per-engine to 1 or 2 or 4 or 8"),
-    "expert size": (["engine.ep_size=3"], "engine.ep_size=3 does not divide engine.tp_size=8"),
+    "expert size": (["--sglang-ep-size=3"], "sglang.ep_size=3 does not divide engine.tp_size=8"),
+    "SGLang's in our section": (
+        ["engine.ep_size=2"],
+        "engine.ep_size is not an option; it is SGLang's own: sglang.ep_",
+    ),
+    "no stop text": (["rollout.stop=['', x]"], "stop text '' cannot end a completion"),
+    "a stop text that YAML takes for nothing": (
+        ["--rollout-stop", "#"],
+        "rollout.stop=None; expected a list, [a, b]; ",
+    ),
+    "a number for a list": (["lora.targets=3"], "lora.targets=3; expected a list"),
+    "stop texts with routing replay": (
+        ["rollout.stop=x", "--moe-enable-routing-replay"],
+        "where SGLang tells the experts; leave one of the two out",
+    ),
+    "stop texts of others' batches": (["rollout.stop=x", "rollout.environment={name: feed}"], "to whoever samples"),
     "expert tensor parallel": (["--expert-tensor-parallel-size", "2"], "set it to 1"),
     "owned by us": (["--bf16"], "it follows from model.dtype"),
     "owned in sglang": (["sglang.tp_size=2"], "it follows from engine.tp_size"),

@@ -5,16 +5,24 @@ from __future__ import annotations
 import sys
 import venv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from megatron_sglang.agents import AgentRollout, create_rollout
 from megatron_sglang.config_load import split_argv
+from megatron_sglang.dry_run import plan_command
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.engine.options import ENVIRONMENT, find_python
+from megatron_sglang.engine.router import Router
 from megatron_sglang.engine.server import version_in
 from megatron_sglang.errors import ConfigError, SetupError
 from megatron_sglang.placement import both_fit, choose_mode, device_order, engine_first, engines_in, first_device
+from megatron_sglang.rollout import Rollout
 from megatron_sglang.training import modes
+from megatron_sglang.training.run import engine_options
+from megatron_sglang.types import SamplingParams
 
 TABLE = [
     # wanted, devices, trainer ranks, fits, art -> mode, why
@@ -81,6 +89,56 @@ def test_released_weights_are_not_expected_back(monkeypatch: pytest.MonkeyPatch)
     for method in ("adapter", "merge-on-engine", "disk", "restart"):
         with pytest.raises(ConfigError, match=f"sync.method={method} with sglang.enable_memory_saver"):
             modes.releases(split_argv([*saver, f"sync.method={method}"], local_world_size=1).config)
+
+
+def test_a_router_where_there_is_something_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for and silently not used it would be believed in. The policy is no ServerArgs field: no engine may get
+    it."""
+    base = ["model.hf_path=m", "data.train=t", "rollout.engine=fake", f"log.run_dir={tmp_path}", "rollout.mode=split"]
+    routed = [*base, "--sglang-router-policy", "cache_aware"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    said: list[str] = []
+
+    def create(argv: list[str], tp_size: int):
+        config = split_argv([*argv, f"engine.tp_size={tp_size}"], local_world_size=2).config
+        said.clear()
+        options = engine_options(config)
+        assert "router_policy" not in options.extra
+        return modes.create(config, options, said.append)
+
+    assert create(base, 1).router is None
+    assert len(said) == 1
+    group = create(routed, 1)
+    assert isinstance(group.router, Router)
+    assert (
+        said[1] == "router: sglang-router, cache_aware, in front of 2 engines; each completion is a request of its own"
+    )
+    config = split_argv(routed, local_world_size=2).config.rollout
+    more: Any = {
+        "engine": group,
+        "reward": None,
+        "tokenizer": SimpleNamespace(decode=str),
+        "sampling": SamplingParams(),
+    }
+    assert isinstance(create_rollout(config, seed=0, say=said.append, **more), AgentRollout)
+    more["engine"] = create(routed, 2)
+    assert said[1] == "router: there is one engine, so nothing to choose"
+    assert isinstance(create_rollout(config, seed=0, say=said.append, **more), Rollout)
+    monkeypatch.setitem(sys.modules, "sglang_router", None)
+    assert create(routed, 1).router is None
+    assert "sglang-router is not installed (megatron-sglang[router]), so router_policy=cache_aware has no" in said[1]
+    with pytest.raises(ConfigError, match=r"sglang\.router_policy=sticky; expected manual or cache_aware or "):
+        split_argv([*base, "--sglang-router-policy=sticky"], local_world_size=2)
+
+
+def test_expert_parallelism_goes_by_sglangs_name() -> None:
+    """It is an option of the engine room too, which must not get it twice."""
+    argv = ["model.hf_path=m", "data.train=t", "rollout.engine=fake", "--sglang-ep-size", "2"]
+    config = split_argv(argv, local_world_size=2).config
+    options = engine_options(config)
+    assert (options.tp_size, options.ep_size) == (2, 2)
+    assert "ep_size" not in options.extra
+    assert "--engine-ep 2" in plan_command(config)
 
 
 def test_external_engines_need_no_device() -> None:
