@@ -142,13 +142,17 @@ class Trainer:
 
     def plain(self) -> list[float]:
         """The same of plain Megatron."""
+        from megatron_sglang.training.micro_batches import counted
         from megatron_sglang.training.plugin import _rerunnable
 
         seconds: list[float] = []
         self.cycle.comm.agree(None)
+        *before, forward_backward = self.trained
         for batches in self.batches:
+            # Packed micro-batches are fewer than Megatron counts.
+            run = *before, counted(forward_backward, len(batches))
             with _timed(seconds):
-                self.train_step(_plain_forward_step, _rerunnable(self.model, batches), *self.trained, iteration=0)
+                self.train_step(_plain_forward_step, _rerunnable(self.model, batches), *run, iteration=0)
         return seconds
 
     def bridge(self) -> list[float]:

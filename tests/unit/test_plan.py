@@ -78,7 +78,7 @@ def small_update(bucket_bytes: int) -> Update:
         for expert in (0, 1)
     ]
     slots += [Region(rank, "model.norm.weight", Box(0, 0, 6, 1), Place("n", 0, 1, 1)) for rank in (0, 1)]
-    return update_of(Trainer(found, (1, 1), placement).shards(), slots, 2, 2, bucket_bytes)
+    return update_of(Trainer(found, (1, 1), placement).shards(), slots, 2, 2, bucket_bytes, buffers=2)
 
 
 def test_bytes_buckets_and_memory_add_up() -> None:
@@ -101,7 +101,7 @@ def test_more_engine_ranks_than_trainer_ranks_count_where_they_are_handed_over()
         for rank in range(4)
         for expert in (0, 1)
     ]
-    update = update_of(Trainer(found, (1, 1), placement).shards(), slots, 2, 2, 1 << 20)
+    update = update_of(Trainer(found, (1, 1), placement).shards(), slots, 2, 2, 1 << 20, buffers=2)
     assert update.pairs == {(source, target): 4 for source in (0, 1) for target in range(4)}
     assert (update.total, update.stays) == (32, 16)
     assert update.loads == [Load(merged=16, sent=8, sent_far=0, received=16, digested=16 + 16)] * 2
