@@ -18,8 +18,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import preload  # noqa: F401
 import torch
-import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  (imported once, before the fork)
 from megatron.core import parallel_state as mpu
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
