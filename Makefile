@@ -7,7 +7,7 @@ demo: install
 	  --rollout-engine sglang --config conf/tiny_cpu.yaml $(ARGS)
 
 test: install
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python $(if $(ARGS),-m pytest $(ARGS),scripts/run_tests.py)
 
 install:
 	@scripts/setup

@@ -27,10 +27,11 @@ from megatron_sglang.plan.command import engine_slots  # noqa: E402
 from megatron_sglang.plan.cost import host_for  # noqa: E402
 from megatron_sglang.plan.trainer import Trainer  # noqa: E402
 from megatron_sglang.plan.update import update_of  # noqa: E402
+from megatron_sglang.transfer import SLOTS  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 GPUS = (2, 4)
-OLDER = (2, 4)
+OLDER = (4,)
 """Of them, those whose run was made before layers were cut across their owners and the engine's passes were joined."""
 MODEL, ITEMSIZE = ROOT / "examples/qwen3_30b_a3b", 2
 
@@ -39,24 +40,26 @@ def rows_of(gpus: int) -> list[dict[str, Any]]:
     """One a size of buckets."""
     run = json.loads((RESULTS / f"sync_h200_{gpus}.json").read_text())[0]["result"]
     assert (run["ranks"], run["device"]) == (gpus, "NVIDIA H200"), run["command"]
-    measured = {run["bucket_bytes"]: run["paths"]["direct"]}
-    measured |= {int(size): found for size, found in run["direct_with_buckets"].items()}
+    measured = {(run.get("slots", 2), run["bucket_bytes"]): run["paths"]["direct"]}
+    measured |= {(run.get("slots", 2), int(size)): found for size, found in run["direct_with_buckets"].items()}
+    for count, sizes in run.get("direct_with_slots", {}).items():
+        measured |= {(int(count), int(size)): found for size, found in sizes.items()}
     shapes = model_shapes.hub_shapes(MODEL)
     shards = Trainer(shapes, model_shapes.heads(MODEL), Placement(world_size=gpus, ep=gpus)).shards()
     slots = engine_slots(EngineOptions(str(MODEL), tp_size=gpus, device="cpu"), shapes)
     rows = []
-    for size, found in measured.items():
-        update = update_of(shards, slots, gpus, ITEMSIZE, size, host_for(gpus))
+    for (buffers, size), found in measured.items():
+        update = update_of(shards, slots, gpus, ITEMSIZE, size, host_for(gpus), buffers)
         seconds = found["seconds"]["total"]["median"]
         rows.append(
-            {"gpus": gpus, "bucket_bytes": size, "of_older_code": gpus in OLDER}
+            {"gpus": gpus, "bucket_bytes": size, "slots": buffers, "of_older_code": gpus in OLDER}
             | {"measured_s": seconds, "predicted_s": update.seconds.total}
             | {"off": update.seconds.total / seconds - 1, "seconds": asdict(update.seconds)}
             | {"steps": asdict(update.steps), "load": asdict(max(update.loads, key=lambda load: load.received))}
             | {"measured_extra_bytes": found["extra_device_bytes"]}
             | {"planned_send_and_receive_bytes": max(memory.send + memory.receive for memory in update.memory)}
         )
-        print(f"{gpus} GPUs, {size:>11,} bytes: {seconds:.3f} s, predicted {update.seconds.total:.3f} s", flush=True)
+        print(f"{gpus} GPUs, {buffers} x {size:>11,} bytes: {seconds:.3f} s, predicted {update.seconds.total:.3f} s", flush=True)
     return rows
 
 
@@ -73,7 +76,7 @@ def main() -> None:
     chosen = parser.parse_args()
     rows = [row for gpus in GPUS for row in rows_of(gpus)]
     chosen.output.write_text(json.dumps(rows, indent=1) + "\n")
-    hand_over, fixed = fitted([row for row in rows if row["gpus"] == GPUS[0]])
+    hand_over, fixed = fitted([row for row in rows if (row["gpus"], row["slots"]) == (GPUS[0], SLOTS)])
     print(f"by the run of {GPUS[0]} GPUs, of older code: {GPUS[0] in OLDER}: {hand_over=:.6f}, {fixed=:.4f} s")
 
 

@@ -125,7 +125,8 @@ def _phases(records: Sequence[Record]) -> Figure | None:
 
 
 def _axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.6, 3.0), dpi=110, layout="constrained")
+    figure = Figure(figsize=(5.6, 3.0), dpi=110)
+    figure.subplots_adjust(left=0.13, right=0.98, bottom=0.16, top=0.91)  # a layout that is computed draws all twice
     axes = figure.add_subplot()
     axes.set_xlabel("iteration")
     axes.grid(alpha=0.25)

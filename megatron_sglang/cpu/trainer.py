@@ -20,11 +20,12 @@ import torch
 from megatron_sglang.cpu import exact_matmul, packed_attention, te_import, torch_facade
 from megatron_sglang.errors import DataError
 
-# Megatron and Bridge import these when they are installed, and use none of them on a CPU: 27 s become 17 s.
+# Megatron and Bridge import these when they are installed, and use none of them on a CPU.
 _ONLY_FOR_GPUS = ("flashinfer", "fla", "torchao", "tilelang", "tvm", "flash_attn", "cutlass")
-# transformers takes a function of each, for assisted generation and for losses of object detection. Unlike the others
-# they can be imported again afterwards: a user's reward function runs in this process.
-_NOT_NOW = ("sklearn", "scipy")
+# transformers takes a function of the first two, for assisted generation and for losses of object detection; Megatron
+# asks whether the timers' writer is wandb (core/timers.py:13). Unlike the others they can be imported again afterwards:
+# a user's reward function and the trackers run in this process.
+_NOT_NOW = ("scipy", "sklearn", "wandb")
 
 _entered = False
 
@@ -56,19 +57,26 @@ def enter() -> None:
 
 @contextlib.contextmanager
 def _short_imports() -> Iterator[None]:
-    """Import without collecting garbage and without `_NOT_NOW`."""
-    collecting = gc.isenabled()
+    """Import without collecting garbage, without `_NOT_NOW`, and without the compiler: core/jit.py decorates dozens of
+    functions with torch.compile, which imports it even where TORCH_COMPILE_DISABLE leaves them as they are."""
+    collecting, torch_compile = gc.isenabled(), torch.compile
     gc.disable()
+    torch.compile = _uncompiled
     for name in _NOT_NOW:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     try:
         yield
     finally:
+        torch.compile = torch_compile
         for name in _NOT_NOW:
             if sys.modules.get(name) is None:
                 sys.modules.pop(name, None)
         if collecting:
             gc.enable()
+
+
+def _uncompiled(function: Any = None, **_options: Any) -> Any:
+    return function if function is not None else lambda decorated: decorated
 
 
 def layer_spec(provider: Any) -> Any:

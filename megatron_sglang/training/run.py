@@ -26,7 +26,6 @@ from megatron_sglang.engine.options import find_python
 from megatron_sglang.errors import DataError
 from megatron_sglang.feed.sampler import Feed
 from megatron_sglang.prompts import source
-from megatron_sglang.report import write_report
 from megatron_sglang.rollout import Rollout
 from megatron_sglang.trace import METRICS, RunLog, read_lines
 from megatron_sglang.training import console, hf_folder, modes
@@ -232,6 +231,8 @@ class Station:
         return Leader(self.engine, sampler, self.prompts, self.held_out, log)
 
     def _write_report(self) -> None:
+        from megatron_sglang.report import write_report  # matplotlib is a second of every rank's start
+
         with contextlib.suppress(DataError, OSError):  # a run that failed early has none, and it must not hide why
             page = write_report(self.config.log.run_dir)
             held_out = [

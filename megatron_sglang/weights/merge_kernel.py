@@ -77,16 +77,16 @@ def _merge(
     col = (tile % across) * COLS + tl.arange(0, COLS).to(tl.int64)
     in_rows, in_cols = (row < rows)[:, None], (col < cols)[None, :]
     inside = in_rows & in_cols
-    delta = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    delta = tl.zeros((ROWS, COLS), dtype=tl.float64 if WIDEN else tl.float32)
     for start in range(0, rank, RANKS):
         k = start + tl.arange(0, RANKS).to(tl.int64)
         in_rank = k < rank
         b = tl.load(up + (top + row)[:, None] * rank + k[None, :], mask=in_rows & in_rank[None, :], other=0.0)
         a = tl.load(down + k[:, None] * width + (left + col)[None, :], mask=in_rank[:, None] & in_cols, other=0.0)
         if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        delta = tl.dot(b, a, acc=delta, input_precision=PRECISION)
-    delta = delta * scale
+            a, b = a.to(tl.float64), b.to(tl.float64)
+        delta = tl.dot(b, a, acc=delta, input_precision=PRECISION, out_dtype=delta.dtype)
+    delta = delta.to(tl.float32) * scale
     before = tl.load(base + (top + row)[:, None] * width + (left + col)[None, :], mask=inside, other=0.0)
     before = before.to(tl.float32)
     whole = before + delta
@@ -172,7 +172,9 @@ class Launch:
                 WEIGHT=_DTYPES[weights[0].bases[0].dtype],
                 FACTOR=_DTYPES[weights[0].up.dtype],
                 PRECISION="ieee",
-                WIDEN=triton.knobs.runtime.interpret,  # the interpreter multiplies bfloat16 as if it were an integer
+                # The interpreter multiplies bfloat16 as if it were an integer, and float32 by numpy, where an element's
+                # last bit depends on its place in the tile on some CPUs.
+                WIDEN=triton.knobs.runtime.interpret,
                 ALIGNED=aligned,
                 ROWS=ROWS,
                 COLS=COLS,

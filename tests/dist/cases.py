@@ -18,8 +18,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import preload  # noqa: F401
 import torch
-import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  (imported once, before the fork)
 from megatron.core import parallel_state as mpu
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -75,9 +75,8 @@ def set_up(
     return recipe, model, optimizer, scheduler
 
 
-def randomize(model: list[Any], scale: float, exactly: bool = False) -> None:
-    """Give every adapter's B values that do not depend on the layout. exactly: A and B get so few digits that fp32
-    holds their products and sums; then no order of summation, which a machine chooses, changes a bit."""
+def randomize(model: list[Any], scale: float) -> None:
+    """Give every adapter's B values that do not depend on the layout."""
     for adapter in lora.adapters(model):
         weight = adapter.wrapper.adapter.linear_out.weight
         dense = adapter.expert is None
@@ -87,9 +86,6 @@ def randomize(model: list[Any], scale: float, exactly: bool = False) -> None:
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         whole = torch.randn(weight.shape[0] * tp_size, weight.shape[1], generator=generator) * scale
         weight.data.copy_(whole.chunk(tp_size)[tp_rank])
-        if exactly:
-            for factor in (weight, adapter.wrapper.adapter.linear_in.weight):
-                factor.data.copy_((factor.data * 256).round() / 256)
 
 
 def samples(count: int, vocabulary: int) -> list[TrainSample]:
@@ -264,7 +260,7 @@ def direct(
     recipe, model, _, _ = set_up(hf, layout, dtype=dtype)
     sent_as = getattr(torch, dtype)
     merge._is_on_gpu = digests.is_on_gpu = lambda _: fused
-    randomize(model, 0.2, exactly=fused)
+    randomize(model, 0.2)
     shapes = tensor_shapes(hf)
     mine = shards.of_this_rank(recipe.bridge, model, shapes)
     everyone: list[Any] = [None] * torch.distributed.get_world_size()

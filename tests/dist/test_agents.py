@@ -37,25 +37,36 @@ def test_the_loss_counts_sampled_tokens_only(run_ranks, loss):
         assert found["norm"] > 0
 
 
-def test_a_multi_turn_run_that_was_killed_resumes_with_the_same_losses(run_ranks, tmp_path):
+def argv(folder: Path, *more: str) -> list[str]:
+    return [*BASE, f"log.run_dir={folder}", *more]
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def completes(run_ranks, folder: Path, *more: str, **case: object) -> list[dict]:
+    ranks = run_ranks(2, "cases_failures.outcome", argv=argv(folder, *more), **case)
+    assert [rank["code"] for rank in ranks] == [0, 0], ranks
+    assert not any(rank["left"] or rank["children"] for rank in ranks), ranks
+    return records(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_ranks, tmp_path_factory) -> list[dict]:
+    return completes(run_ranks, tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_a_multi_turn_run_that_was_killed_resumes_with_the_same_losses(run_ranks, tmp_path, undisturbed):
     """Turns, dynamic sampling and the place in the data come back; checkpoints hold the rollout's own state."""
-
-    def argv(folder: Path, *more: str) -> list[str]:
-        return [*BASE, f"log.run_dir={folder}", *more]
-
-    def records(folder: Path) -> dict[int, dict]:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        return {record["iteration"]: record for record in map(json.loads, lines)}
-
-    whole, cut, saved = tmp_path / "whole", tmp_path / "cut", tmp_path / "checkpoint"
-    assert run_ranks(2, "run", argv=argv(whole)) == ["", ""]
+    cut, saved = tmp_path / "cut", tmp_path / "checkpoint"
     save = [f"--save={saved}", "--save-interval=2"]
     with pytest.raises(AssertionError, match="died without a word"):
         run_ranks(2, "run", argv=argv(cut, *save), kill_at=2)
     state = json.loads((saved / "iter_0000002" / "rollout_state.json").read_text())
     assert state["cycle"]["rollout"] == {"groups": []}
     assert run_ranks(2, "run", argv=argv(cut, *save, f"--load={saved}")) == ["", ""]
-    expected, found = records(whole), records(cut)
+    expected, found = ({record["iteration"]: record for record in run} for run in (undisturbed, records(cut)))
     assert list(found) == list(expected) == list(range(4))
     for iteration in range(3):
         assert expected[iteration]["rollout/turns"] == 2.0
@@ -64,20 +75,12 @@ def test_a_multi_turn_run_that_was_killed_resumes_with_the_same_losses(run_ranks
             assert found[iteration][name] == pytest.approx(expected[iteration][name], rel=1e-6), (iteration, name)
 
 
-def test_an_engine_that_dies_amid_trajectories_costs_no_sample(run_ranks, tmp_path):
+def test_an_engine_that_dies_amid_trajectories_costs_no_sample(run_ranks, tmp_path, undisturbed):
     """Some have a turn behind them, some groups are dropped: started again, the batch is the same. So it is with two
     engines behind sglang-router, which has to be told of the new one."""
-
-    def records(folder: Path, *more: str, **case: object) -> list[dict]:
-        ranks = run_ranks(2, "cases_failures.outcome", argv=[*BASE, f"log.run_dir={folder}", *more], **case)
-        assert [rank["code"] for rank in ranks] == [0, 0], ranks
-        assert not any(rank["left"] or rank["children"] for rank in ranks), ranks
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-    undisturbed = records(tmp_path / "whole")
     dies = [{"path": "/generate", "do": "die", "after": 30}]
-    disturbed = records(tmp_path / "cut", faults=dies)
-    routed = records(tmp_path / "routed", "engine.tp_size=1", "--sglang-router-policy=manual", faults=dies)
+    disturbed = completes(run_ranks, tmp_path / "cut", faults=dies)
+    routed = completes(run_ranks, tmp_path / "routed", "engine.tp_size=1", "--sglang-router-policy=manual", faults=dies)
     assert sum(record.get("engine/deaths", 0) for record in disturbed) >= 1
     assert sum(record.get("engine/deaths", 0) for record in routed) >= 1
     assert sum(record.get("engine/deaths", 0) for record in undisturbed) == 0

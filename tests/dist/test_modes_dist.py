@@ -60,23 +60,33 @@ RUN = [
 ]
 
 
-def test_taking_turns_changes_no_digit(run_ranks, tmp_path: Path) -> None:
+def records_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plain(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that neither takes turns nor gives memory back."""
+    folder = tmp_path_factory.mktemp("plain")
+    argv = [*RUN, "rollout.mode=colocated", "sglang.enable_memory_saver=false", f"log.run_dir={folder}"]
+    assert run_ranks(2, "run", timeout_s=200, argv=argv) == ["", ""]
+    return folder
+
+
+def test_taking_turns_changes_no_digit(run_ranks, tmp_path: Path, plain: Path) -> None:
     """What is lost or moved on the way out and back would be seen in the next loss, and the engine's tokens follow from
     every bit of its weights."""
-    kept = {}
-    for mode in ("colocated", "shared"):
-        folder = tmp_path / mode
-        argv = [*RUN, f"rollout.mode={mode}", f"log.run_dir={folder}"]
-        found = run_ranks(2, "cases_modes.turns", timeout_s=200, argv=argv)
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        numbers = [{k: v for k, v in one.items() if not k.startswith("timing")} for one in records]
-        kept[mode] = numbers, (folder / "rollouts.jsonl").read_text(), found
-    (colocated, samples, _), (shared, other_samples, found) = kept["colocated"], kept["shared"]
+    argv = [*RUN, "rollout.mode=shared", f"log.run_dir={tmp_path}"]
+    found = run_ranks(2, "cases_modes.turns", timeout_s=200, argv=argv)
+    colocated, shared = (
+        [{name: value for name, value in one.items() if not name.startswith("timing")} for one in records_of(folder)]
+        for folder in (plain, tmp_path)
+    )
     names = {name for record in colocated for name in record if "loss" in name or "norm" in name or "reward" in name}
     assert len(names) > 4
     for one, other in zip(colocated, shared, strict=True):
         assert {name: one.get(name) for name in names} == {name: other.get(name) for name in names}
-    assert samples == other_samples
+    assert (plain / "rollouts.jsonl").read_text() == (tmp_path / "rollouts.jsonl").read_text()
     for rank in found:
         phases = rank["seen"]
         assert len(phases) == 3, "two rollout batches, and the publication at the end"
@@ -87,14 +97,13 @@ def test_taking_turns_changes_no_digit(run_ranks, tmp_path: Path) -> None:
         assert len(phases[1]["before"]) > len(phases[0]["before"]), "the optimizer's state came with the first step"
 
 
-def test_an_engine_that_gives_its_memory_back_changes_no_digit(run_ranks, tmp_path: Path) -> None:
+def test_an_engine_that_gives_its_memory_back_changes_no_digit(run_ranks, tmp_path: Path, plain: Path) -> None:
     """free_cache_engine: released while the trainer trains, its weights and caches come anew with the next version."""
+    argv = [*RUN, "sglang.enable_memory_saver=true", f"log.run_dir={tmp_path / 'true'}"]
+    assert run_ranks(2, "run", timeout_s=200, argv=argv) == ["", ""]
     kept = {}
-    for saver in ("false", "true"):
-        folder = tmp_path / saver
-        argv = [*RUN, f"sglang.enable_memory_saver={saver}", f"log.run_dir={folder}"]
-        assert run_ranks(2, "run", timeout_s=200, argv=argv) == ["", ""]
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for saver, folder in {"false": plain, "true": tmp_path / "true"}.items():
+        records = records_of(folder)
         assert ["timing_s/release" in one for one in records] == [saver == "true", saver == "true", False]
         kinds = ("train/loss", "train/grad_norm", "sync/update_norm", "rollout/reward")
         kept[saver] = [{name: value for name, value in one.items() if name.startswith(kinds)} for one in records]

@@ -171,6 +171,8 @@ def test_what_was_predicted_for_measured_updates() -> None:
         assert predict(loads, steps, host_for(row["gpus"])).total == pytest.approx(row["predicted_s"])
         run = json.loads((CHECKS / f"sync_h200_{row['gpus']}.json").read_text())[0]["result"]
         sizes = run["direct_with_buckets"] | {str(run["bucket_bytes"]): run["paths"]["direct"]}
+        if row["slots"] != run.get("slots", 2):
+            sizes = run["direct_with_slots"][str(row["slots"])]
         measured = sizes[str(row["bucket_bytes"])]
         assert measured["seconds"]["total"]["median"] == row["measured_s"]
         assert measured["buckets"] == steps.buckets or row["of_older_code"]

@@ -81,6 +81,18 @@ def test_second_run_does_nothing_and_a_new_lock_installs_again(machine: Machine)
     assert machine.called == INSTALLS[1:]
 
 
+def test_what_is_imported_most_is_compiled(machine: Machine) -> None:
+    """Without bytecode each rank and each server spends half of its start on compiling Megatron and SGLang, and Python
+    writes none where the user's environment says so, as in many containers."""
+    package = machine.folder / ".venv" / "lib" / "python3.12" / "site-packages" / "sglang"
+    package.mkdir(parents=True)
+    (machine.folder / ".venv" / "pyvenv.cfg").touch()
+    (package / "template.py").write_text("def {{ name }}:\n")  # no program, and no reason to fail
+    (package / "server.py").write_text("port = 1\n")
+    assert machine.setup(PYTHON=sys.executable, PYTHONDONTWRITEBYTECODE="1").returncode == 0
+    assert [path.name for path in (package / "__pycache__").iterdir()] == ["server.cpython-312.pyc"]
+
+
 def test_a_gpu_host_gets_what_is_compiled_on_top(machine: Machine) -> None:
     """After the lock, so that torch is there to compile against; and no later set-up takes it away."""
     assert machine.setup("--gpu", PYTHON=sys.executable).returncode == 0
