@@ -59,7 +59,10 @@ def rows_of(gpus: int) -> list[dict[str, Any]]:
             | {"measured_extra_bytes": found["extra_device_bytes"]}
             | {"planned_send_and_receive_bytes": max(memory.send + memory.receive for memory in update.memory)}
         )
-        print(f"{gpus} GPUs, {buffers} x {size:>11,} bytes: {seconds:.3f} s, predicted {update.seconds.total:.3f} s", flush=True)
+        print(
+            f"{gpus} GPUs, {buffers} x {size:>11,} bytes: {seconds:.3f} s, predicted {update.seconds.total:.3f} s",
+            flush=True,
+        )
     return rows
 
 

@@ -61,7 +61,7 @@ def steps(
         *words,
     )
     plan = (python, "-c", COMMAND, "plan", model, "--nproc", str(gpus), "--expert-model-parallel-size", str(gpus))
-    plan += ("--micro-batch-size", "4", "--memory-saver")
+    plan += ("--micro-batch-size", "1", "--sequence-tokens", "20480", "--memory-saver")
     output = ("--output", "{result}")
     return [
         Step("doctor", (python, "-c", COMMAND, "doctor"), 120, environment, result=False),

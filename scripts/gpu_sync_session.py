@@ -222,7 +222,11 @@ def session(
         tiny = work / "tiny"
         tiny.mkdir()
         shutil.copy(ROOT / TINY / "config.json", tiny)
-        planned = [step for step in steps_of(gpus, str(tiny)) if step.name in chosen.only or not chosen.only]
+        known = steps_of(gpus, str(tiny))
+        if strange := {*chosen.only, *chosen.again} - {step.name for step in known}:
+            print(f"no step: {', '.join(sorted(strange))}; expected some of {', '.join(step.name for step in known)}")
+            return 2
+        planned = [step for step in known if step.name in chosen.only or not chosen.only]
         if chosen.dry_run:
             for step in planned:
                 print(f"{step.name} (at most {step.timeout_s} s)\n    {' '.join(step.arguments)}")

@@ -28,9 +28,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeForC
 UNSAID_WEIGHT = 0.1  # loss weight of a token that the model does not say
 
 
-def tokens(
-    text: PreTrainedTokenizerFast, prompt: str, said: list[tuple[bool, str]]
-) -> tuple[list[int], list[float]]:
+def tokens(text: PreTrainedTokenizerFast, prompt: str, said: list[tuple[bool, str]]) -> tuple[list[int], list[float]]:
     """Token ids of a conversation as the agent loop builds them, and their weights in the loss."""
     ids = text.encode(prompt, add_special_tokens=False)
     weights = [UNSAID_WEIGHT] * len(ids)

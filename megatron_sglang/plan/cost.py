@@ -47,7 +47,7 @@ class Host:
     """Messages of an update that do not depend on its size."""
 
 
-HAND_OVER_S, FIXED_S = 0.00059, 0.1041
+HAND_OVER_S, FIXED_S = 0.002195, 0.0941
 
 
 def _h200(gpus: int, held: float, leaves: float, merge_s: float, link_s: float, digest_s: float) -> Host:
@@ -55,7 +55,7 @@ def _h200(gpus: int, held: float, leaves: float, merge_s: float, link_s: float, 
     in bf16, EP and engine TP as many as GPUs. Seconds: of the merging kernel and of the digest kernel on rank 0, and of
     an all_to_all of the same bytes."""
     run = f"benchmarks/results/sync_h200_{gpus}.json"
-    fit = "least squares over the three sizes of buckets that 2 GPUs have run with the code before (plan_check.json)"
+    fit = "least squares over three sizes of buckets on 2 GPUs with one buffer of each kind (plan_check.json)"
     return Host(
         name=f"{gpus} x H200, NVLink",
         gpus=gpus,

@@ -60,7 +60,8 @@ H200 = {name: value for name, value in SEED.items() if name.startswith(tuple(SAM
     "megatron.pipeline-model-parallel-size": None,
     "megatron.context-parallel-size": None,
     "megatron.expert-model-parallel-size": 8,
-    "megatron.micro-batch-size": 4,
+    "megatron.micro-batch-size": 1,
+    "megatron.max-seqlen-per-dp-cp-rank": 20480,
     "engine.tp_size": 8,
     "sglang.disable_cuda_graph": None,
 }
