@@ -87,7 +87,7 @@ def steps(gpus: int, rehearse: bool, random_tiny: str) -> list[Step]:
     memory = {1: ("--mem-fraction", "0.48")} if not rehearse else {}
     sweep = ("--paths", "direct", "--bucket-bytes", str(buckets[0]), "--also-buckets", *map(str, buckets[1:]))
     for size in reversed(sizes):
-        more = (*sweep, "--also-slots", "1", *memory.get(size, ()))
+        more = (*sweep, "--also-slots", "2", *memory.get(size, ()))
         found.append(_bench(f"30b-{size}", size, size, 300, *large, *more))
     soak = ("--paths", "direct", "--syncs", "10" if rehearse else "200")
     found.append(_bench("soak", most, min(most, ENGINE_TP_OF_TINY), 500, *small, *soak))

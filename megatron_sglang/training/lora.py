@@ -49,6 +49,8 @@ def apply(model: torch.nn.Module, config: LoraConfig, seed: int) -> torch.nn.Mod
     model = peft(model, training=True)
     for adapter in adapters([model]):
         _init_in_place(adapter, seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # where the experts' weights lay before they were stacked: nearly all of the model
     return model
 
 
