@@ -9,8 +9,12 @@ Each step runs under its own deadline; one that fails or hangs costs its own tim
     plan       the memory that was predicted for it
     training   our train step against plain Megatron's (benchmarks/training_efficiency.py)
     rollout    our rollout against a bare client (benchmarks/rollout_efficiency.py)
+    layouts    one train step in every layout of two GPUs (benchmarks/layouts.py); with two or more
+    modes      every rollout mode with the demo's model (benchmarks/modes.py); with two or more
+    replay     flagship again for four batches, with routing replay
+    agreement  of trainer and engine in it, and its times (benchmarks/cycle.py)
 
-Further arguments, given first, are pretrain_gspo.py's and go to flagship, training and rollout:
+Further arguments, given first, are pretrain_gspo.py's and go to flagship, training, rollout and replay:
 rollout.max_new_tokens=512 rollout.prompts_per_batch=32. Results go to OUT (--out, else $OUT, else build/gpu_flagship):
 session.json, written after each step, session.log with all output, run/ with what the run left. A second call goes on
 where the first one stopped (--again NAME repeats a step). With --deadline-s no step is started that may not end in
@@ -52,24 +56,26 @@ def steps(
     script |= {"PRESET": "h200", "NPROC": str(gpus), "PYTHON": python}
     launcher = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus))
     config = ("--config", CONFIG, f"model.hf_path={model}", "model.random_weights=true", *words)
-    flagship = (
-        "bash",
-        "examples/run_qwen3moe_30b_fim_gspo.sh",
-        "--num-rollout",
-        str(cycles),
-        "--no-save-optim",
-        *words,
-    )
+    flagship = ("bash", "examples/run_qwen3moe_30b_fim_gspo.sh", "--no-save-optim", *words)
     plan = (python, "-c", COMMAND, "plan", model, "--nproc", str(gpus), "--expert-model-parallel-size", str(gpus))
     plan += ("--micro-batch-size", "1", "--sequence-tokens", "20480", "--memory-saver")
     output = ("--output", "{result}")
+    replay_dir = str(out.resolve() / "run_replay")
+    replay = (*flagship, "--num-rollout", "4", "--moe-enable-routing-replay")
+    both = [
+        Step("layouts", (python, "benchmarks/layouts.py", "--at-once", "4", *output), 580, environment),
+        Step("modes", (python, "benchmarks/modes.py", "--at-once", "5", *output), 580, environment),
+    ]
     return [
         Step("doctor", (python, "-c", COMMAND, "doctor"), 120, environment, result=False),
-        Step("flagship", flagship, 580, environment | script, result=False),
+        Step("flagship", (*flagship, "--num-rollout", str(cycles)), 580, environment | script, result=False),
         Step("cycle", (python, "benchmarks/cycle.py", run_dir, *output), 120, environment),
         Step("training", (*launcher, "benchmarks/training_efficiency.py", *config, *output), 580, environment),
         Step("rollout", (python, "benchmarks/rollout_efficiency.py", "--nproc", str(gpus), *config, *output), 580,
              environment),
+        *(both if gpus > 1 and not rehearse else []),
+        Step("replay", replay, 580, environment | script | {"OUT": replay_dir}, result=False),
+        Step("agreement", (python, "benchmarks/cycle.py", replay_dir, *output), 120, environment),
         Step("plan", plan, 400, {"CUDA_VISIBLE_DEVICES": ""}, result=False),
     ]  # fmt: skip
 
