@@ -22,7 +22,9 @@ CLEAN_UP_S = 60.0
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT, too: a shell starts what runs in its background with that ignored, and the sessions would inherit it.
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, signal.default_int_handler)
     with tempfile.TemporaryFile("w+") as log:
         sessions = [start([BESIDE], log), start([f"--ignore={BESIDE}"], None)]
         try:

@@ -120,9 +120,14 @@ class EngineGroup(Announced):
 
     def restart(self) -> None:
         """Start those that died anew, and a router before them; none serves until the next update."""
-        dead = [engine for engine in self.engines if engine.why_dead()]
         self.fail_update("an engine beside it died")
-        self._each(lambda _, engine: engine.restart() if engine in dead else None, until_first_error=True)
+        for _ in self.engines:  # while one is started, another may turn out to be dead: a router would look for it
+            dead = [engine for engine in self.engines if engine.why_dead()]
+            if not dead:
+                break
+            self._each(
+                lambda _, engine, dead=dead: engine.restart() if engine in dead else None, until_first_error=True
+            )
         if self.router is not None:
             self.router.ensure()
 

@@ -122,6 +122,8 @@ class Router:
             while True:
                 if reason := self.why_dead():
                     raise EngineStartError(f"router did not come up: {reason}")
+                if dead := [reason for engine in self._engines.engines if (reason := engine.why_dead())]:
+                    raise EngineStartError(f"router waits for an engine that has died: {dead[0]}")
                 with contextlib.suppress(httpx.TransportError):
                     found = client.get("/workers").json()["workers"]
                     if sorted(one["url"] for one in found if one["is_healthy"]) == sorted(self._urls):
