@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from launch import ROOT, environment, torchrun, write
+
 EP2 = ("--expert-model-parallel-size", "2")
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 LAYOUTS = {
@@ -42,9 +42,6 @@ LIMITS = {"float32": {"loss": 1e-5, "grad_norm": 1e-5}, "bfloat16": {"loss": 0.0
 BUDGET = 1536
 SHORT = ["data.max_prompt_tokens=72", "rollout.max_new_tokens=24"]
 TINY = ROOT / "examples/tiny_fim/model"
-TIMEOUT_S = 400
-ENDED = ("timeout", "--kill-after=30", str(TIMEOUT_S))
-"""By SIGTERM, which torchrun hands to the ranks, and they to what they have started."""
 
 
 def build_model(folder: Path) -> None:
@@ -64,15 +61,12 @@ def build_model(folder: Path) -> None:
 def run(name: str, model: Path, work: Path, dtype: str, backend: str) -> dict[str, Any]:
     """The result of packing.py, or what it said when it failed."""
     result = work / f"{name.replace(' ', '')}.json"
-    command = [*ENDED, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["benchmarks/packing.py", "--budget", str(BUDGET), "--steps", "1", "--output", str(result)]
+    command = torchrun(2, "benchmarks/packing.py", "--budget", str(BUDGET), "--steps", "1", "--output", str(result))
     command += ["--hf-model", str(model), f"model.dtype={dtype}", "data.train=examples/tiny_fim/train.jsonl"]
     command += ["--global-batch-size", "32", "--micro-batch-size", "4", "engine.tp_size=1", "lora.rank=16"]
     command += ["data.max_prompt_tokens=192", "rollout.max_new_tokens=256"] if dtype == "bfloat16" else SHORT
     command += [*LAYOUTS[name], *(ON_GPUS if dtype == "bfloat16" else ()), "--attention-backend", backend]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode or not result.exists():
         return {"failed": (done.stderr or done.stdout)[-3000:].splitlines()}
     return json.loads(result.read_text())
@@ -119,21 +113,13 @@ def main() -> int:
             build_model(model)
         results = pool.map(lambda name: run(name, model, work, dtype, given.attention_backend), names)
         rows, near = compared(dict(zip(names, results, strict=True)), dtype)
-    text = json.dumps(
-        {
-            "command": "benchmarks/layouts.py " + " ".join(sys.argv[1:]).partition("--output")[0],
-            "device": f"2 x {torch.cuda.get_device_name()}" if on_gpus else "CPU",
-            "torch": torch.__version__,
-            "dtype": dtype,
-            "limits": LIMITS[dtype],
-            "all_within_limits": near,
-            "layouts": rows,
-        },
-        indent=1,
-    )
-    print(text)
-    if given.output:
-        given.output.write_text(text + "\n")
+    fixed = {
+        "device": f"2 x {torch.cuda.get_device_name()}" if on_gpus else "CPU",
+        "torch": torch.__version__,
+        "dtype": dtype,
+        "limits": LIMITS[dtype],
+    }
+    write("layouts.py", fixed | {"all_within_limits": near, "layouts": rows}, given.output)
     return 0 if near else 1
 
 

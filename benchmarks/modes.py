@@ -11,8 +11,6 @@ something else or left memory on a GPU.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from launch import ROOT, environment, torchrun, write
+
 from megatron_sglang.trace import METRICS, read_lines
 
-ROOT = Path(__file__).resolve().parents[1]
 ONE = ("--expert-model-parallel-size", "1", "engine.tp_size=1")
 RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "split, direct": (1, (*ONE, "--rollout-mode", "split")),
@@ -39,24 +38,19 @@ ON_GPUS = ("--attention-backend", "unfused", "--no-gradient-accumulation-fusion"
            "sync.bucket_bytes=1000000")  # fmt: skip
 EXPECTED = (0.377, 0.412)
 """Mean rewards of the demo's first two batches, to three digits (README)."""
-TIMEOUT_S = 400
-ENDED = ("timeout", "--kill-after=30", str(TIMEOUT_S))
-"""By SIGTERM, which torchrun hands to the ranks, and they to what they have started."""
 
 
 def run(name: str, work: Path, gpus: bool) -> dict[str, Any]:
     ranks, arguments = RUNS[name]
     folder = work / "".join(letter for letter in name if letter.isalnum())
-    command = [*ENDED, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["pretrain_gspo.py", "--rollout-engine", "sglang", *ALL, *arguments, *(ON_GPUS if gpus else ())]
-    command += [f"log.run_dir={folder}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    wanted = (*ALL, *arguments, *(ON_GPUS if gpus else ()), f"log.run_dir={folder}")
+    command = torchrun(ranks, "pretrain_gspo.py", "--rollout-engine", "sglang", *wanted)
+    env = environment()
     if name == "shared" and gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = "0"
+        env["CUDA_VISIBLE_DEVICES"] = "0"
     began = time.monotonic()
     with (work / f"{folder.name}.log").open("w+") as log:
-        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False).returncode
+        status = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, check=False).returncode
         log.seek(0)
         said = log.read()
     found: dict[str, Any] = {"ranks": ranks, "arguments": " ".join(arguments), "status": status}
@@ -92,19 +86,8 @@ def main() -> int:
         results = list(pool.map(lambda name: run(name, Path(temporary), bool(before)), given.only))
     runs = dict(zip(given.only, results, strict=True))
     left = [after - was for was, after in zip(before, used_mb(), strict=True)]
-    text = json.dumps(
-        {
-            "command": "benchmarks/modes.py " + " ".join(sys.argv[1:]).partition("--output")[0],
-            "gpus": len(before),
-            "expected_rewards": EXPECTED,
-            "memory_left_mb": left,
-            "runs": runs,
-        },
-        indent=1,
-    )
-    print(text)
-    if given.output:
-        given.output.write_text(text + "\n")
+    found = {"gpus": len(before), "expected_rewards": EXPECTED, "memory_left_mb": left, "runs": runs}
+    write("modes.py", found, given.output)
     return 0 if all(one["alike"] for one in results) and all(size < 64 for size in left) else 1
 
 

@@ -40,27 +40,26 @@ class GroupedLoRALinear(LoRALinear):
 
     def __init__(self, to_wrap: Any, adapter: GroupedExpertLinearAdapter) -> None:
         super().__init__(to_wrap, adapter)
-        stack(weights_of(to_wrap))
+        stack(to_wrap)
 
     def forward(self, x: torch.Tensor, m_splits: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """x: [T, I]. m_splits: [E] tokens of each expert. Gives [T, O], and no bias."""
         if not self.is_grouped(x):
             return super().forward(x, m_splits, *args, **kwargs)
         ends = torch.as_tensor(m_splits).to(x.device, torch.int32, non_blocking=True).cumsum(0, dtype=torch.int32)
-        base = stacked(weights_of(self.to_wrap))
+        base = stacked(self.to_wrap)
         factors = (self.adapter.linear_in.weight, self.adapter.linear_out.weight) if self._adapter_enabled else None
         return adapted(x, ends, base, factors, self.adapter.alpha / self.adapter.dim), None
 
     def is_grouped(self, x: torch.Tensor) -> bool:
         """bf16 on a GPU, expert tensor parallel size 1, no bias, dropout or fp8; the base frozen and stacked."""
-        weights = weights_of(self.to_wrap)
         return (
             _is_on_gpu(x)
-            and x.dtype == torch.bfloat16 == weights[0].dtype
+            and x.dtype == torch.bfloat16 == self.to_wrap.weight0.dtype
             and x.is_contiguous()
             and len(x) > 0
             and self._is_plain
-            and is_stacked(weights)
+            and is_stacked(self.to_wrap)
             and not self.adapter._is_te_fp8_enabled()
         )
 
@@ -101,27 +100,28 @@ def weights_of(module: Any) -> list[torch.nn.Parameter]:
 
 
 @torch.no_grad()
-def stack(weights: list[torch.nn.Parameter]) -> None:
+def stack(module: Any) -> None:
     """Move the weights behind one another into one piece of memory. They stay the parameters they were."""
+    weights = weights_of(module)
     together = torch.stack([weight.data for weight in weights])
     for weight, place in zip(weights, together, strict=True):
         weight.data = place
 
 
-def is_stacked(weights: list[torch.nn.Parameter]) -> bool:
-    """Are they where `stack` put them? Whoever gives a parameter other memory undoes it."""
-    first, last = weights[0], weights[-1]
-    apart = (len(weights) - 1) * first.numel() * first.element_size()
+def is_stacked(module: Any) -> bool:
+    """Are its weights where `stack` put them? Whoever gives a parameter other memory undoes it."""
+    first, last = module.weight0, getattr(module, f"weight{module.num_gemms - 1}")
+    apart = (module.num_gemms - 1) * first.numel() * first.element_size()
     return (
         last.data_ptr() - first.data_ptr() == apart
         and last.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
     )
 
 
-def stacked(weights: list[torch.nn.Parameter]) -> torch.Tensor:
+def stacked(module: Any) -> torch.Tensor:
     """[E, O, I] over the memory of weights that are stacked."""
-    first = weights[0].data
-    return first.as_strided((len(weights), *first.shape), (first.numel(), *first.stride()), first.storage_offset())
+    first = module.weight0.data
+    return first.as_strided((module.num_gemms, *first.shape), (first.numel(), *first.stride()), first.storage_offset())
 
 
 def _is_on_gpu(x: torch.Tensor) -> bool:

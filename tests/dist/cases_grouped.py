@@ -108,9 +108,9 @@ def stacked_parameters() -> dict[str, Any]:
     before = [weight.clone() for weight in base.parameters()]
     parameters = list(base.parameters())
     layer = made()
-    grouped_lora.stack(parameters)
+    grouped_lora.stack(base)
     x = torch.randn(sum(SPLITS), INPUTS).bfloat16()
-    whole = grouped_lora.stacked(parameters)
+    whole = grouped_lora.stacked(base)
     same = all(torch.equal(one, old) for one, old in zip(base.parameters(), before, strict=True))
     same = same and all(torch.equal(one, old) for one, old in zip(whole, before, strict=True))
     grouped = layer.is_grouped(x)
@@ -118,7 +118,7 @@ def stacked_parameters() -> dict[str, Any]:
     weights[-1].data = weights[-1].data.clone()
     return {
         "same": same and all(one is two for one, two in zip(base.parameters(), parameters, strict=True)),
-        "stacked": grouped_lora.is_stacked(parameters),
+        "stacked": grouped_lora.is_stacked(base),
         "grouped": grouped,
         "after_one_moved": layer.is_grouped(x),
         "no_tokens": layer.is_grouped(x[:0]),

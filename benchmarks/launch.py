@@ -1,0 +1,36 @@
+"""How the benchmarks that compare whole runs start one, and write what they have found."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 400
+ENDED = ("timeout", "--kill-after=30", str(TIMEOUT_S))
+"""By SIGTERM, which torchrun hands to the ranks, and they to what they have started."""
+
+
+def torchrun(ranks: int, *arguments: str) -> list[str]:
+    """A command that ends by itself, to be run in `ROOT` with `environment()`."""
+    return [*ENDED, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+            *arguments]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """This one, where nothing need be installed."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": path}
+
+
+def write(script: str, found: Mapping[str, Any], output: Path | None) -> None:
+    """Print it as JSON with the command that made it, and to `output` where that is given."""
+    command = f"benchmarks/{script} " + " ".join(sys.argv[1:]).partition("--output")[0]
+    text = json.dumps({"command": command, **found}, indent=1)
+    print(text)
+    if output:
+        output.write_text(text + "\n")
