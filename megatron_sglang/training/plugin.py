@@ -30,7 +30,7 @@ from megatron_sglang.config import RunConfig
 from megatron_sglang.cycle import Cycle
 from megatron_sglang.errors import SetupError
 from megatron_sglang.sync import require_agreement
-from megatron_sglang.training import checkpoint, logprobs, lora, micro_batches, rates
+from megatron_sglang.training import checkpoint, leftovers, logprobs, lora, micro_batches, rates
 from megatron_sglang.training.guard import FiniteGuard
 from megatron_sglang.training.replay import RoutingReplay
 from megatron_sglang.training.step import PolicyStep
@@ -137,6 +137,7 @@ class Plugin:
                 iteration=iteration,
                 **kwargs,
             )
+        leftovers.drop(model)
         if self.step.replay is not None:
             self.step.replay.clear()
         self._note_training(cycle, grad_norm=result[5])

@@ -15,6 +15,8 @@ BASE = (
     "--micro-batch-size 2 --global-batch-size 8"
 ).split()
 
+ALONE = ("--expert-model-parallel-size=1", "engine.tp_size=1")
+
 
 def argv(folder: Path, *more: str) -> list[str]:
     return [*BASE, f"log.run_dir={folder}", *more]
@@ -41,6 +43,14 @@ def test_a_killed_run_resumes_with_the_same_losses(run_ranks, tmp_path):
     for iteration in range(6):
         for name in ("train/loss", "train/grad_norm", "rollout/reward", "sync/version", "sync/update_norm"):
             assert found[iteration][name] == pytest.approx(expected[iteration][name], rel=1e-6), (iteration, name)
+
+
+def test_nothing_of_a_train_step_stays_in_memory(run_ranks, tmp_path):
+    """Megatron's token dispatchers would keep the input of every recomputed layer, and its gradient, over the rollout:
+    8 GB of Qwen3-30B-A3B."""
+    recompute = ["--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"]
+    (left,) = run_ranks(1, "graphs_left", argv=argv(tmp_path, *recompute, "rollout.batches=2", *ALONE))
+    assert left == [0, 0]
 
 
 def test_checkpoints_hold_adapters_and_not_the_base(run_ranks, tmp_path):
