@@ -11,13 +11,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 400
-ENDED = ("timeout", "--kill-after=30", str(TIMEOUT_S))
-"""By SIGTERM, which torchrun hands to the ranks, and they to what they have started."""
 
 
-def torchrun(ranks: int, *arguments: str) -> list[str]:
-    """A command that ends by itself, to be run in `ROOT` with `environment()`."""
-    return [*ENDED, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+def torchrun(ranks: int, *arguments: str, timeout_s: int = TIMEOUT_S) -> list[str]:
+    """A command that ends by itself, to be run in `ROOT` with `environment()`: by SIGTERM, which torchrun hands to the
+    ranks, and they to what they have started."""
+    ended = ("timeout", "--kill-after=30", str(timeout_s))
+    return [*ended, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
             *arguments]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ Steps run in order of what they need, each under its own deadline; one that fail
                  LoRA 32: each size of buckets with two buffers of each kind and with one; which was the fastest
     soak         200 updates of the small model by the direct path
     methods      the sync methods against each other, the small model on two GPUs
+    experts      an engine that serves adapters of experts, too (SGLang's triton backend), against the direct path
     paths-N      stock, generic and direct for the large model, with a profile of one direct update
 
 Results go to OUT (--out, else $OUT, else build/gpu_sync): session.json with every result, written after each step, and
@@ -92,8 +93,11 @@ def steps(gpus: int, rehearse: bool, random_tiny: str) -> list[Step]:
     soak = ("--paths", "direct", "--syncs", "10" if rehearse else "200")
     found.append(_bench("soak", most, min(most, ENGINE_TP_OF_TINY), 500, *small, *soak))
     two = min(most, ENGINE_TP_OF_TINY)
-    methods = ("--methods", METHODS, "--lora-targets", "linear_qkv,linear_proj", "--lora-rank", "8", "--syncs", "3")
-    found.append(_bench("methods", two, two, 500, *small, *methods, "--warm-up", "1"))
+    few = ("--lora-rank", "8", "--syncs", "3", "--warm-up", "1")
+    methods = ("--methods", METHODS, "--lora-targets", "linear_qkv,linear_proj", *few)
+    found.append(_bench("methods", two, two, 500, *small, *methods))
+    if not rehearse:  # a CPU cannot serve them
+        found.append(_bench("experts", two, two, 300, *small, "--methods", "direct,adapter", *few))
     for size in reversed(sizes):
         # Without others to share the work, the slow paths take minutes.
         paths = ("--paths", "direct") if size == 1 < most else ()

@@ -31,7 +31,7 @@ def test_every_number_of_gpus_up_to_what_is_there() -> None:
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     names = [line.split()[0] for line in said.splitlines() if "(at most" in line]
     assert names[:3] == ["doctor", "digest", "merge"]
-    assert names[-5:] == ["soak", "methods", "paths-4", "paths-2", "paths-1"]
+    assert names[-6:] == ["soak", "methods", "experts", "paths-4", "paths-2", "paths-1"]
     assert [name for name in names if name.startswith("30b")] == ["30b-4", "30b-2", "30b-1"]
     large = next(line for line in said.splitlines() if "qwen3_30b_a3b" in line)
     assert "--engine-tp 4 --expert-model-parallel-size 4" in large
