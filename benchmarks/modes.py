@@ -3,9 +3,9 @@
     python benchmarks/modes.py --output benchmarks/results/modes_h200_2.json
 
 Each is a run of pretrain_gspo.py by torchrun (`RUNS`), fp32, all with the demo's model, data and seeds; seeds belong to
-requests, so every run must sample what the demo samples: its first rewards are `EXPECTED` (on a GPU nearly). Wants two GPUs, Transformer
-Engine and SGLang; without a GPU the same runs on the CPU. Prints JSON; exits with 1 where a run failed, sampled
-something else or left memory on a GPU.
+requests, so every run must sample what the demo samples: its first rewards are `EXPECTED` (on a GPU nearly). Wants two
+GPUs, Transformer Engine and SGLang; without a GPU the same runs on the CPU. Prints JSON; exits with 1 where a run
+failed, sampled something else or left memory on a GPU.
 """
 
 from __future__ import annotations
