@@ -28,6 +28,9 @@ ROWS, COLS = 64, 32
 WARPS = 8
 """Of a program: so that the words of a thread, and what they are mixed into, stay in registers."""
 
+LANES = 64
+"""Sums of a segment that programs add to in turn, lest all wait for one address."""
+
 OUTER = 3
 """Axes beside the innermost one that a copy may have."""
 
@@ -52,16 +55,18 @@ def _pass(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     at = table + tl.load(owner + program).to(tl.int64)
     tensor = tl.load(addresses + tl.load(at)).to(flat.dtype)
     offset = tl.load(at + copies)
     start = tl.load(at + 2 * copies)
-    rows = tl.load(at + 3 * copies)
-    cols = tl.load(at + 4 * copies)
-    tile = program - tl.load(at + 5 * copies)
-    middle, inner = tl.load(at + 6 * copies), tl.load(at + 7 * copies)
+    # Divisions of 64 bits would take longer than all the rest; there are never 2^31 rows, or words in one.
+    rows = tl.load(at + 3 * copies).to(tl.int32)
+    cols = tl.load(at + 4 * copies).to(tl.int32)
+    tile = (program - tl.load(at + 5 * copies)).to(tl.int32)
+    middle, inner = tl.load(at + 6 * copies).to(tl.int32), tl.load(at + 7 * copies).to(tl.int32)
     stride_0, stride_1, stride_2 = tl.load(at + 8 * copies), tl.load(at + 9 * copies), tl.load(at + 10 * copies)
     flat_0, flat_1, flat_2 = tl.load(at + 11 * copies), tl.load(at + 12 * copies), tl.load(at + 13 * copies)
     if ALIGNED:
@@ -72,13 +77,14 @@ def _pass(
         flat_1, flat_2 = tl.multiple_of(flat_1, 2), tl.multiple_of(flat_2, 2)
     across = tl.cdiv(cols, COLS)
     left = (tile % across) * COLS
-    row = (tile // across) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    col = left + tl.arange(0, COLS).to(tl.int64)
+    row = (tile // across) * ROWS + tl.arange(0, ROWS)
+    col = left + tl.arange(0, COLS)
     in_rows = row < rows
     inside = in_rows[:, None] & (col < cols)[None, :]
     # Rows count through three axes, the last one fastest.
-    third, rest = row % inner, row // inner
-    second, first = rest % middle, rest // middle
+    rest = row // inner
+    third, first = (row - rest * inner).to(tl.int64), rest // middle
+    second, first = (rest - first * middle).to(tl.int64), first.to(tl.int64)
     there = offset + first * stride_0 + second * stride_1 + third * stride_2
     here = start + first * flat_0 + second * flat_1 + third * flat_2
     of_tensor = tensor + there[:, None] + col[None, :]
@@ -99,7 +105,8 @@ def _pass(
         mixed = (word ^ (position * mix_1)) * mix_2
         mixed = (mixed ^ (mixed >> 31)) * (2 * position + 1)
         mine = inside & (place >= begin) & (place < end)
-        tl.atomic_add(totals + segment, tl.sum(tl.sum(tl.where(mine, mixed, 0), 1), 0))
+        lane = totals + segment * LANES + program % LANES
+        tl.atomic_add(lane, tl.sum(tl.sum(tl.where(mine, mixed, 0), 1), 0))
 
 
 class Moves:
@@ -122,6 +129,7 @@ class Moves:
             outer, cols = _shape(copy, WORD // itemsize)
             (_, s0, f0), (middle, s1, f1), (inner, s2, f2) = outer
             rows = math.prod(axis[0] for axis in outer)
+            assert max(rows, cols) < 2**31, "the kernel counts rows and their words with 32 bits"
             tiles = triton.cdiv(rows, ROWS) * triton.cdiv(cols, COLS)
             offset, start = copy.offset * itemsize // WORD, copy.flat * itemsize // WORD
             place = (numbers[copy.tensor], offset, start, rows, cols, first)
@@ -159,7 +167,8 @@ class Moves:
         return self._run(self._table, addresses, back=True)
 
     def _run(self, flat: torch.Tensor, addresses: torch.Tensor, *, back: bool) -> torch.Tensor:
-        totals, launch = self._lengths.clone(), _pass
+        totals = torch.zeros((len(self._lengths), LANES), dtype=torch.int64, device=self._lengths.device)
+        launch = _pass
         # Triton launches on the current device, and the tensors may lie on another one.
         with torch.cuda.device_of(totals):
             run: Any = launch
@@ -179,9 +188,10 @@ class Moves:
                 ROWS=ROWS,
                 COLS=COLS,
                 SEGMENTS=triton.next_power_of_2(len(totals)),
+                LANES=LANES,
                 num_warps=WARPS,
             )
-        return totals
+        return totals.sum(1) + self._lengths
 
 
 type _Axes = list[tuple[int, int, int]]

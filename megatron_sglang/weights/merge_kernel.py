@@ -19,6 +19,9 @@ from megatron_sglang.weights.factored import Factored
 ROWS, COLS = 128, 128
 """Of the tile that one program merges."""
 
+WARPS = 4
+"""Of a program."""
+
 LANES = 32
 """Sums of a layer that programs add to in turn, lest all wait for one address."""
 
@@ -62,7 +65,7 @@ def _merge(
     width = tl.load(table + 6 * jobs + job)
     rank = tl.load(table + 7 * jobs + job)
     line = tl.load(table + 8 * jobs + job)
-    tile = program - tl.load(table + 9 * jobs + job)
+    tile = (program - tl.load(table + 9 * jobs + job)).to(tl.int32)  # dividing 64 bits is slow
     scale = tl.load(numbers + 2 * job).to(tl.float32)
 
     base = tl.load(pointers + 3 * weight).to(tl.pointer_type(WEIGHT))
@@ -72,7 +75,7 @@ def _merge(
         left, cols, flat = tl.multiple_of(left, 8), tl.multiple_of(cols, 8), tl.multiple_of(flat, 8)
         width, rank = tl.multiple_of(width, 8), tl.multiple_of(rank, 8)
         base, down, up = tl.multiple_of(base, 16), tl.multiple_of(down, 16), tl.multiple_of(up, 16)
-    across = tl.cdiv(cols, COLS)
+    across = tl.cdiv(cols, COLS).to(tl.int32)
     row = (tile // across) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     col = (tile % across) * COLS + tl.arange(0, COLS).to(tl.int64)
     in_rows, in_cols = (row < rows)[:, None], (col < cols)[None, :]
@@ -180,7 +183,7 @@ class Launch:
                 COLS=COLS,
                 RANKS=self._ranks,
                 LANES=LANES,
-                num_warps=4,
+                num_warps=WARPS,
             )
         return sums.sum(1)
 
