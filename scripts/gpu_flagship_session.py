@@ -4,6 +4,7 @@
 Each step runs under its own deadline; one that fails or hangs costs its own time only.
 
     doctor     what of this host will not work
+    score      logprobs by the Triton kernels against torch's (benchmarks/score_speed.py)
     flagship   examples/run_qwen3moe_30b_fim_gspo.sh with random weights for --cycles rollout batches
     cycle      where its time and memory went (benchmarks/cycle.py), also if it was cut off
     plan       the memory that was predicted for it
@@ -66,8 +67,16 @@ def steps(
         Step("layouts", (python, "benchmarks/layouts.py", "--at-once", "4", *output), 580, environment),
         Step("modes", (python, "benchmarks/modes.py", "--at-once", "5", *output), 580, environment),
     ]
+    score = (
+        python,
+        "benchmarks/score_speed.py",
+        *(("--rows", "8", "--vocabulary", "500") if rehearse else ()),
+        *output,
+    )
+    interpreter = {"TRITON_INTERPRET": "1"} if rehearse else {}
     return [
         Step("doctor", (python, "-c", COMMAND, "doctor"), 120, environment, result=False),
+        Step("score", score, 240, environment | interpreter),
         Step("flagship", (*flagship, "--num-rollout", str(cycles)), 580, environment | script, result=False),
         Step("cycle", (python, "benchmarks/cycle.py", run_dir, *output), 120, environment),
         Step("training", (*launcher, "benchmarks/training_efficiency.py", *config, *output), 580, environment),

@@ -25,9 +25,8 @@ GUESSES = {"context": 1 * GB, "nccl": 2 * GB, "graphs": 3 * GB}
 """Nobody has measured these. context and nccl: of each process, trainer and engine; graphs: CUDA graphs and activations
 of the engine, beside its share of the memory."""
 LOGIT_COPIES = 3
-"""In the logits' dtype, at the peak: themselves, their gradient, and that gradient in the order of the output layer."""
-CHUNK_BYTES = 3 << 29
-"""fp32 temporaries of `training/logprobs.py`: three of its chunks."""
+"""In the logits' dtype, at the peak: themselves, their gradient, and that gradient in the order of the output layer.
+fp32 exists in the registers of a kernel only (`training/score_kernel.py`)."""
 LAYER_PASSES = 2
 """A recomputed layer's tensors, and as much for their gradients: a guess."""
 ADAM_BYTES, MAIN_BYTES, GRADIENT_BYTES = 8, 4, 4
@@ -139,7 +138,7 @@ def _trained(shapes: Shapes, trainer: Trainer, rank: int, job: Job) -> Trained:
         main=mine * MAIN_BYTES,
         adam=mine * ADAM_BYTES,
         activations=_activations(shapes, placement, place.pp, tokens, job),
-        logits=tokens * vocabulary * job.itemsize * LOGIT_COPIES + CHUNK_BYTES if last else 0,
+        logits=tokens * vocabulary * job.itemsize * LOGIT_COPIES if last else 0,
     )
 
 

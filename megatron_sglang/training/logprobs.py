@@ -21,88 +21,26 @@ from megatron.training import get_args
 
 from megatron_sglang.batching import MicroBatch
 from megatron_sglang.training.replay import RoutingReplay
-
-CHUNK_BYTES = 1 << 29
-"""Of fp32 logits that are looked at together. All of them would take 7.5 GB a copy for 12,288 tokens of Qwen3."""
+from megatron_sglang.training.scores import scores
 
 
 def token_logprobs(logits_BSV: torch.Tensor, labels_BS: torch.Tensor, temperature: float) -> torch.Tensor:
     """[B, S] fp32 log pi(label | prefix) at `temperature`, differentiable. Logits are this rank's vocabulary shard, of
     any floating dtype."""
-    return _Scored.apply(logits_BSV, labels_BS, temperature, False)[0]
+    return scores(logits_BSV, labels_BS, temperature, _shards(), entropies=False)[0]
 
 
 def logprobs_and_entropies(
     logits_BSV: torch.Tensor, labels_BS: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two of [B, S] fp32, differentiable: `token_logprobs`, and the entropy (nats) of the distribution there."""
-    return _Scored.apply(logits_BSV, labels_BS, temperature, True)
+    return scores(logits_BSV, labels_BS, temperature, _shards(), entropies=True)
 
 
-class _Scored(torch.autograd.Function):
-    """Nothing of the logits' size is kept but themselves, and their gradient is made in their dtype: fp32 exists for a
-    chunk of positions at a time, and the softmax is computed again in the backward pass.
-
-    With z = logits / T, p = softmax(z), H the entropy:  d logp(label) / dz = 1[label] - p,  dH / dz = -p (log p + H).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, temperature: float, entropies: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        group = mpu.get_tensor_model_parallel_group()
-        rows = logits.reshape(-1, logits.shape[-1])
-        local = labels.reshape(-1, 1) - rows.shape[1] * torch.distributed.get_rank(group)
-        inside = ((local >= 0) & (local < rows.shape[1])).float()
-        local = local.clamp(0, rows.shape[1] - 1)
-        peak = rows.amax(-1, keepdim=True).float() / temperature
-        torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX, group=group)
-        sums = torch.zeros(3, len(rows), 1, device=rows.device)  # label's logit, sum of e^z, sum of z e^z
-        for part in _chunks(rows):
-            scaled = _scaled(rows[part], temperature, peak[part])
-            sums[0, part] = scaled.gather(1, local[part]) * inside[part]
-            powers = scaled.exp()
-            sums[1, part] = powers.sum(-1, keepdim=True)
-            if entropies:
-                sums[2, part] = powers.mul_(scaled).sum(-1, keepdim=True)
-        torch.distributed.all_reduce(sums, group=group)
-        label, total, weighted = sums
-        entropy = total.log() - weighted / total
-        ctx.save_for_backward(logits, local, inside, peak, total, entropy)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
-        return (label - total.log()).view(labels.shape), entropy.view(labels.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None]:
-        logits, local, inside, peak, total, entropy = ctx.saved_tensors
-        of_logprob, of_entropy = (None if grad is None else grad.reshape(-1, 1) / ctx.temperature for grad in grads)
-        if of_logprob is None:
-            of_logprob = torch.zeros_like(total)
-        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        rows, out = logits.reshape(-1, logits.shape[-1]), gradient.view(-1, logits.shape[-1])
-        for part in _chunks(rows):
-            scaled = _scaled(rows[part], ctx.temperature, peak[part])
-            powers = scaled.exp()
-            if of_entropy is not None:
-                scaled.add_(entropy[part] - total[part].log()).mul_(powers).mul_(-of_entropy[part] / total[part])
-            grad = powers.mul_(-of_logprob[part] / total[part])
-            if of_entropy is not None:
-                grad.add_(scaled)
-            grad.scatter_add_(1, local[part], of_logprob[part] * inside[part])
-            out[part] = grad
-        return gradient, None, None, None
-
-
-def _scaled(rows: torch.Tensor, temperature: float, peak: torch.Tensor) -> torch.Tensor:
-    """A copy in fp32, at most 0."""
-    copy = rows.to(torch.float32, copy=True)
-    return (copy if temperature == 1 else copy.div_(temperature)).sub_(peak)
-
-
-def _chunks(rows: torch.Tensor) -> Iterator[slice]:
-    size = max(1, CHUNK_BYTES // (4 * rows.shape[1]))
-    return (slice(start, start + size) for start in range(0, len(rows), size))
+def _shards() -> torch.distributed.ProcessGroup | None:
+    """Over which the vocabulary is split; None where it is not."""
+    group = mpu.get_tensor_model_parallel_group()
+    return group if group.size() > 1 else None
 
 
 def of_labels(logits: torch.Tensor, batch: MicroBatch, temperature: float) -> torch.Tensor:

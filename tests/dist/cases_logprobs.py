@@ -9,13 +9,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from megatron_sglang.training import logprobs
+from megatron_sglang.training import logprobs, scores
 
 WORDS = 48
 
 
-def scored(dtype: str, temperature: float, chunk_rows: int) -> dict[str, Any]:
-    """Largest differences of values and gradients on this rank, and what Megatron's own cross entropy makes of them."""
+def scored(dtype: str, temperature: float, chunk_rows: int, block: int | None = None) -> dict[str, Any]:
+    """Largest differences of values and gradients on this rank, and what Megatron's own cross entropy makes of them.
+    block: use the kernel that a GPU would run, with blocks of so many columns."""
     dist.init_process_group("gloo")
     size = dist.get_world_size()
     mpu.initialize_model_parallel(tensor_model_parallel_size=size)
@@ -24,7 +25,13 @@ def scored(dtype: str, temperature: float, chunk_rows: int) -> dict[str, Any]:
     labels = torch.randint(0, WORDS, (3, 7), generator=draw)
     weights, others = torch.randn(3, 7, generator=draw), torch.randn(3, 7, generator=draw)
     mine = slice(dist.get_rank() * WORDS // size, (dist.get_rank() + 1) * WORDS // size)
-    logprobs.CHUNK_BYTES = chunk_rows * 4 * (WORDS // size)
+    scores.CHUNK_BYTES = chunk_rows * 4 * (WORDS // size)
+    if block is not None:
+        from megatron_sglang.training import score_kernel
+
+        scores._is_on_gpu = lambda _: True
+        score_kernel.BLOCK = block
+        assert scores._kernel_for(whole) is score_kernel
 
     exact = whole.double().requires_grad_()
     table = (exact / temperature).log_softmax(-1)

@@ -19,11 +19,13 @@ import torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megatron_sglang import copy_kernel, digest_kernel
+from megatron_sglang.training import score_kernel
 from megatron_sglang.weights import merge_kernel
 
 def loads(kernel, arguments, constants, aligned, warps=4):
     signature = arguments | dict.fromkeys(constants, "constexpr")
-    pointers = [at for at, kind in enumerate(arguments.values()) if kind.startswith("*")] if aligned else []
+    known = [name for name, kind in arguments.items() if kind.startswith("*") or name == "width"] if aligned else []
+    pointers = [list(arguments).index(name) for name in known]
     hints = {(at,): [["tt.divisibility", 16]] for at in pointers}
     source, target = ASTSource(kernel, signature, constants, hints), GPUTarget("cuda", 90, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps})
@@ -50,6 +52,16 @@ for back in (False, True):
     for segments in (1, 8):
         constants = {"BACK": back, "ALIGNED": True, **tile, "SEGMENTS": segments}
         found.append(loads(copy_kernel._pass, moves, constants, True, copy_kernel.WARPS))
+rows = {"width": "i32", "scale": "fp32"}
+reduced = dict.fromkeys(("peaks", "totals", "entropies", "of_logprobs", "of_entropies"), "*fp32")
+for kind in ("*bf16", "*fp16", "*fp32"):
+    scored = {"logits": kind, "labels": "*i64"}
+    for entropy in (False, True):
+        constants = {"ENTROPY": entropy, "BLOCK": score_kernel.BLOCK}
+        found.append(loads(score_kernel._sums, scored | {"out": "*fp32", "rows": "i32"} | rows, constants, True, 8))
+    for given in ((True, False), (False, True), (True, True)):
+        constants = dict(zip(("LOGPROB", "ENTROPY"), given)) | {"BLOCK": score_kernel.BLOCK}
+        found.append(loads(score_kernel._gradient, scored | reduced | {"out": kind} | rows, constants, True, 8))
 large = [[f"{way}.global.v{count}" for count in ("4.b32", "2.b64")] for way in ("st", "ld")]
 json.dump([[any(word in ptx for word in words) for words in large] + ["wgmma" in ptx] for ptx in found], sys.stdout)
 """
@@ -63,9 +75,10 @@ def test_kernels_compile_for_an_h200() -> None:
     assert plain == [False, False, True]
     assert aligned == [True, True, True]
     assert aligned_fp32 == [True, True, False], "no TF32"
-    written, read = passes[:2], passes[2:]
+    written, read, scored = passes[:2], passes[2:4], passes[4:]
     assert written == [[True, True, False]] * 2
     assert read == [[False, True, False]] * 2, "what is read back is stored nowhere"
+    assert scored == ([[False, True, False]] * 2 + [[True, True, False]] * 3) * 3, "sums, then gradients, of each dtype"
 
 
 @pytest.mark.parametrize("name", ["ep2", "tp2"])

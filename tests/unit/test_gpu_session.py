@@ -45,7 +45,7 @@ def test_the_flagships_steps_get_the_same_overrides() -> None:
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
     found = {said[line].split()[0]: said[line + 1] for line in range(0, len(said) - 1, 2)}
     compared = ["training", "rollout", "layouts", "modes"]
-    assert list(found) == ["doctor", "flagship", "cycle", *compared, "replay", "agreement", "plan"]
+    assert list(found) == ["doctor", "score", "flagship", "cycle", *compared, "replay", "agreement", "plan"]
     for name in ("flagship", "training", "rollout", "replay"):
         assert "engine.tp_size=4 --expert-model-parallel-size 4 rollout.max_new_tokens=512 --lr 2e-6" in found[name]
     assert "--nproc-per-node 4" in found["training"]
@@ -57,7 +57,7 @@ def test_a_step_that_is_none_is_refused() -> None:
     command = [sys.executable, str(FLAGSHIP), "--gpus", "2", "--only", "flagship", "rollout.max_new_tokens=512"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert "no step: rollout.max_new_tokens=512; expected some of doctor, flagship," in done.stdout
+    assert "no step: rollout.max_new_tokens=512; expected some of doctor, score, flagship," in done.stdout
 
 
 def test_one_step_cannot_spend_the_others_time(
