@@ -22,11 +22,11 @@ from megatron_sglang.digests import MIX_1, MIX_2
 WORD = 8
 """Bytes."""
 
-ROWS, COLS = 64, 32
+ROWS, COLS = 32, 32
 """Of the tile that one program moves, in words."""
 
-WARPS = 8
-"""Of a program: so that the words of a thread, and what they are mixed into, stay in registers."""
+WARPS = 2
+"""Of a program. Small ones are fastest on an H200: one waits for its table and its words while others mix theirs."""
 
 LANES = 64
 """Sums of a segment that programs add to in turn, lest all wait for one address."""

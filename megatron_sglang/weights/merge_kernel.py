@@ -16,7 +16,7 @@ import triton.language as tl
 
 from megatron_sglang.weights.factored import Factored
 
-ROWS, COLS = 128, 128
+ROWS, COLS = 64, 128
 """Of the tile that one program merges."""
 
 WARPS = 4
@@ -80,6 +80,8 @@ def _merge(
     col = (tile % across) * COLS + tl.arange(0, COLS).to(tl.int64)
     in_rows, in_cols = (row < rows)[:, None], (col < cols)[None, :]
     inside = in_rows & in_cols
+    # Most of the bytes: under way while the factors are multiplied.
+    before = tl.load(base + (top + row)[:, None] * width + (left + col)[None, :], mask=inside, other=0.0)
     delta = tl.zeros((ROWS, COLS), dtype=tl.float64 if WIDEN else tl.float32)
     for start in range(0, rank, RANKS):
         k = start + tl.arange(0, RANKS).to(tl.int64)
@@ -90,7 +92,6 @@ def _merge(
             a, b = a.to(tl.float64), b.to(tl.float64)
         delta = tl.dot(b, a, acc=delta, input_precision=PRECISION, out_dtype=delta.dtype)
     delta = delta.to(tl.float32) * scale
-    before = tl.load(base + (top + row)[:, None] * width + (left + col)[None, :], mask=inside, other=0.0)
     before = before.to(tl.float32)
     whole = before + delta
     cast = whole.to(out.dtype.element_ty)

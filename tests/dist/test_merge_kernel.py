@@ -47,7 +47,7 @@ for look in (False, True):
     loads(digest_kernel._sums, sums, {"BLOCK": digest_kernel.BLOCK, "LOOK": look}, False)
 moves = {"addresses": "*i64", "table": "*i64", "owner": "*i32", "flat": "*i64", "begins": "*i64", "totals": "*i64",
          "copies": "i32", "segments": "i32", "mix_1": "i64", "mix_2": "i64"}
-tile = {"ROWS": copy_kernel.ROWS, "COLS": copy_kernel.COLS}
+tile = {"ROWS": copy_kernel.ROWS, "COLS": copy_kernel.COLS, "LANES": copy_kernel.LANES}
 for back in (False, True):
     for segments in (1, 8):
         constants = {"BACK": back, "ALIGNED": True, **tile, "SEGMENTS": segments}
