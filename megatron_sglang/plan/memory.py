@@ -24,9 +24,10 @@ H200_BYTES = 150_110_000_000
 GUESSES = {"context": 1 * GB, "nccl": 2 * GB, "graphs": 3 * GB}
 """Nobody has measured these. context and nccl: of each process, trainer and engine; graphs: CUDA graphs and activations
 of the engine, beside its share of the memory."""
-LOGIT_COPIES = 3
-"""In the logits' dtype, at the peak: themselves, their gradient, and that gradient in the order of the output layer.
-fp32 exists in the registers of a kernel only (`training/score_kernel.py`)."""
+LOGIT_COPIES = 2
+"""In the logits' dtype, at the peak: themselves and their gradient; with several sequences in a micro-batch also that
+gradient in the order of the output layer, of which one sequence is a view. fp32 exists in the registers of a kernel
+only (`training/score_kernel.py`)."""
 LAYER_PASSES = 2
 """A recomputed layer's tensors, and as much for their gradients: a guess."""
 ADAM_BYTES, MAIN_BYTES, GRADIENT_BYTES = 8, 4, 4
@@ -62,8 +63,10 @@ class Trained:
     main: int
     """fp32 copies of this rank's part of the adapters."""
     adam: int
-    activations: int
-    """Inputs of all layers of the micro-batches in flight, and one layer's tensors with their gradients: a guess."""
+    inputs: int
+    """Of all layers, for the micro-batches in flight."""
+    layer: int
+    """One layer's tensors, computed again, with their gradients: a guess."""
     logits: int
     """0 but on the last pipeline stage."""
 
@@ -71,6 +74,11 @@ class Trained:
     def standing(self) -> int:
         """Between train steps, after the first."""
         return self.weights + self.adapters + self.gradients + self.main + self.adam
+
+    @property
+    def passing(self) -> int:
+        """At the peak of a train step: logits are gone before a layer is computed again."""
+        return self.inputs + max(self.layer, self.logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,7 @@ def _ranks(trainer: Trainer) -> range:
 def _peaks(found: Trained, job: Job, buffers: int, engine: bool) -> Peaks:
     holds = {
         "build": found.standing - found.adam,
-        "train": found.standing + found.activations + found.logits,
+        "train": found.standing + found.passing,
         "sync": found.standing + buffers,
         "rollout": found.standing,
     }
@@ -131,14 +139,17 @@ def _trained(shapes: Shapes, trainer: Trainer, rank: int, job: Job) -> Trained:
     tokens = job.micro_batch * job.sequence // placement.cp
     vocabulary = shapes["model.embed_tokens.weight"][0] // placement.tp
     last = place.pp == placement.pp - 1
+    inputs, layer = _activations(shapes, placement, place.pp, tokens, job)
+    copies = LOGIT_COPIES + (job.micro_batch > 1)
     return Trained(
         weights=sum(elements.values()) * job.itemsize,
         adapters=(dense + experts) * job.itemsize,
         gradients=(dense + experts) * GRADIENT_BYTES,
         main=mine * MAIN_BYTES,
         adam=mine * ADAM_BYTES,
-        activations=_activations(shapes, placement, place.pp, tokens, job),
-        logits=tokens * vocabulary * job.itemsize * LOGIT_COPIES if last else 0,
+        inputs=inputs,
+        layer=LAYER_PASSES * layer,
+        logits=tokens * vocabulary * job.itemsize * copies if last else 0,
     )
 
 
@@ -151,7 +162,8 @@ def _adapter(name: str, elements: int, columns: int, lora_rank: int, tp: int) ->
     return lora_rank // tp * columns + rows * lora_rank
 
 
-def _activations(shapes: Shapes, placement: Placement, stage: int, tokens: int, job: Job) -> int:
+def _activations(shapes: Shapes, placement: Placement, stage: int, tokens: int, job: Job) -> tuple[int, int]:
+    """Inputs of all layers, and all tensors of one."""
     hidden = shapes["model.embed_tokens.weight"][1]
     layers = len({name.split(".")[2] for name in shapes if name.startswith("model.layers.")}) // placement.pp
     in_flight = placement.pp - stage  # one forward, one backward: the first stage is ahead by all of them
@@ -164,7 +176,7 @@ def _activations(shapes: Shapes, placement: Placement, stage: int, tokens: int, 
     wide = sum(2 * rows + columns for rows, columns in (shape for shape in mlp.values() if len(shape) == 2))
     copies = job.experts_per_token if expert else 1
     layer = tokens * (2 * attention + 4 * hidden + wide * copies) * job.itemsize // (1 if expert else placement.tp)
-    return inputs + LAYER_PASSES * layer
+    return inputs, layer
 
 
 def as_json(found: list[Peaks], job: Job) -> dict[str, object]:

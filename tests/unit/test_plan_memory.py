@@ -48,8 +48,11 @@ def test_one_rank_by_hand() -> None:
     tokens = 20
     inputs = 2 * tokens * 8 * 2
     layer = tokens * (2 * (16 + 8 + 8 + 8) + 4 * 8 + 2 * (2 * (6 + 6 + 8) + 8 + 8 + 6)) * 2
-    assert trained.activations == inputs + 2 * layer
+    assert (trained.inputs, trained.layer) == (inputs, 2 * layer)
     assert trained.logits == 3 * tokens * 20 * 2
+    assert trained.passing == inputs + max(2 * layer, trained.logits)
+    alone = peaks(replace(JOB, micro_batch=1), world_size=1)[0].trained
+    assert alone.logits == 2 * tokens // 2 * 20 * 2, "one sequence's gradient is not put in another order"
 
 
 def test_ranks_share_experts_and_optimizer() -> None:
@@ -60,14 +63,14 @@ def test_ranks_share_experts_and_optimizer() -> None:
     assert half.gradients == 4 * (dense + experts // 2)
     assert half.main == 4 * (dense // 2 + experts // 2)
     assert half.weights == whole.weights - 2 * 2 * 2 * (2 * 6 * 8 + 8 * 6)
-    assert (half.activations, half.logits) == (whole.activations, whole.logits)
+    assert (half.inputs, half.layer, half.logits) == (whole.inputs, whole.layer, whole.logits)
 
 
 def test_pipeline_stages_differ() -> None:
     """The first has more micro-batches in flight, the last the logits."""
     first, last = (one.trained for one in peaks(world_size=2, pp=2))
     assert first.logits == 0 < last.logits
-    assert first.activations - last.activations == 20 * 8 * 2, "one more input of one layer"
+    assert first.inputs - last.inputs == 20 * 8 * 2, "one more input of one layer"
 
 
 def test_phases_add_what_is_there_at_that_time() -> None:
@@ -78,7 +81,7 @@ def test_phases_add_what_is_there_at_that_time() -> None:
     assert trained.standing == standing
     assert found.trainer == {
         "build": standing - trained.adam,
-        "train": standing + trained.activations + trained.logits,
+        "train": standing + trained.passing,
         "sync": standing + 7,
         "rollout": standing,
     }
