@@ -160,7 +160,8 @@ class Launch:
         layer, [layers, COUNTED] float64 on the device."""
         addresses = [address for part in weights for address in _addresses(part)]
         aligned = self._aligned and all(pointer % 16 == 0 for address in addresses for pointer in address)
-        pointers = torch.tensor(addresses, dtype=torch.int64).to(out.device)
+        # Pinned: else the host would wait for all that this stream was given before.
+        pointers = torch.tensor(addresses, dtype=torch.int64, pin_memory=out.is_cuda).to(out.device, non_blocking=True)
         sums = torch.zeros((len(self.layers), LANES, COUNTED), dtype=torch.float64, device=out.device)
         launch: Any = _merge
         # Triton launches on the current device, and the weights may lie on another one.
