@@ -101,9 +101,12 @@ def _pass(
     ends = tl.load(begins + 1 + number, mask=number < segments, other=1 << 62)
     for segment in range(tl.sum((ends <= lowest).to(tl.int32)), tl.sum((ends <= highest).to(tl.int32)) + 1):
         begin, end = tl.load(begins + segment), tl.load(begins + segment + 1)
-        position = place - begin + 1
-        mixed = (word ^ (position * mix_1)) * mix_2
-        mixed = (mixed ^ (mixed >> 31)) * (2 * position + 1)
+        # Of each position what depends on its row, or column, is multiplied once for it.
+        position = here - begin + 1
+        phase = (position * mix_1)[:, None] + (col.to(tl.int64) * mix_1)[None, :]
+        weight = (2 * position + 1)[:, None] + 2 * col[None, :]
+        mixed = (word ^ phase) * mix_2
+        mixed = (mixed ^ (mixed >> 31)) * weight
         mine = inside & (place >= begin) & (place < end)
         lane = totals + segment * LANES + program % LANES
         tl.atomic_add(lane, tl.sum(tl.sum(tl.where(mine, mixed, 0), 1), 0))
