@@ -2,7 +2,8 @@
 
 Torch only; called by `loader.py`. The plan is installed once and checked against the live parameters: every element
 of each must be written exactly once, by a copy or a constant. Of each segment of a delivery two digests are compared
-with the sender's: of what arrived, and of what the parameters hold after.
+with the sender's: of what arrived, and of what the parameters hold after. So a version whose deliveries are all there
+has filled the parameters, and they are not poisoned before it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Plan:
 
     buckets: tuple[tuple[Copy, ...], ...]
     constants: tuple[tuple[Copy, float], ...]
+    geometry: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """(shape, strides) of each parameter, of which the plan has been proved to write every element."""
     launches: dict[int, Any] = field(default_factory=dict)
     """By delivery: what its kernel needs (`copy_kernel.Moves`), laid out at its first; None: it goes step by step."""
 
@@ -41,6 +44,18 @@ class Live:
         self.aligned = all(address % 16 == 0 for address in found)
         self.addresses = torch.tensor(found, dtype=torch.int64).to(self.device)
 
+    @classmethod
+    def by(cls, plan: Plan, model: Any) -> Live:
+        """For a version by `plan`. ValueError if these are not the parameters for which it was checked."""
+        live = cls(model)
+        if (found := _geometry(live.parameters)) != plan.geometry:
+            changed = sorted(name for name, _ in found.items() ^ plan.geometry.items())
+            raise ValueError(
+                f"parameter {changed[0]} is another one than when the plan was checked: {found.get(changed[0])}, "
+                f"expected (shape, strides) {plan.geometry.get(changed[0])}; make the plan anew"
+            )
+        return live
+
 
 @torch.no_grad()
 def check(model: Any, message: dict[str, Any]) -> Plan:
@@ -50,6 +65,7 @@ def check(model: Any, message: dict[str, Any]) -> Plan:
         tuple((_copy(row), value) for row, value in message["constants"]),
     )
     parameters = _parameters(model)
+    plan.geometry.update(_geometry(parameters))
     by_name: dict[str, list[Copy]] = {name: [] for name in parameters}
     for copy in (*(copy for bucket in plan.buckets for copy in bucket), *(copy for copy, _ in plan.constants)):
         if copy.tensor not in by_name:
@@ -73,8 +89,9 @@ def deliver(live: Live, plan: Plan, index: int, message: dict[str, Any], data: t
     """Write delivery `index`. ValueError if its bytes are not those that were sent, or are not in the parameters.
 
     Step by step, nothing wrong touches a parameter. By kernel, both passes (write, read back) are under way before the
-    first digest is read; a parameter that took wrong bytes keeps them until the next version begins, and nothing of it
-    is served.
+    first digest is read; a parameter that took wrong bytes keeps them until the next version writes it. So does a
+    parameter of a version that fails between two deliveries: it holds that version or the one before, and nothing of
+    either is served until a whole version is there.
     """
     flat = data.view(getattr(torch, message["dtype"]))
     copies = plan.buckets[index]
@@ -127,6 +144,10 @@ def finish(model: Any, plan: Plan) -> None:
 
 def _parameters(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+def _geometry(parameters: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
+    return {name: (tuple(parameter.shape), parameter.stride()) for name, parameter in parameters.items()}
 
 
 def _copy(row: Sequence[Any]) -> Copy:

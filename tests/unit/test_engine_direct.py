@@ -78,6 +78,21 @@ def test_a_parameter_that_does_not_keep_the_bytes_is_noticed() -> None:
         direct.deliver(direct.Live(model), plan(), 0, message(flat, [9]), flat.view(torch.uint8))
 
 
+def test_a_parameter_that_the_plan_does_not_know_is_noticed() -> None:
+    """That every element is written was proved for the parameters of then; nothing else would tell what is left out."""
+    model, checked = Model(), plan()
+    assert direct.Live.by(checked, model).parameters.keys() == {"fused"}
+    model.fused = torch.nn.Parameter(torch.zeros(4, 3))  # another object, filled by each version like the one before
+    direct.Live.by(checked, model)
+    model.fused = torch.nn.Parameter(torch.zeros(5, 3))
+    with pytest.raises(ValueError, match=r"parameter fused is another one .*: \(\(5, 3\), .*expected .*\(4, 3\)"):
+        direct.Live.by(checked, model)
+    model.fused = torch.nn.Parameter(torch.zeros(4, 3))
+    model.later = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="parameter later is another one"):
+        direct.Live.by(checked, model)
+
+
 @pytest.mark.parametrize(
     ("buckets", "constants", "text"),
     [
