@@ -6,6 +6,7 @@ longer than to be read. The same pass tells which of them hold NaN or infinity.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,26 +54,36 @@ type Words = tuple[int, int]
 """Address in bytes, a multiple of 8, and number of 8-byte words."""
 
 
-def mixed_sums(
-    words: Sequence[Words],
-    starts: Sequence[int],
-    mix_1: int,
-    mix_2: int,
-    device: torch.device,
-    dtypes: Sequence[torch.dtype] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """words: of each tensor on `device`; starts: what each sum begins with. The mixers are those of `digests.py`.
+class Sums:
+    """Sums over the words of many tensors, laid out on the device once.
 
-    Returns [len(words)] int64 sums, and as many numbers of which those are 1 whose tensor is not finite, by its dtype;
-    zeros without dtypes. Both on the device.
+    words: of each tensor on `device`, or places in a buffer whose address `run` is told; starts: what each sum begins
+    with; mixers: those of `digests.py`; dtypes: of the tensors, where it shall be told which are finite.
     """
-    layout = _Layout([count for _, count in words])
-    masks = [_masks(dtype) for dtype in dtypes] if dtypes is not None else [(0, 0, 0)] * len(words)
-    rows = [[address for address, _ in words], *layout.rows, list(starts), *map(list, zip(*masks, strict=True))]
-    table = torch.tensor(rows, dtype=torch.int64).to(device)  # one copy, since each waits for the device
-    totals, odd = table[3].clone(), torch.zeros(len(words), dtype=torch.int64, device=device)
-    _launch(table, layout.owner.to(device), totals, odd, 0, (mix_1, mix_2), look=dtypes is not None)
-    return totals, odd
+
+    def __init__(
+        self,
+        words: Sequence[Words],
+        starts: Sequence[int],
+        mixers: tuple[int, int],
+        device: torch.device,
+        dtypes: Sequence[torch.dtype] | None = None,
+    ) -> None:
+        layout = _Layout([count for _, count in words])
+        masks = [_masks(dtype) for dtype in dtypes] if dtypes is not None else [(0, 0, 0)] * len(words)
+        rows = [[address for address, _ in words], *layout.rows, list(starts), *map(list, zip(*masks, strict=True))]
+        self._table = torch.tensor(rows, dtype=torch.int64).to(device)  # one copy, since each waits for the device
+        self._owner, self._mixers, self._look = layout.owner.to(device), mixers, dtypes is not None
+
+    def run(self, base: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """base: added to each address. Returns [len(words)] int64 sums, and as many numbers of which those are 1 whose
+        tensor is not finite, by its dtype; without dtypes the sums again. Both on the device. The sum of no words is
+        its start."""
+        totals = self._table[3].clone()
+        odd = torch.zeros_like(totals) if self._look else totals
+        if self._owner.numel():
+            _launch(self._table, self._owner, totals, odd, base, self._mixers, look=self._look)
+        return totals, odd
 
 
 class Segments:
@@ -81,10 +92,8 @@ class Segments:
 
     def __init__(self, lengths: Sequence[int], itemsize: int, mixers: tuple[int, int], device: torch.device) -> None:
         sizes = [length * itemsize // 8 for length in lengths]
-        layout = _Layout(sizes)
-        addresses = [8 * sum(sizes[:number]) for number in range(len(sizes))]
-        self._table = torch.tensor([addresses, *layout.rows, list(lengths)], dtype=torch.int64).to(device)
-        self._owner, self._mixers = layout.owner.to(device), mixers
+        places = [8 * end for end in itertools.accumulate(sizes, initial=0)][:-1]
+        self._sums = Sums(list(zip(places, sizes, strict=True)), lengths, mixers, device)
 
     @staticmethod
     def fits(lengths: Sequence[int], itemsize: int) -> bool:
@@ -92,10 +101,7 @@ class Segments:
 
     def digests(self, flat: torch.Tensor) -> torch.Tensor:
         """[parts] int64 on the device. flat: contiguous, at an address that is a multiple of 8."""
-        totals = self._table[3].clone()
-        if self._owner.numel():
-            _launch(self._table, self._owner, totals, totals, flat.data_ptr(), self._mixers, look=False)
-        return totals
+        return self._sums.run(flat.data_ptr())[0]
 
 
 class _Layout:

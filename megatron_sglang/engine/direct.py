@@ -17,12 +17,13 @@ import torch
 
 from megatron_sglang import digests as digest_of
 from megatron_sglang.copies import Copy
-from megatron_sglang.engine.live_model import refresh, tie_head
+from megatron_sglang.engine.live_model import casts, derive, recast, tie_head
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plan:
-    """What this rank writes: `buckets` of copies out of each delivery, and constants (padding)."""
+    """What this rank writes: `buckets` of copies out of each delivery, and constants (padding). The rest is found at
+    the first version, and used again while it holds."""
 
     buckets: tuple[tuple[Copy, ...], ...]
     constants: tuple[tuple[Copy, float], ...]
@@ -30,13 +31,19 @@ class Plan:
     """(shape, strides) of each parameter, of which the plan has been proved to write every element."""
     launches: dict[int, Any] = field(default_factory=dict)
     """By delivery: what its kernel needs (`copy_kernel.Moves`), laid out at its first; None: it goes step by step."""
+    proof: digest_of.Finite | None = None
+    """What digests all parameters."""
 
 
 class Live:
-    """A model's parameters while a version streams in: found once, since that alone takes a millisecond."""
+    """A model's parameters, and what follows them, while a version streams in: found once, since each search takes a
+    millisecond. Not kept for the next version: SGLang may replace parameters between two, and this search is made while
+    the trainer merges its first delivery."""
 
     def __init__(self, model: Any) -> None:
+        self.model = model
         self.parameters = _parameters(model)
+        self.casts = casts(model)
         self.numbers = {name: number for number, name in enumerate(self.parameters)}
         first = next(iter(self.parameters.values()))
         self.device = first.device
@@ -133,13 +140,25 @@ def _moves(live: Live, copies: Sequence[Copy], lengths: Sequence[int], flat: tor
 
 
 @torch.no_grad()
-def finish(model: Any, plan: Plan) -> None:
-    """What no trainer sends: padding, tied weights, and state that the model derives (DeepSeek's w_kc and w_vc)."""
-    parameters = _parameters(model)
+def finish(live: Live, plan: Plan) -> Live:
+    """What no trainer sends: padding, tied weights, and state that the model derives (DeepSeek's w_kc and w_vc).
+    Returns where the parameters are now: a hook that derives may have moved them."""
     for copy, value in plan.constants:
-        copy.of(parameters[copy.tensor]).fill_(value)
-    tie_head(model)
-    refresh(model)
+        copy.of(live.parameters[copy.tensor]).fill_(value)
+    tie_head(live.model, live.parameters)
+    if derive(live.model):
+        live = Live(live.model)
+    recast(live.model, live.casts)
+    return live
+
+
+@torch.no_grad()
+def prove(live: Live, plan: Plan) -> tuple[list[int], list[bool]]:
+    """Digest of each parameter, and whether it holds nothing but finite numbers."""
+    parameters = list(live.parameters.values())
+    if plan.proof is None or not plan.proof.fits(parameters):
+        plan.proof = digest_of.Finite(parameters)
+    return plan.proof.of(parameters)
 
 
 def _parameters(model: Any) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -270,8 +270,8 @@ def _stream(model: Any, message: dict[str, Any]) -> dict[str, Any]:
         taken += 1
 
     line.receive(message, live.device, expected, deliver)
-    direct.finish(model, plan)
-    return {"digests": _digests(model), "deliveries": taken}
+    live = direct.finish(live, plan)
+    return {"digests": _proved(live.parameters, *direct.prove(live, plan)), "deliveries": taken}
 
 
 @torch.no_grad()
@@ -280,7 +280,11 @@ def _digests(model: Any) -> dict[str, str]:
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     if not parameters:
         return {}
-    found, finite = finite_digests(list(parameters.values()))
+    return _proved(parameters, *finite_digests(list(parameters.values())))
+
+
+def _proved(parameters: Iterable[str], found: Sequence[int], finite: Sequence[bool]) -> dict[str, str]:
+    """Digests by name of a parameter; ValueError where one of them is not finite."""
     if unfilled := [name for name, good in zip(parameters, finite, strict=True) if not good]:
         raise ValueError(f"{len(unfilled)} parameters are unfilled or hold NaN or infinity: {_names(unfilled)}")
     return {name: f"{number % 2**64:016x}" for name, number in zip(parameters, found, strict=True)}

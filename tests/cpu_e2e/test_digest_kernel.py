@@ -51,6 +51,17 @@ digests.is_on_gpu = lambda _: True
 by_kernel = digests.finite_digests(tensors)
 assert by_kernel == by_torch
 assert by_kernel[1] == wanted
+
+# Laid out once for several versions; what is not whole words is digested as it is each time.
+for tensors in ([torch.randn(5000), torch.randn(12, 4).bfloat16()], [torch.randn(5000), torch.randn(7)]):
+    proof = digests.Finite(tensors)
+    assert (proof._sums is not None) == (len(tensors[1]) == 12)
+    for value in (2.0, torch.inf, 3.0):
+        tensors[1][3] = value
+        assert proof.fits(tensors)
+        assert proof.of(tensors) == digests.finite_digests(tensors)
+        assert proof.of(tensors)[1] == [True, value != torch.inf]
+    assert not proof.fits([tensors[0], tensors[1].clone()])
 print("equal")
 """
 
