@@ -55,7 +55,8 @@ def casts(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(cast, weight) of casts that SGLang takes at the first forward and keeps: GLM4-MoE's routers in fp32
     (models/glm4_moe.py:380)."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    found = ((getattr(module, "_weight_fp32", None), module) for module in modules)
+    # Looked up where it is registered: asking a module for what it has not takes ten times as long.
+    found = ((module._buffers.get("_weight_fp32"), module) for module in modules)
     return [(kept, module.weight) for kept, module in found if kept is not None]
 
 
