@@ -244,7 +244,8 @@ def receive(
                     # From another GPU of the node one copy; from the CPU (and on it) `handle` takes it from there.
                     handle(header, memory.to(device) if memory.is_cuda else memory)
                 except Exception as error:
-                    end.send({"index": header["index"], "error": str(error)})
+                    with contextlib.suppress(LineError):  # a trainer that has left hears of it by the message's answer
+                        end.send({"index": header["index"], "error": str(error)})
                     raise
                 end.send({"index": header["index"], "error": ""})
                 taken += 1

@@ -199,6 +199,33 @@ def test_a_trainer_that_gives_up_leaves_no_rank_waiting(engine, publish, plan, w
     publish(weights)
 
 
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_trainer_rank_that_ends_early_for_another_is_not_the_reason(engine, publish, plan, weights, refused) -> None:
+    """It says that these were all, as after a whole version. Engine rank 0 must neither commit nor be the one named."""
+    version = publish.next_version
+    engine.begin_update(version, direct=True)
+    call = engine.open_stream(version)
+    flats = [part_of(plan[0], weights, rank) for rank in (0, 1)]
+    headers = [{"index": 0, "lengths": [len(it)], "digests": [digest(it)], "dtype": "float32"} for it in flats]
+    if refused:
+        headers[1]["digests"] = [5]
+    with Line(call, 0) as first, Line(call, 1) as second:
+        engine.start_stream(call)
+        for line, header, flat in zip((first, second), headers, flats, strict=True):
+            line.send(header, 0, flat, flat)
+        first.finish()
+    if refused:
+        with pytest.raises(WeightSyncError, match=r"engine rank 1: delivery 0, .*: arrived with digest .*, sent 0x5$"):
+            engine.end_stream(gave_up=True)
+    else:
+        engine.end_stream(gave_up=True)  # nothing that the trainer does not know
+        with pytest.raises(WeightSyncError, match="commit: no stream of this version has ended well"):
+            engine.commit_update(version, 1)
+    with pytest.raises(EngineStaleError):
+        engine.generate([REQUEST])
+    assert send(engine, plan, weights, publish.next_version) == publish(weights)
+
+
 @pytest.mark.parametrize("change", ["drop", "double", "unknown"])
 def test_a_plan_that_does_not_cover_every_element_once_is_refused(engine, publish, plan, weights, change) -> None:
     """A plan is made once and trusted for the whole run."""

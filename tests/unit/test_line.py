@@ -134,6 +134,22 @@ def test_a_refusal_is_not_lost_when_the_trainer_is_still_sending(folder: Path) -
             deliver(end, 1, torch.ones(2_000_000))
 
 
+def test_a_refusal_is_not_lost_when_the_trainer_has_left(folder: Path) -> None:
+    """It leaves when another rank has failed; what this one has found wrong may be why."""
+    gone = threading.Event()
+
+    def refuse(_header: dict[str, Any]) -> None:
+        gone.wait(10)
+        raise ValueError("arrived with digest 0x1, sent 0x2")
+
+    with line.Line(call(folder), 0) as end:
+        engine = EngineRank(folder, refuse)
+        deliver(end, 0, torch.ones(4))
+    gone.set()
+    engine.join(10)
+    assert str(engine.error) == "arrived with digest 0x1, sent 0x2"
+
+
 def test_a_trainer_that_hangs_up_is_noticed(folder: Path) -> None:
     with line.Line(call(folder), 0) as end:
         engine = EngineRank(folder)
