@@ -50,14 +50,32 @@ def finite_digests(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[boo
     """Digests of tensors of one device, and which of them hold nothing but finite numbers; waits once. Tensors whose
     dtype knows no other numbers count as finite, as do those of 8-bit floats."""
     if is_on_gpu(tensors[0]) and (kernel := _kernel()) is not None:
-        totals, odd = torch.stack(_by_kernel(kernel, tensors, look=True)).tolist()
-        return totals, [not found for found in odd]
+        return _read(_by_kernel(kernel, tensors, look=True))
     # NaN passes through both ends; isfinite itself would read and write each tensor several times.
     finite = [
         not has_nan(tensor) or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
         for tensor in tensors
     ]
     return digests(tensors), finite
+
+
+class Finite:
+    """`finite_digests` of the same tensors of one device again and again: what the kernel needs is laid out once, which
+    takes milliseconds for the parameters of a 30B MoE. Holds no tensor, so that one that was replaced is not kept."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._places = _places(tensors)
+        kernel = _kernel() if is_on_gpu(tensors[0]) else None
+        whole = kernel is not None and all(_has_whole_words(tensor) for tensor in tensors)
+        self._sums = _laid_out(kernel, tensors, look=True)[0] if whole else None
+
+    def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Do these lie where the others did, with the same shapes and dtypes?"""
+        return _places(tensors) == self._places
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[bool]]:
+        """Of tensors that fit."""
+        return finite_digests(tensors) if self._sums is None else _read(self._sums.run())
 
 
 def has_nan(tensor: torch.Tensor) -> bool:
@@ -80,16 +98,36 @@ def is_on_gpu(tensor: torch.Tensor) -> bool:
 
 
 def _by_kernel(kernel: Any, tensors: Sequence[torch.Tensor], *, look: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    kept, words = [], []
+    sums, _copies = _laid_out(kernel, tensors, look=look)  # which live until the kernel is under way
+    return sums.run()
+
+
+def _laid_out(kernel: Any, tensors: Sequence[torch.Tensor], *, look: bool) -> tuple[Any, list[torch.Tensor]]:
+    """`digest_kernel.Sums` of the tensors, and copies of those whose bytes are not whole words where they lie."""
+    copies, words = [], []
     for tensor in tensors:
-        if tensor.is_contiguous() and tensor.nbytes and tensor.nbytes % 8 == 0 and tensor.data_ptr() % 8 == 0:
+        if _has_whole_words(tensor):
             words.append((tensor.data_ptr(), tensor.nbytes // 8))
             continue
-        kept.append(_words(tensor))
-        words.append((kept[-1].data_ptr(), kept[-1].numel()))
+        copies.append(_words(tensor))
+        words.append((copies[-1].data_ptr(), copies[-1].numel()))
     counts = [tensor.numel() for tensor in tensors]
     dtypes = [tensor.dtype for tensor in tensors] if look else None
-    return kernel.mixed_sums(words, counts, MIX_1, MIX_2, tensors[0].device, dtypes)
+    return kernel.Sums(words, counts, (MIX_1, MIX_2), tensors[0].device, dtypes), copies
+
+
+def _read(sums: tuple[torch.Tensor, torch.Tensor]) -> tuple[list[int], list[bool]]:
+    totals, odd = torch.stack(sums).tolist()
+    return totals, [not found for found in odd]
+
+
+def _places(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
+    return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+
+
+def _has_whole_words(tensor: torch.Tensor) -> bool:
+    whole = tensor.nbytes > 0 and tensor.nbytes % 8 == 0 and tensor.data_ptr() % 8 == 0
+    return whole and tensor.is_contiguous()
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

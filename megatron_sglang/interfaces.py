@@ -78,7 +78,15 @@ class AsyncEngine(Protocol):
 
 
 class DirectEngine(Engine, Protocol):
-    """An engine whose parameters can be written directly, by a plan."""
+    """An engine whose parameters can be written directly, by a plan.
+
+    Then an update is `begin_update(version, direct=True)`, `open_stream`, `start_stream`, `end_stream` and
+    `commit_update`.
+    """
+
+    def begin_update(self, version: int, *, direct: bool = False) -> None:
+        """direct: the engine ranks hear of it by `start_stream`, which opens the version in them."""
+        ...
 
     def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:
         """Where each engine rank's parameters come from; shapes: of all HF tensors."""
@@ -97,7 +105,8 @@ class DirectEngine(Engine, Protocol):
         ...
 
     def end_stream(self, *, gave_up: bool) -> None:
-        """After the last delivery, or when a trainer rank gave up: raises what an engine rank found wrong."""
+        """After the last delivery, or when a trainer rank gave up: raises what an engine rank found wrong. What they
+        have proved is kept for `commit_update`."""
         ...
 
 

@@ -54,12 +54,17 @@ class TakesBuckets(Protocol):
 
 
 @runtime_checkable
-class OwnSteps(Protocol):
-    """A path whose update is another transaction than the engine's own (`sync_methods.py`)."""
+class Prepares(Protocol):
+    """A path that has something to do before the engine stops serving (`sync_methods.py`)."""
 
     def prepare(self, version: int) -> None:
         """While the engine still serves. Collective."""
         ...
+
+
+@runtime_checkable
+class OwnSteps(Protocol):
+    """A path whose update is another transaction than `begin_update` and `commit_update` of a generic one."""
 
     def begin(self, version: int) -> None:
         """In place of `begin_update`; on the leader."""
@@ -142,6 +147,8 @@ class DirectPath:
     """Each trainer rank hands over what its engine ranks need, on a line to each of them.
 
     The lines are pipelined: while the engine copies one delivery, the trainer makes the next one in its other buffer.
+    The message that starts them is the only one: it opens the version in each engine rank, which proves what it holds
+    after its last delivery, and answers with that.
     open_line: (the engine's call, engine rank) -> a line, of the engine room. hosts: trainer ranks that have lines, the
     first ones (`transfer.host_of`); None: all.
     """
@@ -170,6 +177,13 @@ class DirectPath:
         )
         self.exchanges = len(sender.buckets) * len(sender.rounds)
         """All-to-alls of one version."""
+
+    def begin(self, version: int) -> None:
+        """On the leader, as `commit`: see `OwnSteps`."""
+        _lead(self.engine).begin_update(version, direct=True)
+
+    def commit(self, version: int, buckets: int) -> str:
+        return _lead(self.engine).commit_update(version, buckets)
 
     def send(self, version: int) -> Sent:
         call = self.comm.from_leader(lambda: _lead(self.engine).open_stream(version))
@@ -238,9 +252,9 @@ def publish(comm: Comm, engine: Engine | None, path: Path, version: int) -> Sync
     """Give the engine weight version `version`, whole, or raise `WeightSyncError` on all ranks and leave it stale."""
     own = path if isinstance(path, OwnSteps) else None
     began = time.perf_counter()
-    if own is not None:
+    if isinstance(path, Prepares):
         with _whole_or_stale(engine, version):
-            own.prepare(version)
+            path.prepare(version)
     prepared = time.perf_counter()
     comm.from_leader(lambda: own.begin(version) if own is not None else _lead(engine).begin_update(version))
     opened = time.perf_counter()
@@ -250,7 +264,7 @@ def publish(comm: Comm, engine: Engine | None, path: Path, version: int) -> Sync
         commit = own.commit if own is not None else lambda *what: _lead(engine).commit_update(*what)
         digest = comm.from_leader(lambda: commit(version, sent.buckets))
     seconds = {"begin": opened - prepared, "load": loaded - opened, "verify": time.perf_counter() - loaded}
-    if own is not None:
+    if isinstance(path, Prepares):
         seconds["prepare"] = prepared - began
     return SyncReport(version, sent.tensors, sent.buckets, sent.bytes, seconds, path.fidelity(), digest)
 

@@ -5,8 +5,8 @@
     merge-on-engine   A and B; each engine rank merges them into its own copy of the base
     adapter           A and B as a PEFT folder; SGLang serves them beside the untouched base
 
-Each is a `sync.Path` with steps of its own (`sync.OwnSteps`), made by `training/paths.py`. All ranks act as one. After
-any failure the engine is stale, and the next publish starts from whatever state that left.
+Each is a `sync.Path` with steps of its own (`sync.Prepares`, `sync.OwnSteps`), made by `training/paths.py`. All ranks
+act as one. After any failure the engine is stale, and the next publish starts from whatever state that left.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Torch only; called by `loader.py`. The plan is installed once and checked against the live parameters: every element
 of each must be written exactly once, by a copy or a constant. Of each segment of a delivery two digests are compared
-with the sender's: of what arrived, and of what the parameters hold after.
+with the sender's: of what arrived, and of what the parameters hold after. So a version whose deliveries are all there
+has filled the parameters, and they are not poisoned before it.
 """
 
 from __future__ import annotations
@@ -16,30 +17,51 @@ import torch
 
 from megatron_sglang import digests as digest_of
 from megatron_sglang.copies import Copy
-from megatron_sglang.engine.live_model import refresh, tie_head
+from megatron_sglang.engine.live_model import casts, derive, recast, tie_head
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plan:
-    """What this rank writes: `buckets` of copies out of each delivery, and constants (padding)."""
+    """What this rank writes: `buckets` of copies out of each delivery, and constants (padding). The rest is found at
+    the first version, and used again while it holds."""
 
     buckets: tuple[tuple[Copy, ...], ...]
     constants: tuple[tuple[Copy, float], ...]
+    geometry: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """(shape, strides) of each parameter, of which the plan has been proved to write every element."""
     launches: dict[int, Any] = field(default_factory=dict)
     """By delivery: what its kernel needs (`copy_kernel.Moves`), laid out at its first; None: it goes step by step."""
+    proof: digest_of.Finite | None = None
+    """What digests all parameters."""
 
 
 class Live:
-    """A model's parameters while a version streams in: found once, since that alone takes a millisecond."""
+    """A model's parameters, and what follows them, while a version streams in: found once, since each search takes a
+    millisecond. Not kept for the next version: SGLang may replace parameters between two, and this search is made while
+    the trainer merges its first delivery."""
 
     def __init__(self, model: Any) -> None:
+        self.model = model
         self.parameters = _parameters(model)
+        self.casts = casts(model)
         self.numbers = {name: number for number, name in enumerate(self.parameters)}
         first = next(iter(self.parameters.values()))
         self.device = first.device
         found = [parameter.data_ptr() for parameter in self.parameters.values()]
         self.aligned = all(address % 16 == 0 for address in found)
         self.addresses = torch.tensor(found, dtype=torch.int64).to(self.device)
+
+    @classmethod
+    def by(cls, plan: Plan, model: Any) -> Live:
+        """For a version by `plan`. ValueError if these are not the parameters for which it was checked."""
+        live = cls(model)
+        if (found := _geometry(live.parameters)) != plan.geometry:
+            changed = sorted(name for name, _ in found.items() ^ plan.geometry.items())
+            raise ValueError(
+                f"parameter {changed[0]} is another one than when the plan was checked: {found.get(changed[0])}, "
+                f"expected (shape, strides) {plan.geometry.get(changed[0])}; make the plan anew"
+            )
+        return live
 
 
 @torch.no_grad()
@@ -50,6 +72,7 @@ def check(model: Any, message: dict[str, Any]) -> Plan:
         tuple((_copy(row), value) for row, value in message["constants"]),
     )
     parameters = _parameters(model)
+    plan.geometry.update(_geometry(parameters))
     by_name: dict[str, list[Copy]] = {name: [] for name in parameters}
     for copy in (*(copy for bucket in plan.buckets for copy in bucket), *(copy for copy, _ in plan.constants)):
         if copy.tensor not in by_name:
@@ -73,8 +96,9 @@ def deliver(live: Live, plan: Plan, index: int, message: dict[str, Any], data: t
     """Write delivery `index`. ValueError if its bytes are not those that were sent, or are not in the parameters.
 
     Step by step, nothing wrong touches a parameter. By kernel, both passes (write, read back) are under way before the
-    first digest is read; a parameter that took wrong bytes keeps them until the next version begins, and nothing of it
-    is served.
+    first digest is read; a parameter that took wrong bytes keeps them until the next version writes it. So does a
+    parameter of a version that fails between two deliveries: it holds that version or the one before, and nothing of
+    either is served until a whole version is there.
     """
     flat = data.view(getattr(torch, message["dtype"]))
     copies = plan.buckets[index]
@@ -116,17 +140,33 @@ def _moves(live: Live, copies: Sequence[Copy], lengths: Sequence[int], flat: tor
 
 
 @torch.no_grad()
-def finish(model: Any, plan: Plan) -> None:
-    """What no trainer sends: padding, tied weights, and state that the model derives (DeepSeek's w_kc and w_vc)."""
-    parameters = _parameters(model)
+def finish(live: Live, plan: Plan) -> Live:
+    """What no trainer sends: padding, tied weights, and state that the model derives (DeepSeek's w_kc and w_vc).
+    Returns where the parameters are now: a hook that derives may have moved them."""
     for copy, value in plan.constants:
-        copy.of(parameters[copy.tensor]).fill_(value)
-    tie_head(model)
-    refresh(model)
+        copy.of(live.parameters[copy.tensor]).fill_(value)
+    tie_head(live.model, live.parameters)
+    if derive(live.model):
+        live = Live(live.model)
+    recast(live.model, live.casts)
+    return live
+
+
+@torch.no_grad()
+def prove(live: Live, plan: Plan) -> tuple[list[int], list[bool]]:
+    """Digest of each parameter, and whether it holds nothing but finite numbers."""
+    parameters = list(live.parameters.values())
+    if plan.proof is None or not plan.proof.fits(parameters):
+        plan.proof = digest_of.Finite(parameters)
+    return plan.proof.of(parameters)
 
 
 def _parameters(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+def _geometry(parameters: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
+    return {name: (tuple(parameter.shape), parameter.stride()) for name, parameter in parameters.items()}
 
 
 def _copy(row: Sequence[Any]) -> Copy:

@@ -200,10 +200,12 @@ class ExternalEngine(HttpEngine):
 
     # ---- weights ----
 
-    def begin_update(self, version: int, *, command: str = "begin") -> None:
+    def begin_update(self, version: int, *, command: str = "begin", direct: bool = False) -> None:
         if self._stock is None:
-            super().begin_update(version, command=command)
+            super().begin_update(version, command=command, direct=direct)
             return
+        if direct:
+            raise self._unable("the direct path")
         if command != "begin":
             raise self._unable(f"the method behind loader command {command!r}")
         self.stale, self._updating = f"an update to version {version} is under way", None

@@ -177,10 +177,10 @@ class EngineGroup(Announced):
 
     # ---- weights ----
 
-    def begin_update(self, version: int) -> None:
+    def begin_update(self, version: int, *, direct: bool = False) -> None:
         self.stale = f"an update to version {version} is under way"
         with self._as_one():
-            self._each(lambda _, engine: engine.begin_update(version))
+            self._each(lambda _, engine: engine.begin_update(version, direct=direct))
 
     def load(self, bucket: Bucket) -> None:
         with self._as_one():

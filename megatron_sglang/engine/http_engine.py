@@ -1,10 +1,11 @@
 """The `Engine` protocol over HTTP: what the cycle calls, turned into SGLang's routes in an order that is safe.
 
     call           messages (docs/engine.md has the whole table)
-    begin_update   pause(abort), flush until 200, resume(weights) if released, loader "begin"
+    begin_update   pause(abort), flush until 200, resume(weights) if released, loader "begin"; direct: not that one
     load           loader "load"
     start_stream   loader "stream", in the background until end_stream
-    commit_update  loader "commit", weight version, resume(kv_cache) if released, continue
+    commit_update  loader "commit" (direct: what the stream has answered), weight version, resume(kv_cache) if released,
+                   continue
     release        pause(abort), flush until 200, release(kv_cache, weights)
     wait_ready     with load_format="auto": loader "adopt", weight version 0
     layout         loader "layout"
@@ -50,7 +51,9 @@ class HttpEngine(Controls):
         self._updating: int | None = None
         self._released: set[str] = set()
         self._message_ids = itertools.count()
-        self._stream: Background | None = None
+        self._stream: Background[list[dict[str, Any]]] | None = None
+        self._streamed: list[dict[str, Any]] | None = None
+        """Of a direct update: the engine ranks' answers, when they are there; None: the update is none."""
 
     # ---- life ----
 
@@ -103,16 +106,17 @@ class HttpEngine(Controls):
 
     # ---- weights ----
 
-    def begin_update(self, version: int, *, command: str = "begin") -> None:
+    def begin_update(self, version: int, *, command: str = "begin", direct: bool = False) -> None:
         """Abort running requests, empty the caches and open `version` on every engine rank; stale from here on.
-        command: how the loader opens it."""
+        command: how the loader opens it. direct: by a stream, whose own message does."""
         self.stale = f"an update to version {version} is under way"
-        self._updating = None
+        self._updating, self._streamed = None, [] if direct else None
         with self._failing_as(what := f"weight version {version}, begin"):
             self._quiesce()
             if "weights" in self._released:
                 self._memory("resume", "weights")
-            self._message(what, {"command": command, "version": version})
+            if not direct:
+                self._message(what, {"command": command, "version": version})
         self._updating = version
 
     def load(self, bucket: Bucket) -> None:
@@ -134,24 +138,30 @@ class HttpEngine(Controls):
         return {"id": next(self._message_ids), "version": version, "folder": folder, "timeout_s": timeout_s}
 
     def start_stream(self, call: Mapping[str, Any]) -> None:
-        """Direct path, when all ranks listen: let the engine ranks connect. `end_stream` must follow."""
+        """Direct path, when all ranks listen: open the version in the engine ranks and let them connect. `end_stream`
+        must follow."""
         what = self._in_update(call["version"], "stream")
         payloads = wire.serialize_alike({**call, "command": "stream"}, self.options.tp_size)
         over = self.server.mailbox / line.ended_name(call["id"])
         self._stream = Background(lambda: self._send(what, call["id"], payloads), over)
 
     def end_stream(self, *, gave_up: bool) -> None:
-        """Direct path: the engine ranks' verdict. gave_up: the trainer has cut the lines, and need not be told so."""
+        """Direct path: the engine ranks' verdict, of all that they were sent and hold now. gave_up: the trainer has cut
+        the lines, and need not be told so; nothing is kept then that could be committed."""
         stream, self._stream = self._stream, None
         known = (wire.LineCutError,) if gave_up else ()
         with self._failing_as("stream"), contextlib.suppress(*known):
             if stream is not None:
-                stream.result(self.options.update_timeout_s)
+                answers = stream.result(self.options.update_timeout_s)
+                self._streamed = [] if gave_up else answers
 
     def commit_update(self, version: int, buckets: int) -> str:
-        """Prove that every rank holds all of `version`, then serve it; digest of all parameters of all ranks."""
+        """Serve `version`, which every rank has proved to hold whole; digest of all parameters of all ranks."""
         with self._failing_as(what := self._in_update(version, "commit")):
-            replies = self._message(what, {"command": "commit", "version": version, "buckets": buckets})
+            if self._streamed is None:
+                replies = self._message(what, {"command": "commit", "version": version, "buckets": buckets})
+            else:
+                replies = _of_stream(self._streamed, buckets, what)
             if "kv_cache" in self._released:
                 self._memory("resume", "kv_cache")
             self._publish(version)
@@ -240,3 +250,16 @@ class HttpEngine(Controls):
             reason = str(error) if isinstance(error, WeightSyncError) else f"{what}: {type(error).__name__}: {error}"
             self.fail_update(reason)
             raise WeightSyncError(reason) from error
+
+
+def _of_stream(replies: list[dict[str, Any]], buckets: int, what: str) -> list[dict[str, Any]]:
+    """The answers of all engine ranks, if each has taken as many deliveries as the trainer has made."""
+    if not replies:
+        raise WeightSyncError(f"{what}: no stream of this version has ended well; expected one of {buckets} deliveries")
+    for rank, reply in enumerate(replies):
+        if reply["deliveries"] != buckets:
+            raise WeightSyncError(
+                f"{what}, engine rank {rank}: it took {reply['deliveries']} deliveries, the trainer made {buckets}; "
+                "make the plan anew"
+            )
+    return replies

@@ -3,11 +3,11 @@
     frame   ">IQ" (header length, body length), header as JSON, body
     there   {"index", "version", "lengths", "digests", "dtype", "slot", "bytes"}: a delivery; the body is its bytes, or
             empty where the header's "handle" gives the slot's memory (CUDA IPC, once for each slot and version)
-            {"end": number of deliveries}
+            {"end": number of deliveries}: these were all
     back    {"index", "error"}: delivery `index` is in the parameters, and its slot may be written again
 
 The trainer listens in the engine's private mailbox folder, the engine rank connects: one SGLang message starts it, and
-no further one is needed until the version is complete. No pickle: a handle is the JSON of torch's own numbers.
+no further one is needed until the version is proved. No pickle: a handle is the JSON of torch's own numbers.
 """
 
 from __future__ import annotations
@@ -210,11 +210,15 @@ class Line:
 
 
 def receive(
-    call: Mapping[str, Any], device: torch.device, handle: Callable[[dict[str, Any], torch.Tensor], None]
+    call: Mapping[str, Any],
+    device: torch.device,
+    expected: int,
+    handle: Callable[[dict[str, Any], torch.Tensor], None],
 ) -> None:
     """Take deliveries until the trainer says that these were all. handle: writes one, given its header and flat bytes.
 
-    Raises what `handle` raises, after telling the trainer; `CutError` if the trainer is gone before the end.
+    Raises what `handle` raises, after telling the trainer; `CutError` if the trainer is gone before the end, or says so
+    after other than `expected` deliveries: a trainer rank does where another one has failed, which then is the reason.
     """
     slots: dict[int, torch.Tensor] = {}
     connection = socket.socket(socket.AF_UNIX)
@@ -230,6 +234,8 @@ def receive(
             while True:
                 header, _ = end.receive(room)
                 if "end" in header:
+                    if taken != expected:
+                        raise CutError(f"the trainer ended after {taken} deliveries, expected {expected} by plan")
                     return
                 if "handle" in header:
                     slots[header["slot"]] = open_handle(header["handle"])
@@ -238,7 +244,8 @@ def receive(
                     # From another GPU of the node one copy; from the CPU (and on it) `handle` takes it from there.
                     handle(header, memory.to(device) if memory.is_cuda else memory)
                 except Exception as error:
-                    end.send({"index": header["index"], "error": str(error)})
+                    with contextlib.suppress(LineError):  # a trainer that has left hears of it by the message's answer
+                        end.send({"index": header["index"], "error": str(error)})
                     raise
                 end.send({"index": header["index"], "error": ""})
                 taken += 1

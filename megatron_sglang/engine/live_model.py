@@ -6,7 +6,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,35 +20,52 @@ HEAD = "lm_head.weight"
 def is_tied(model: Any) -> bool:
     """Does the model tie its head to its embedding by configuration but not by memory? SGLang's MoE models ignore
     tie_word_embeddings (models/qwen3_moe.py:958) and would keep a random head. Both are sharded alike."""
-    names = {name for name, _ in model.named_parameters()}
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    return bool(tied) and {HEAD, EMBEDDING} <= names
+    return bool(tied) and {HEAD, EMBEDDING} <= {name for name, _ in model.named_parameters()}
 
 
 @torch.no_grad()
-def tie_head(model: Any) -> None:
-    """Copy the embedding into the head of such a model."""
-    if is_tied(model):
-        parameters = dict(model.named_parameters())
+def tie_head(model: Any, parameters: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Copy the embedding into the head of such a model. parameters: all of them, where they have been found already."""
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if not tied:
+        return
+    parameters = dict(model.named_parameters()) if parameters is None else parameters
+    if {HEAD, EMBEDDING} <= parameters.keys():
         parameters[HEAD].copy_(parameters[EMBEDDING])
 
 
 def refresh(model: torch.nn.Module) -> None:
-    """State that the model derives from its parameters (DeepSeek's w_kc and w_vc), by its own hook; and kept casts."""
-    hook = getattr(model, "post_load_weights", None)
-    if callable(hook):
-        hook()
+    """State that the model derives from its parameters, by its own hook; and kept casts."""
+    derive(model)
     recast(model)
 
 
+def derive(model: Any) -> bool:
+    """Run the model's own hook for what it derives from its parameters (DeepSeek's w_kc and w_vc), which may replace
+    them. Has it one?"""
+    hook = getattr(model, "post_load_weights", None)
+    if not callable(hook):
+        return False
+    hook()
+    return True
+
+
+def casts(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(cast, weight) of casts that SGLang takes at the first forward and keeps: GLM4-MoE's routers in fp32
+    (models/glm4_moe.py:380)."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    # Looked up where it is registered: asking a module for what it has not takes ten times as long.
+    found = ((module._buffers.get("_weight_fp32"), module) for module in modules)
+    return [(kept, module.weight) for kept, module in found if kept is not None]
+
+
 @torch.no_grad()
-def recast(model: Any) -> None:
-    """Casts that SGLang takes at the first forward and keeps: GLM4-MoE's routers in fp32 (models/glm4_moe.py:380), else
-    those of the weights before the first version, for ever. In place, since CUDA graphs hold the address."""
-    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
-        kept = getattr(module, "_weight_fp32", None)
-        if kept is not None:
-            kept.copy_(module.weight)
+def recast(model: Any, found: Iterable[tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
+    """Take those casts anew, which else would be those of the weights before the first version, for ever. In place,
+    since CUDA graphs hold the address. found: what `casts` has found since the last forward."""
+    for kept, weight in casts(model) if found is None else found:
+        kept.copy_(weight)
 
 
 def floating(model: Any) -> list[tuple[str, torch.Tensor]]:

@@ -8,8 +8,9 @@ SGLang drops its return value; so every message is answered by a JSON file in th
     load       checks order, bytes, dtypes, duplicates; model.load_weights     -
     commit     checks the bucket count and that no parameter is left unfilled  "digests": {parameter: digest}
     plan       direct path: checks and keeps the plan of all coming deliveries -
-    stream     direct path: takes all deliveries of a version from its trainer -
-               rank (line.py); checks each, writes it, reads it back
+    stream     direct path, a whole version: takes all deliveries from its     "digests", "deliveries": how many
+               trainer rank (line.py); checks each, writes it, reads it back;
+               then as commit: were these all, is every parameter finite
     adopt      the same check of weights that SGLang loaded from disk itself   "digests": {parameter: digest}
     layout     traces model.load_weights (trace_loader.py); changes nothing    "layout": RankLayout as JSON
     join       broadcast: enters the group of the leader and all engine ranks  -
@@ -20,7 +21,7 @@ SGLang drops its return value; so every message is answered by a JSON file in th
     merge_*    merges adapters into its own base (merge_on_engine.py)          there
     adapter    proves what SGLang's LoRA holds of an adapter (adapters.py)     "bound", "digests"
 
-Once a message of a version failed, all later ones of that version fail, until the next begin.
+Once a message of a version failed, all later ones of that version fail, until the next begin or stream.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,6 @@ class _Session:
 
     version: int
     buckets: int = 0
-    direct: bool = False
-    """Deliveries by plan, not buckets through the model's loader."""
     merge: merge_on_engine.Merge | None = None
     """Buckets of adapters, merged here."""
     received: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -98,10 +97,8 @@ def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str
         if came is None:
             return {}
         command, message, data = "load", {**message, "command": "load"}, came
-    if command == "begin":
-        _open[rank] = _Session(message["version"])
-        poison(model)
-        return {}
+    if command in ("begin", "stream"):
+        return _begin(model, message)
     if command == "adopt":
         tie_head(model)
         recast(model)
@@ -120,12 +117,22 @@ def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str
     return _in_version(model, session, message, data)
 
 
+def _begin(model: Any, message: dict[str, Any]) -> dict[str, Any]:
+    """A new version, which ends one that may be open; a stream is a whole one."""
+    _open.pop(message["rank"], None)
+    if message["command"] == "stream":
+        return _stream(model, message)
+    _open[message["rank"]] = _Session(message["version"])
+    poison(model)
+    return {}
+
+
 def _in_version(model: Any, session: _Session, message: dict[str, Any], data: torch.Tensor) -> dict[str, Any]:
     """What belongs to the open version."""
     rank, command = message["rank"], message["command"]
     if command == "commit":
         digests = _commit(model, session, message)
-        if not session.direct and session.merge is None:
+        if session.merge is None:
             _committed[rank] = session.received
         del _open[rank]
         return {"digests": digests}
@@ -135,8 +142,6 @@ def _in_version(model: Any, session: _Session, message: dict[str, Any], data: to
         _load_folder(model, session, message)
     elif command == "merge":
         _merge_bucket(model, session, message, Bucket.from_header(message["bucket"], data))
-    elif command == "stream":
-        _stream(model, session, message)
     else:
         raise ValueError(f"unknown command {command!r}; expected one of those in loader.py's docstring")
     return {}
@@ -245,24 +250,28 @@ def _device(model: Any) -> torch.device:
     return next((parameter.device for _, parameter in model.named_parameters()), torch.device("cpu"))
 
 
-def _stream(model: Any, session: _Session, message: dict[str, Any]) -> None:
-    plan = _plans.get(message["rank"])
+def _stream(model: Any, message: dict[str, Any]) -> dict[str, Any]:
+    """All deliveries of a version by plan, and what the parameters hold then."""
+    rank, version = message["rank"], message["version"]
+    plan = _plans.get(rank)
     if plan is None:
         raise ValueError("a stream was opened before any plan")
-    session.direct = True
-    live = direct.Live(model)
+    live, expected, taken = direct.Live.by(plan, model), len(plan.buckets), 0
 
     def deliver(header: dict[str, Any], data: torch.Tensor) -> None:
-        if (header["version"], header["index"]) != (session.version, session.buckets):
+        nonlocal taken
+        if (header["version"], header["index"]) != (version, taken) or taken == expected:
             raise ValueError(
-                f"got delivery {header['index']} of version {header['version']}, expected {session.buckets} of version "
-                f"{session.version}: one was dropped, repeated or reordered"
+                f"got delivery {header['index']} of version {header['version']}, expected {taken} of version "
+                f"{version}, {expected} in all: one was dropped, repeated or reordered"
             )
         # Its last step reads a digest of what was written, which waits for all before it: the sender may go on.
-        direct.deliver(live, plan, session.buckets, header, data)
-        session.buckets += 1
+        direct.deliver(live, plan, taken, header, data)
+        taken += 1
 
-    line.receive(message, live.device, deliver)
+    line.receive(message, live.device, expected, deliver)
+    live = direct.finish(live, plan)
+    return {"digests": _proved(live.parameters, *direct.prove(live, plan)), "deliveries": taken}
 
 
 @torch.no_grad()
@@ -271,7 +280,11 @@ def _digests(model: Any) -> dict[str, str]:
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     if not parameters:
         return {}
-    found, finite = finite_digests(list(parameters.values()))
+    return _proved(parameters, *finite_digests(list(parameters.values())))
+
+
+def _proved(parameters: Iterable[str], found: Sequence[int], finite: Sequence[bool]) -> dict[str, str]:
+    """Digests by name of a parameter; ValueError where one of them is not finite."""
     if unfilled := [name for name, good in zip(parameters, finite, strict=True) if not good]:
         raise ValueError(f"{len(unfilled)} parameters are unfilled or hold NaN or infinity: {_names(unfilled)}")
     return {name: f"{number % 2**64:016x}" for name, number in zip(parameters, found, strict=True)}
@@ -283,9 +296,6 @@ def _commit(model: Any, session: _Session, message: dict[str, Any]) -> dict[str,
             f"commit of version {message['version']} with {message['buckets']} buckets, but this rank has "
             f"{session.buckets} buckets of version {session.version}"
         )
-    if session.direct:
-        direct.finish(model, _plans[message["rank"]])
-        return _digests(model)
     if session.merge is not None:
         return merge_on_engine.finish(model, session.merge, _digests)
     before = _committed.get(message["rank"])

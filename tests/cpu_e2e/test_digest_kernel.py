@@ -19,21 +19,39 @@ import torch
 from megatron_sglang import digest_kernel, digests
 
 cpu = torch.device("cpu")
-counts = (1, 7, 4095, 4096, 4097, 30_000, 1)
+lanes, each = digest_kernel.SHAPE.lanes, digest_kernel.SHAPE.words
+edges = [at + step for at in (lanes, each // digest_kernel.SHAPE.blocks, each, 2 * each) for step in (-1, 0, 1)]
+counts = (1, 7, *edges, 30_000, 1)
 many = [torch.randint(-(2**62), 2**62, (count,)) * 2 + 1 for count in counts]
 by_torch = [digests._mixed_sum(words, 0).item() + count for words, count in zip(many, counts)]
 assert digests.digests(many) == by_torch
+assert all(words.data_ptr() % 16 == 0 for words in many)
+shifted = [torch.cat([words[:1], words])[1:] for words in many]
+assert not any(words.data_ptr() % 16 == 0 for words in shifted)
 digests.is_on_gpu = lambda _: True
-assert digests.digests(many) == by_torch
-odd_places = [many[5][1:3].view(torch.int16)[1:7], many[5].view(torch.int32)[3:10:2], many[0][:0]]
+usual = digest_kernel.SHAPE
+for shape in (usual, digest_kernel.Shape(4, 2, 1), digest_kernel.Shape(1, 8, 3)):
+    digest_kernel.SHAPE = shape
+    assert digests.digests(many) == by_torch, shape
+    assert digests.digests(shifted) == by_torch, shape
+digest_kernel.SHAPE = usual
+long = many[-2]
+odd_places = [long[1:3].view(torch.int16)[1:7], long.view(torch.int32)[3:10:2], many[0][:0]]
 found = digests.digests(odd_places)
 lengths = [8, 0, 4, 4096, 30_000]
 flat = torch.randn(sum(lengths)).bfloat16()
 segments = digests.segments_of(flat, lengths)
 by_segment = segments.digests(flat).tolist()
 assert digests.segments_of(flat, [3, len(flat) - 3]) is None, "a part ends within a word"
+large = [8, 4096, 0, 30_008]  # each begins at a multiple of 16 bytes, as the buffer does or does not
+at_large = torch.randn(sum(large) + 8).bfloat16()
+assert at_large.data_ptr() % 16 == 0
+by_place = [digests.segments_of(part, large).digests(part).tolist() for part in (at_large[:-8], at_large[4:-4])]
 digests.is_on_gpu = lambda _: False
 assert found == digests.digests(odd_places)
+for found, part in zip(by_place, (at_large[:-8], at_large[4:-4])):
+    expected = digests.digests(part.split(large))
+    assert [found[at] for at in (0, 1, 3)] == [expected[at] for at in (0, 1, 3)]
 assert [by_segment[at] for at in (0, 2, 3, 4)] == digests.digests([flat.split(lengths)[at] for at in (0, 2, 3, 4)])
 
 huge = {torch.bfloat16: 3e38, torch.float16: 65504.0, torch.float32: 3e38, torch.float64: 1e308}
@@ -41,7 +59,7 @@ tensors, wanted = [torch.arange(-5, 5)], [True]
 for dtype, most in huge.items():
     for value in (most, -most, 0.0, -0.0, torch.inf, -torch.inf, torch.nan):
         for at in (0, 1, 4098, 9999):
-            tensor = torch.full((10_000,), 1.5).to(dtype)
+            tensor = torch.full((10_000,), 1.5).to(dtype)  # its last words are few, and no whole block
             tensor[at] = value
             tensors.append(tensor)
             wanted.append(bool(tensor.isfinite().all()))
@@ -51,6 +69,17 @@ digests.is_on_gpu = lambda _: True
 by_kernel = digests.finite_digests(tensors)
 assert by_kernel == by_torch
 assert by_kernel[1] == wanted
+
+# Laid out once for several versions; what is not whole words is digested as it is each time.
+for tensors in ([torch.randn(5000), torch.randn(12, 4).bfloat16()], [torch.randn(5000), torch.randn(7)]):
+    proof = digests.Finite(tensors)
+    assert (proof._sums is not None) == (len(tensors[1]) == 12)
+    for value in (2.0, torch.inf, 3.0):
+        tensors[1][3] = value
+        assert proof.fits(tensors)
+        assert proof.of(tensors) == digests.finite_digests(tensors)
+        assert proof.of(tensors)[1] == [True, value != torch.inf]
+    assert not proof.fits([tensors[0], tensors[1].clone()])
 print("equal")
 """
 

@@ -94,7 +94,7 @@ def test_an_engine_rank_that_dies_amid_a_stream_ends_the_update(tiny_model: Path
         pieces = make_plan(whole, [slot for layout in layouts for slot in slots_of(layout, shapes)])
         plan = cut(pieces, 200_000)
         engine.install_plan([receipt_of(layout, plan) for layout in layouts])
-        engine.begin_update(1)
+        engine.begin_update(1, direct=True)
         call = engine.open_stream(1)
         with line.Line(call, 0), line.Line(call, 1) as second:
             engine.start_stream(call)

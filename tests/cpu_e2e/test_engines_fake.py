@@ -112,7 +112,7 @@ def test_logs_are_apart(group: EngineGroup) -> None:
 
 def stream(group: EngineGroup) -> None:
     """As the trainer ranks do it; the fake engine takes no plan, so its ranks refuse."""
-    group.begin_update(version := next_version(group))
+    group.begin_update(version := next_version(group), direct=True)
     call = group.open_stream(version)
     group.start_stream(call)
     try:
@@ -120,6 +120,11 @@ def stream(group: EngineGroup) -> None:
             last.send({"index": 0}, 0, torch.ones(1), torch.ones(1))
     finally:
         group.end_stream(gave_up=True)
+
+
+def commit_without_stream(group: EngineGroup) -> None:
+    group.begin_update(version := next_version(group), direct=True)
+    group.commit_update(version, 2)
 
 
 UPDATE: dict[str, tuple[Callable[[EngineGroup], object], dict[str, Any] | None, str]] = {
@@ -147,6 +152,7 @@ UPDATE: dict[str, tuple[Callable[[EngineGroup], object], dict[str, Any] | None, 
     "layout": (lambda group: group.layout({}), None, "0: layout, engine rank 0: .* has no layout"),
     "plan": (lambda group: group.install_plan([{}] * 4), None, "0: transfer plan, engine rank 0: .* has no layout"),
     "stream": (stream, None, r"0: weight version \d+, stream, engine rank 0: a stream was opened before any plan"),
+    "no stream": (commit_without_stream, None, r"0: weight version \d+, commit: no stream of this version has ended"),
 }
 
 

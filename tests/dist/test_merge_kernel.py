@@ -43,8 +43,11 @@ for dtype in (tl.bfloat16, tl.float32):
         found.append(loads(merge_kernel._merge, arguments | out, constants, aligned))
 sums = {"table": "*i64", "owner": "*i32", "totals": "*i64", "odd": "*i64", "base": "i64", "tensors": "i32",
         "mix_1": "i64", "mix_2": "i64"}
-for look in (False, True):
-    loads(digest_kernel._sums, sums, {"BLOCK": digest_kernel.BLOCK, "LOOK": look}, False)
+warps, reads, blocks = digest_kernel.SHAPE
+each = {"LANES": digest_kernel.SHAPE.lanes, "READS": reads, "BLOCKS": blocks}
+for aligned in (False, True):
+    for look in (False, True):
+        found.append(loads(digest_kernel._sums, sums, {**each, "LOOK": look, "ALIGNED": aligned}, True, warps))
 moves = {"addresses": "*i64", "table": "*i64", "owner": "*i32", "flat": "*i64", "begins": "*i64", "totals": "*i64",
          "copies": "i32", "segments": "i32", "mix_1": "i64", "mix_2": "i64"}
 tile = {"ROWS": copy_kernel.ROWS, "COLS": copy_kernel.COLS, "LANES": copy_kernel.LANES}
@@ -71,11 +74,13 @@ def test_kernels_compile_for_an_h200() -> None:
     """Without one: what the interpreter runs need not compile. Aligned, 16 bytes go at a time."""
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    plain, aligned, _, aligned_fp32, *passes = json.loads(done.stdout)
+    plain, aligned, _, aligned_fp32, *rest = json.loads(done.stdout)
     assert plain == [False, False, True]
     assert aligned == [True, True, True]
     assert aligned_fp32 == [True, True, False], "no TF32"
-    written, read, scored = passes[:2], passes[2:4], passes[4:]
+    assert rest[:2] == [[False, False, False]] * 2, "digests of words at odd places"
+    assert rest[2:4] == [[False, True, False]] * 2
+    written, read, scored = rest[4:6], rest[6:8], rest[8:]
     assert written == [[True, True, False]] * 2
     assert read == [[False, True, False]] * 2, "what is read back is stored nowhere"
     assert scored == ([[False, True, False]] * 2 + [[True, True, False]] * 3) * 3, "sums, then gradients, of each dtype"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,10 +40,73 @@ def message(flat: torch.Tensor, lengths: list[int]) -> dict[str, Any]:
 def test_rectangles_padding_and_derived_state_are_written() -> None:
     """A segment of each source, in order; what nobody sends is filled in by the engine."""
     model, flat = Model(), torch.arange(1.0, 10.0)
-    direct.deliver(direct.Live(model), plan(), 0, message(flat, [3, 6, 0]), flat.view(torch.uint8))
-    direct.finish(model, plan())
+    live = direct.Live(model)
+    direct.deliver(live, plan(), 0, message(flat, [3, 6, 0]), flat.view(torch.uint8))
+    assert direct.finish(live, plan()).parameters.keys() == {"fused"}
     assert torch.equal(model.fused, torch.tensor([[1.0, 2, 3], [4, 5, 6], [7, 8, 9], [0, 0, 0]]))
     assert torch.equal(model.doubled, torch.tensor([24.0, 30.0, 36.0]))
+
+
+class Tied(torch.nn.Module):
+    """A head tied by configuration only, and a router whose cast the engine keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(tie_word_embeddings=True)
+        self.model = torch.nn.Module()
+        self.model.embed_tokens = torch.nn.Embedding(3, 2)
+        self.model.router = torch.nn.Linear(2, 2, bias=False)
+        self.model.router.register_buffer("_weight_fp32", None, persistent=False)
+        self.lm_head = torch.nn.Linear(2, 3, bias=False)
+
+
+def test_what_follows_the_parameters_is_found_for_each_version() -> None:
+    """The cast is there from the first forward on, which may be after the first version."""
+    model: Any = Tied()
+    names = ("model.embed_tokens.weight", "model.router.weight", "lm_head.weight")
+    rows = [(name, 0, at, (size,), (1,), (1,)) for name, at, size in zip(names, (0, 6, 10), (6, 4, 6), strict=True)]
+    checked = direct.check(model, {"buckets": [rows], "constants": []})
+    cast = None
+    for version in (1.0, 2.0, 3.0):
+        live, flat = direct.Live.by(checked, model), torch.arange(16.0) * version
+        direct.deliver(live, checked, 0, message(flat, [16]), flat.view(torch.uint8))
+        live = direct.finish(live, checked)
+        assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+        assert torch.equal(model.model.router.weight, (torch.arange(6.0, 10) * version).view(2, 2))
+        assert cast is None or torch.equal(cast, model.model.router.weight)
+        assert direct.prove(live, checked)[0] == [digest(parameter) for parameter in model.parameters()]
+        if version == 1.0:
+            cast = model.model.router._weight_fp32 = model.model.router.weight.data.clone()
+    assert model.model.router._weight_fp32 is cast, "a CUDA graph reads it where it was"
+
+
+def test_what_a_hook_puts_in_place_is_what_is_proved() -> None:
+    """A model that packs its weights after loading serves from other memory than the deliveries were written to."""
+    model, checked, flat = Model(), plan(), torch.arange(1.0, 10.0)
+
+    def pack() -> None:
+        model.fused = torch.nn.Parameter(model.fused.detach().flip(0))
+
+    model.post_load_weights = pack
+    for _ in range(2):
+        live = direct.Live(model)
+        direct.deliver(live, checked, 0, message(flat, [9]), flat.view(torch.uint8))
+        live = direct.finish(live, checked)
+        assert direct.prove(live, checked) == ([digest(model.fused)], [True])
+
+
+def test_what_proves_the_parameters_is_laid_out_again_when_they_are_others() -> None:
+    """Else memory that nobody serves from would be digested, and found to be right."""
+    model, checked = Model(), plan()
+    for value, finite in ((1.0, True), (torch.nan, False), (2.0, True)):
+        model.fused.data.fill_(value)
+        assert direct.prove(direct.Live(model), checked) == ([digest(model.fused)], [finite])
+    kept = checked.proof
+    direct.prove(direct.Live(model), checked)
+    assert checked.proof is kept
+    model.fused = torch.nn.Parameter(torch.full((4, 3), 3.0))
+    assert direct.prove(direct.Live(model), checked) == ([digest(model.fused)], [True])
+    assert checked.proof is not kept
 
 
 def test_changed_bytes_touch_no_parameter() -> None:
@@ -76,6 +140,21 @@ def test_a_parameter_that_does_not_keep_the_bytes_is_noticed() -> None:
     model.fused.data = model.fused.data.bfloat16()
     with pytest.raises(ValueError, match=r"reads back from the parameters as digest"):
         direct.deliver(direct.Live(model), plan(), 0, message(flat, [9]), flat.view(torch.uint8))
+
+
+def test_a_parameter_that_the_plan_does_not_know_is_noticed() -> None:
+    """That every element is written was proved for the parameters of then; nothing else would tell what is left out."""
+    model, checked = Model(), plan()
+    assert direct.Live.by(checked, model).parameters.keys() == {"fused"}
+    model.fused = torch.nn.Parameter(torch.zeros(4, 3))  # another object, filled by each version like the one before
+    direct.Live.by(checked, model)
+    model.fused = torch.nn.Parameter(torch.zeros(5, 3))
+    with pytest.raises(ValueError, match=r"parameter fused is another one .*: \(\(5, 3\), .*expected .*\(4, 3\)"):
+        direct.Live.by(checked, model)
+    model.fused = torch.nn.Parameter(torch.zeros(4, 3))
+    model.later = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="parameter later is another one"):
+        direct.Live.by(checked, model)
 
 
 @pytest.mark.parametrize(

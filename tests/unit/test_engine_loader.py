@@ -135,6 +135,17 @@ def test_commit_counts_buckets(rank: Rank, weights: Named) -> None:
         rank("commit", version=1, buckets=2)
 
 
+def test_a_stream_ends_what_another_path_has_begun(rank: Rank, weights: Named) -> None:
+    """It writes to the same parameters: the version before could be committed with parts of this one."""
+    rank("begin", version=1)
+    rank.load(pack(1, 0, weights))
+    with pytest.raises(WeightSyncError, match="a stream was opened before any plan"):
+        rank("stream", version=2)
+    with pytest.raises(WeightSyncError, match="commit arrived before any begin"):
+        rank("commit", version=1, buckets=1)
+    assert rank.publish(3, weights)
+
+
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(byte=st.integers(0, 191), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_named(rank: Rank, byte: int, bit: int) -> None:

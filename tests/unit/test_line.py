@@ -27,18 +27,24 @@ def call(folder: Path, timeout_s: float = 20.0) -> dict[str, Any]:
 
 
 class EngineRank(threading.Thread):
-    """Takes deliveries of `folder`'s line and keeps them; `refuse` may raise."""
+    """Takes `expected` deliveries of `folder`'s line and keeps them; `refuse` may raise."""
 
-    def __init__(self, folder: Path, refuse: Callable[[dict[str, Any]], None] = lambda _: None, rank: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        refuse: Callable[[dict[str, Any]], None] = lambda _: None,
+        rank: int = 0,
+        expected: int = 4,
+    ) -> None:
         super().__init__(daemon=True)
-        self.folder, self.refuse, self.rank = folder, refuse, rank
+        self.folder, self.refuse, self.rank, self.expected = folder, refuse, rank, expected
         self.taken: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.error: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            line.receive({**call(self.folder), "rank": self.rank}, CPU, self.take)
+            line.receive({**call(self.folder), "rank": self.rank}, CPU, self.expected, self.take)
         except Exception as error:  # noqa: BLE001
             self.error = error
 
@@ -128,6 +134,22 @@ def test_a_refusal_is_not_lost_when_the_trainer_is_still_sending(folder: Path) -
             deliver(end, 1, torch.ones(2_000_000))
 
 
+def test_a_refusal_is_not_lost_when_the_trainer_has_left(folder: Path) -> None:
+    """It leaves when another rank has failed; what this one has found wrong may be why."""
+    gone = threading.Event()
+
+    def refuse(_header: dict[str, Any]) -> None:
+        gone.wait(10)
+        raise ValueError("arrived with digest 0x1, sent 0x2")
+
+    with line.Line(call(folder), 0) as end:
+        engine = EngineRank(folder, refuse)
+        deliver(end, 0, torch.ones(4))
+    gone.set()
+    engine.join(10)
+    assert str(engine.error) == "arrived with digest 0x1, sent 0x2"
+
+
 def test_a_trainer_that_hangs_up_is_noticed(folder: Path) -> None:
     with line.Line(call(folder), 0) as end:
         engine = EngineRank(folder)
@@ -135,6 +157,19 @@ def test_a_trainer_that_hangs_up_is_noticed(folder: Path) -> None:
         end.wait(0)
     engine.join(10)
     assert str(engine.error).startswith("after 1 deliveries: the trainer's line broke")
+
+
+@pytest.mark.parametrize("expected", [1, 3])
+def test_an_end_after_other_deliveries_than_planned_is_a_cut(folder: Path, expected: int) -> None:
+    """The last one may be lost like any other. Trainer ranks end early where another one has failed: not the reason."""
+    with line.Line(call(folder), 0) as end:
+        engine = EngineRank(folder, expected=expected)
+        for index in range(2):
+            deliver(end, index, torch.ones(4))
+        end.finish()
+        engine.join(10)
+    assert isinstance(engine.error, line.CutError)
+    assert str(engine.error) == f"the trainer ended after 2 deliveries, expected {expected} by plan"
 
 
 @pytest.mark.parametrize("listens", [True, False])
