@@ -4,6 +4,7 @@ hang or fail minutes later, and `megatron-sglang doctor` shows it. No torch: var
     variable                                       what is made of it
     PYTORCH_CUDA_ALLOC_CONF, PYTORCH_ALLOC_CONF    expandable_segments refused, or with the next one taken out
     MEGATRON_CI_DISABLE_EXPANDABLE_SEGMENTS=1      take expandable_segments out of both, wherever they come from
+                                                   (where neither says anything, the trainer rounds sizes: `ROUNDED`)
     CUDA_VISIBLE_DEVICES                           at least as many devices as trainer ranks of the node, each once
     RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES    the remedy where Ray has hidden them
     SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK          given to the engine by its new name (engine/server.py)
@@ -26,6 +27,9 @@ from megatron_sglang.config import RunConfig
 from megatron_sglang.errors import SetupError
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+ROUNDED = "roundup_power2_divisions:16"
+"""For the trainer's allocator, where nothing is said of it: experts get other numbers of tokens in each layer, and
+blocks that are a little too small for the next would pile up. It costs 6 % of a tensor at most."""
 NO_SEGMENTS = "MEGATRON_CI_DISABLE_EXPANDABLE_SEGMENTS"
 RAY_NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 BALANCE = "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK"
@@ -60,9 +64,15 @@ def has_cuda(environment: Mapping[str, str]) -> bool:
 
 
 def prepare(environment: MutableMapping[str, str]) -> list[str]:
-    """Do what the variables of verl's script ask for. Before torch is imported. Returns what was changed, in words."""
-    if environment.get(NO_SEGMENTS, "").lower() not in _YES:
-        return []
+    """Do what the variables of verl's script ask for, and set the trainer's allocator where none of them does. Before
+    torch is imported. Returns what of the given was changed, in words."""
+    changed = _without_segments(environment) if environment.get(NO_SEGMENTS, "").lower() in _YES else []
+    if has_cuda(environment) and not any(environment.get(name) for name in ALLOCATOR):
+        environment[ALLOCATOR[-1]] = ROUNDED
+    return changed
+
+
+def _without_segments(environment: MutableMapping[str, str]) -> list[str]:
     changed = []
     for name in ALLOCATOR:
         kept = [item for item in environment.get(name, "").split(",") if item and not _is_segments(item)]

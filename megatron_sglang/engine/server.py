@@ -31,6 +31,7 @@ KEEP_ALIVE_S = 600
 """How long our engines keep an idle connection; their clients keep it for `async_http.KEEP_S`."""
 _OLD_BALANCE, _BALANCE = "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_NOT_FOR_ENGINES = ("expandable_segments", "roundup_power2_divisions")
 _MODULES = {"sglang": "megatron_sglang.engine.sglang_server", "fake": "megatron_sglang.engine.fake"}
 SGLANG_VERSION = "0.5.17"
 CLOSE_TIMEOUT_S = 30.0
@@ -38,15 +39,16 @@ LOG_LINES = 20
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What an engine may inherit: nothing of torchrun, which SGLang would take for its own, and no
-    expandable_segments, which break CUDA IPC and the memory saver."""
+    """What an engine may inherit: nothing of torchrun, which SGLang would take for its own; no expandable_segments,
+    which break CUDA IPC and the memory saver; no rounding of sizes, since a KV cache is as large as there is room."""
     clean = {
         name: value
         for name, value in environment.items()
         if name not in _TRAINER_ONLY and not name.startswith(_TRAINER_PREFIXES)
     }
     for name in _ALLOCATOR:
-        kept = [item for item in clean.pop(name, "").split(",") if item and "expandable_segments" not in item]
+        given = clean.pop(name, "").split(",")
+        kept = [item for item in given if item and not any(word in item for word in _NOT_FOR_ENGINES)]
         if kept:
             clean[name] = ",".join(kept)
     # SGLang 0.5.17 gives the old variable's value to the new one, which means the opposite (environ.py:1350, 1377).

@@ -43,7 +43,8 @@ def test_impossible_sizes(changes: dict[str, int], message: str) -> None:
 
 
 def test_environment_is_cleaned() -> None:
-    """torchrun's variables make SGLang join the wrong process group; expandable segments break CUDA IPC."""
+    """torchrun's variables make SGLang join the wrong process group; expandable segments break CUDA IPC, and
+    what is rounded for the trainer would cost an engine a part of its KV cache."""
     dirty = {
         "PATH": "/bin",
         "RANK": "0",
@@ -52,7 +53,7 @@ def test_environment_is_cleaned() -> None:
         "TORCHELASTIC_RUN_ID": "x",
         "GROUP_RANK": "0",
         "ROLE_NAME": "x",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,roundup_power2_divisions:16",
         "PYTORCH_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True",
     }
     assert clean_environment(dirty) == {"PATH": "/bin", "PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}

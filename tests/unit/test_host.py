@@ -87,6 +87,21 @@ def test_segments_are_taken_out_where_the_variable_asks_for_it() -> None:
     assert (host.prepare(left), len(left)) == ([], 2)
 
 
+def test_the_trainers_allocator_rounds_where_nobody_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not over what a user has set, and not on a CPU."""
+    monkeypatch.setattr(host, "DEVICE_FILES", (__file__,))
+    mine = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    bare, segments = dict[str, str](), {host.NO_SEGMENTS: "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for environment in (bare, mine, segments):
+        host.prepare(environment)
+    assert bare == {"PYTORCH_ALLOC_CONF": host.ROUNDED}
+    assert mine == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    assert segments == {host.NO_SEGMENTS: "1", "PYTORCH_ALLOC_CONF": host.ROUNDED}
+    monkeypatch.setattr(host, "DEVICE_FILES", ("/nonexistent",))
+    assert host.prepare(nothing := {}) == []
+    assert nothing == {}
+
+
 def test_torch_comes_after_the_environment() -> None:
     """It reads the allocator's variables once: what `prepare` takes out later stays in force."""
     code = "import pretrain_gspo, sys; from megatron_sglang import host; print('torch' in sys.modules)"
