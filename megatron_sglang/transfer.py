@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -27,6 +27,9 @@ SLOTS = 1
 is exchanged, and exchanged while the engine takes the one before that; with one of each a bucket may be twice as large
 in the same memory, and is merged while the engine takes the one before. Measured, the larger bucket wins by a fifth:
 trainer and engine take turns on a GPU anyhow, and each bucket costs a turn (docs/weight_sync.md)."""
+
+LITTLE = 4
+"""Less than this part of a bucket is little room: a layer begins the next one rather than be cut for it."""
 
 CHUNK_BYTES = 32 << 20
 """Without a kernel of ours, each of a merge's half dozen fp32 temporaries holds at most this much, or one expert."""
@@ -179,30 +182,30 @@ def make_plan(
 def cut(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
     """Buckets: runs of pieces of which no target receives more than `limit` elements (one row of a tensor may).
 
-    A decoder layer that fits stays whole, so that its grouped experts are merged once. One that does not is spread over
-    its buckets evenly: each keeps all who send and all who receive of the layer equally busy.
+    A decoder layer stays whole, so that its grouped experts are merged once, if it fits, or begins the next bucket if
+    little room is left. Else it is spread over its buckets evenly: each keeps all who send and all who receive of the
+    layer equally busy.
     """
-    buckets: list[list[Piece]] = []
+    buckets: list[list[Piece]] = [[]]
     filled: Counter[int] = Counter()
-    for unit in _units(pieces, limit):
+
+    def place(unit: list[Piece]) -> None:
         needed = _received(unit)
-        if not buckets or any(filled[target] and filled[target] + size > limit for target, size in needed.items()):
+        if any(filled[target] and filled[target] + size > limit for target, size in needed.items()):
             buckets.append([])
             filled.clear()
         buckets[-1] += unit
         filled.update(needed)
-    return buckets
 
-
-def _units(pieces: Sequence[Piece], limit: int) -> Iterator[list[Piece]]:
-    """What stays together: a layer; of one that is too large what fuses; some rows of that where it is too large."""
-    for _, layer in itertools.groupby(pieces, key=lambda piece: transfer_order(piece.name)[0]):
-        unit = list(layer)
-        if max(_received(unit).values()) <= limit:
-            yield unit
+    for _, found in itertools.groupby(pieces, key=lambda piece: transfer_order(piece.name)[0]):
+        layer = list(found)
+        whole, room = max(_received(layer).values()), limit - max(filled.values(), default=0)
+        if whole <= room or (whole <= limit and room * LITTLE < limit):
+            place(layer)
             continue
-        for group in _interleaved(unit):
-            yield from _by_rows(group, limit)
+        for unit in (part for group in _interleaved(layer) for part in _by_rows(group, limit)):
+            place(unit)
+    return [bucket for bucket in buckets if bucket]
 
 
 def _interleaved(layer: Iterable[Piece]) -> list[list[Piece]]:

@@ -169,7 +169,8 @@ def test_what_was_predicted_for_measured_updates() -> None:
     for row in rows:
         loads, steps = [Load(**row["load"])], Steps(**row["steps"])
         assert predict(loads, steps, host_for(row["gpus"])).total == pytest.approx(row["predicted_s"])
-        run = json.loads((CHECKS / f"sync_h200_{row['gpus']}.json").read_text())[0]["result"]
+        runs = json.loads((CHECKS / f"sync_h200_{row['gpus']}.json").read_text())
+        run = next(one["result"] for one in runs if one["step"] == row["run"])
         sizes = run["direct_with_buckets"] | {str(run["bucket_bytes"]): run["paths"]["direct"]}
         if row["slots"] != run.get("slots", 2):
             sizes = run["direct_with_slots"][str(row["slots"])]

@@ -107,9 +107,13 @@ def test_replicas_on_the_targets_machine_come_before_those_that_send_less() -> N
     assert sent == [12 * 64 * 2, 12 * 64 * 2, 24 * 64 * 2]
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(70, [12, 12, 12]), (40, [6] * 6), (25, [4, 4, 4, 4, 4, 4, 4, 4, 4])])
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(70, [12, 12, 12]), (35, [6] * 6), (40, [8, 8, 8, 8, 4]), (25, [4, 4, 4, 4, 4, 4, 4, 4, 4])],
+)
 def test_buckets_bound_what_a_target_receives(limit: int, expected: list[int]) -> None:
-    """The extra memory of an update is the size of its buckets. A layer that fits stays whole."""
+    """The extra memory of an update is the size of its buckets. A layer that fits stays whole,
+    unless a quarter of a bucket would be left empty for it."""
     slots = [
         Region(rank, f"model.layers.{layer}.w{part}", Box(0, 0, 5, 2), Place("p", 0, 2, 1))
         for layer in range(6)
