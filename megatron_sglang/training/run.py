@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
         leader = station.lead(resume_after) if station is not None else None
         if not modes.engine_first(config):  # else it has been up, and has made room
             comm.from_leader(lambda: station and modes.wait_ready(station.engine, station.show))
+        if station is not None:
+            station.show(f"model and engine ready after {time.monotonic() - station.began:.0f} s")
         paths = Paths(
             comm=comm,
             bridge=recipe.bridge,
@@ -156,9 +159,12 @@ class Station:
     held_out: tuple[Prompt, ...]
     show: Callable[[str], None]
     """Prints a line on the console."""
+    began: float
+    """Before the engine was started, on the monotonic clock."""
 
     @staticmethod
     def open(config: RunConfig, cleanup: contextlib.ExitStack, show: Callable[[str], None]) -> Station:
+        began = time.monotonic()
         if not (fed := Feed.asked_for(config)):
             agents.Environments.of(config.rollout.environment)  # an error there must not wait for an engine
         engine = modes.create(config, engine_options(config), show)
@@ -166,12 +172,14 @@ class Station:
         engine.start()
         modes.announce(config, engine)
         modes.make_room(config, engine, show)
+        if modes.engine_first(config):
+            show(f"engine ready after {time.monotonic() - began:.0f} s")
         tokenizer = source.load_tokenizer(config.model.hf_path)
         if fed:
             feed: Any = Feed.open(config, engine, tokenizer.decode)
             cleanup.callback(feed.door.close)
             show(f"{config.model.hf_path}: batches come through {feed.door.path}")
-            return Station(config, cleanup, engine, feed, feed, (), show)
+            return Station(config, cleanup, engine, feed, feed, (), show, began)
         train, held_out = (_prompts(config, path, tokenizer) for path in (config.data.train, config.data.eval))
         held_out = held_out[: config.rollout.eval_samples or None]
         reward = rewards.create_reward(
@@ -213,7 +221,7 @@ class Station:
         prompts = source.PromptSource(
             train, config.rollout.prompts_per_batch, seed=config.seed, shuffle=config.data.shuffle
         )
-        return Station(config, cleanup, engine, sampler, prompts, held_out, show)
+        return Station(config, cleanup, engine, sampler, prompts, held_out, show, began)
 
     def lead(self, resume_after: int | None) -> Leader:
         """The leader's part of the cycle, with its log; `resume_after`: see `RunLog`."""
