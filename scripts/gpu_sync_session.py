@@ -7,6 +7,7 @@ Steps run in order of what they need, each under its own deadline; one that fail
     digest       the Triton digest against torch's, and how fast each reads
     tiny-N       `bench sync` of the example's model in fp32 on N GPUs: stock, generic, direct, and the all_to_all limit
     merge        the merging kernel against torch
+    copy         an engine rank's passes over a delivery against a bare copy
     30b-N        the direct path alone for Qwen3-30B-A3B's shape with random weights in bf16, trainer EP N, engine TP N,
                  LoRA 32: each size of buckets with two buffers of each kind and with one; which was the fastest
     soak         200 updates of the small model by the direct path
@@ -69,11 +70,13 @@ def steps(gpus: int, rehearse: bool, random_tiny: str) -> list[Step]:
     python = sys.executable
     interpreter = {"TRITON_INTERPRET": "1"} if rehearse else {}
     merge = (python, "benchmarks/merge_speed.py", "--experts", "1" if rehearse else "16", "--output", "{result}")
+    copy = (python, "benchmarks/copy_speed.py", "--megabytes", "1" if rehearse else "490", "--output", "{result}")
     digest = (python, "benchmarks/digest_speed.py", "--megabytes", "2" if rehearse else "2048", "--output", "{result}")
     found = [
         Step("doctor", (python, "-c", COMMAND, "doctor"), 120, {}, result=False),
         Step("digest", digest, 240, interpreter),
         Step("merge", merge, 240, interpreter),
+        Step("copy", copy, 240, interpreter),
     ]
     grouped = () if rehearse else ("--moe-grouped-gemm",)
     small = ("--hf-model", TINY, "--dtype", "float32", "--bucket-bytes", "1000000", *grouped)
