@@ -22,9 +22,9 @@ GB = 10**9
 H200_BYTES = 150_110_000_000
 """Of one H200, by cudaMemGetInfo (benchmarks/results/offload_h200.json: 139.8 GiB)."""
 GUESSES = {"context": 1 * GB, "nccl": 2 * GB, "graphs": 3 * GB}
-"""How they divide nobody has measured; together 9.6 GB were (benchmarks/results/cycle_replay_h200_2.json, two GPUs: what
-is not free after a release, less what the trainer's allocator holds). context and nccl: of each process, trainer and
-engine; graphs: CUDA graphs and activations of the engine, beside its share of the memory."""
+"""How they divide nobody has measured; together they were 9.6 GB (cycle_replay_h200_2.json, two GPUs: what is not free
+after a release, less what the trainer's allocator holds). context and nccl: of each process, trainer and engine;
+graphs: CUDA graphs and activations of the engine, beside its share of the memory."""
 LOGIT_COPIES = 2
 """In the logits' dtype, at the peak: themselves and their gradient; with several sequences in a micro-batch also that
 gradient in the order of the output layer, of which one sequence is a view. fp32 exists in the registers of a kernel
