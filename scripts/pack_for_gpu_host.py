@@ -134,6 +134,8 @@ def instructions(names: list[str], extras: list[str]) -> str:
         f'cat {PREFIX}* | xz -d -T0 | tar -x -C "$DEST"',
         "# in the repository's folder, which is to be carried too:",
         'export PYTHONPATH="$PWD:$DEST"',
+        "# once, 10 s: else each of a run's processes compiles what it imports, a minute of each",
+        'PYTHONDONTWRITEBYTECODE= python3 -m compileall -q -j 0 "$DEST" megatron_sglang || true',
     ]
     if "cudnn" in extras:
         lines.append('export CUDNN_HOME="$DEST/nvidia/cudnn" LD_LIBRARY_PATH="$DEST/nvidia/cudnn/lib:$LD_LIBRARY_PATH"')
