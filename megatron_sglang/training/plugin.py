@@ -179,15 +179,16 @@ class Plugin:
         return batches
 
     def _with_logprobs(self, cycle: Cycle, by_step: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
-        """Old logprobs where several train steps use the batch (with one, they are the policy's own) or those of the
-        merged weights are wanted, reference ones where the KL is, by the base's own routing. Only the last pipeline
-        stage holds them, and only there the loss is computed."""
+        """Old logprobs for all train steps but the first, for which they are the policy's own, or for all of them where
+        those of the merged weights are wanted; reference ones where the KL is, by the base's own routing. Only the last
+        pipeline stage holds them, and only there the loss is computed."""
         flat = [batch for step in by_step for batch in step]
         temperature, merged = self.config.rollout.temperature, self.config.algo.old_logprobs == "merged"
-        if len(by_step) > 1 or merged:
+        fresh = 0 if merged else len(by_step[0])
+        if later := flat[fresh:]:
             with cycle.span("old"), self.with_merged(self.model) if merged else contextlib.nullcontext():
-                old = logprobs.score(self.model, flat, temperature, self.step.replay)
-            flat = [batch.with_logprobs(old=old[i]) if old else batch for i, batch in enumerate(flat)]
+                old = logprobs.score(self.model, later, temperature, self.step.replay)
+            flat[fresh:] = [batch.with_logprobs(old=old[i]) if old else batch for i, batch in enumerate(later)]
         if self.config.algo.kl_coef is not None:
             with cycle.span("reference"), lora.disabled(self.model):
                 ref = logprobs.score(self.model, flat, temperature)

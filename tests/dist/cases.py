@@ -10,7 +10,6 @@ from megatron_sglang.cpu import trainer as cpu_room
 
 cpu_room.enter()
 
-import gc
 import math
 import random
 import re
@@ -238,26 +237,6 @@ def run(argv: list[str], kill_at: int | None = None, bad_steps: tuple[int, ...] 
     except MegatronSglangError as error:
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-def graphs_left(argv: list[str]) -> list[int]:
-    """A whole run; after each train step, how many tensors of this process still hold a part of an autograd graph.
-    Those that Megatron's optimizer made of its buffers are for good."""
-    from megatron_sglang.training.plugin import Plugin
-
-    found, original = [], Plugin._note_training
-
-    def note(self: Any, *args: Any, **kwargs: Any) -> None:
-        gc.collect()
-        tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
-        graphs = [type(one.grad_fn).__name__ for one in tensors if one.grad_fn is not None]
-        found.append(sum(name != "AsStridedBackward0" for name in graphs))
-        original(self, *args, **kwargs)
-
-    Plugin._note_training = note  # type: ignore[method-assign]
-    failure = run(argv)
-    assert not failure, failure
-    return found
 
 
 def direct(

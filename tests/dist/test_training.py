@@ -49,8 +49,23 @@ def test_nothing_of_a_train_step_stays_in_memory(run_ranks, tmp_path):
     """Megatron's token dispatchers would keep the input of every recomputed layer, and its gradient, over the rollout:
     8 GB of Qwen3-30B-A3B."""
     recompute = ["--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"]
-    (left,) = run_ranks(1, "graphs_left", argv=argv(tmp_path, *recompute, "rollout.batches=2", *ALONE))
+    (left,) = run_ranks(1, "cases_training.graphs_left", argv=argv(tmp_path, *recompute, "rollout.batches=2", *ALONE))
     assert left == [0, 0]
+
+
+def test_old_logprobs_of_the_first_train_step_are_the_policys_own(run_ranks, tmp_path):
+    """Nothing has changed since the batch was sampled: a forward pass for them would tell nothing new."""
+    steps = ["--global-batch-size=4", "--micro-batch-size=2", "rollout.batches=2", "algo.kl_coef=null", *ALONE]
+    for name, all_steps in (("left_out", False), ("all", True)):
+        (counts,) = run_ranks(1, "cases_training.scored", argv=argv(tmp_path / name, *steps), all_steps=all_steps)
+        assert counts == [2, 2], "one of two train steps of two micro-batches"
+    left_out, every = records(tmp_path / "left_out"), records(tmp_path / "all")
+    for iteration in range(2):
+        for key in ("train/loss", "train/grad_norm", "train/kl_old", "train/ratio", "train/clip_fraction"):
+            assert left_out[iteration][key] == pytest.approx(every[iteration][key], rel=1e-4, abs=1e-7), (
+                iteration,
+                key,
+            )
 
 
 def test_checkpoints_hold_adapters_and_not_the_base(run_ranks, tmp_path):
