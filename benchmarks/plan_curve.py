@@ -32,7 +32,7 @@ from megatron_sglang.plan.cost import H200, Figure, Host, Steps, predict  # noqa
 from megatron_sglang.plan.trainer import Trainer  # noqa: E402
 from megatron_sglang.plan.update import loads_of, update_of  # noqa: E402
 
-ITEMSIZE, BUCKET_BYTES = 2, 512 << 20
+ITEMSIZE, BUCKET_BYTES = 2, 480_000_000
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 NETWORKS = (25e9, 50e9, 100e9)
 """Bytes a second of each GPU to other machines: adapters of 200, 400 and 800 Gb/s."""

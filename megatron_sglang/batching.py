@@ -66,7 +66,8 @@ class MicroBatch:
     """[B, S, layers x top_k] int8, or int16 where a number needs it; of the tokens, from the engine; -1 where it told
     none: in the padding and for the last token. Stays on the host: each rank needs little of it at a time."""
     old_logprobs: Tensor | None = None
-    """Of the labels, from the trainer before its first step on the batch; set by `with_logprobs`."""
+    """Of the labels, from the trainer before its first step on the batch; set by `with_logprobs`. None: the policy's
+    own, as for that first step."""
     ref_logprobs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
@@ -126,7 +127,7 @@ class MicroBatch:
 
     def loss_inputs(self, logprobs: Tensor, entropy: Tensor | None = None) -> LossInputs:
         """Inputs of the loss for the policy's logprobs [B, S]; without old ones the policy is taken as the sampler's
-        (first and only step on the batch: ratios are 1)."""
+        (the first step on the batch: ratios are 1)."""
         old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
         return LossInputs(
             logprobs=logprobs,

@@ -6,6 +6,7 @@ Nothing of a command is imported before it is asked for.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,10 @@ Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Na
 
 
 def _bench() -> Command:
+    from megatron_sglang import host
+
+    host.prepare(os.environ)  # as a run does, before torch is imported
+
     from megatron_sglang.bench import sync
 
     return sync.add_arguments, sync.run

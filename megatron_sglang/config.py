@@ -185,8 +185,9 @@ class SyncConfig:
     method: Literal["auto", "generic", "broadcast", "merge-on-engine", "adapter", "disk", "restart"] = "auto"
     """auto (or merged): merged weights straight into the engine's parameters where that proves equal to the generic
     path, else the generic one (docs/weight_sync.md has the others)."""
-    bucket_bytes: int = 490_000_000
-    """Bytes per bucket; bounds the extra memory of a weight update."""
+    bucket_bytes: int = 480_000_000
+    """Bytes per bucket; bounds the extra memory of a weight update: by default 1 GB for two buffers, also when the
+    allocator rounds them up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,7 +43,7 @@ TINY, LARGE = "examples/tiny_fim/model", "examples/qwen3_30b_a3b"
 ENGINE_TP_OF_TINY = 2
 """It has two key-value heads."""
 COMMAND = "import sys; from megatron_sglang.cli import main; sys.exit(main())"
-BUCKETS = (240_000_000, 330_000_000, 490_000_000)
+BUCKETS = (240_000_000, 330_000_000, 480_000_000)
 """Of 8 GPUs one, two and three layers. With two buffers of each kind the first takes 1 GB, with one the last."""
 METHODS = "direct,generic,disk,merge-on-engine,adapter"
 """`restart` starts the engine anew for each version: half a minute each, and nothing of it is the GPU's."""

@@ -28,7 +28,7 @@ class Plan:
     buckets: tuple[tuple[Copy, ...], ...]
     constants: tuple[tuple[Copy, float], ...]
     geometry: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    """(shape, strides) of each parameter, of which the plan has been proved to write every element."""
+    """(shape, strides, dtype) of each parameter, of which the plan has been proved to write every element."""
     launches: dict[int, Any] = field(default_factory=dict)
     """By delivery: what its kernel needs (`copy_kernel.Moves`), laid out at its first; None: it goes step by step."""
     proof: digest_of.Finite | None = None
@@ -59,7 +59,7 @@ class Live:
             changed = sorted(name for name, _ in found.items() ^ plan.geometry.items())
             raise ValueError(
                 f"parameter {changed[0]} is another one than when the plan was checked: {found.get(changed[0])}, "
-                f"expected (shape, strides) {plan.geometry.get(changed[0])}; make the plan anew"
+                f"expected (shape, strides, dtype) {plan.geometry.get(changed[0])}; make the plan anew"
             )
         return live
 
@@ -166,7 +166,7 @@ def _parameters(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _geometry(parameters: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
-    return {name: (tuple(parameter.shape), parameter.stride()) for name, parameter in parameters.items()}
+    return {name: (tuple(one.shape), one.stride(), one.dtype) for name, one in parameters.items()}
 
 
 def _copy(row: Sequence[Any]) -> Copy:

@@ -120,7 +120,8 @@ def _by_torch(
     sums = torch.zeros(3, len(rows), device=rows.device)
     for part in _chunks(rows):
         scaled = _scaled(rows[part], temperature, peak[part])
-        sums[0, part] = (scaled.gather(1, at[part]) * inside[part]).squeeze(1)
+        # Where another rank has the label, the logit looked at may be -infinity, and that times 0 is NaN.
+        sums[0, part] = torch.where(inside[part] > 0, scaled.gather(1, at[part]), 0.0).squeeze(1)
         powers = scaled.exp()
         sums[1, part] = powers.sum(-1)
         if entropies:

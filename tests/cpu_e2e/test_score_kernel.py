@@ -120,6 +120,9 @@ for dtype in ROUNDING:
     close(label - total.log(), expected[0])
     close(entropy, expected[1])
     assert entropy.isfinite().all()
+    for half, local, here in zip(halves, locals_, inside):
+        of_label = scores._by_torch(half, local, temperature, None, True)[1][0]
+        assert (of_label[~here] == 0).all(), "another shard's label counts nothing, also beside -infinity"
     reduced = peak, total, entropy
     for given in ((weights[0], None), (None, weights[1]), weights):
         parts = [score_kernel.gradient(*mine, temperature, reduced, *given) for mine in zip(halves, locals_)]

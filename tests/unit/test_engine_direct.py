@@ -151,6 +151,9 @@ def test_a_parameter_that_the_plan_does_not_know_is_noticed() -> None:
     model.fused = torch.nn.Parameter(torch.zeros(5, 3))
     with pytest.raises(ValueError, match=r"parameter fused is another one .*: \(\(5, 3\), .*expected .*\(4, 3\)"):
         direct.Live.by(checked, model)
+    model.fused = torch.nn.Parameter(torch.zeros(4, 3, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"torch.float16.*expected .*torch.float32"):
+        direct.Live.by(checked, model)
     model.fused = torch.nn.Parameter(torch.zeros(4, 3))
     model.later = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match="parameter later is another one"):
