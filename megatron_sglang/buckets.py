@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from megatron_sglang.digests import digest
+from megatron_sglang.digests import digests
 
 ALIGNMENT = 16
 """Bytes; every tensor starts on a multiple of it so that a view in its own dtype is legal."""
@@ -70,10 +70,10 @@ def pack(version: int, index: int, named_tensors: Sequence[tuple[str, torch.Tens
     """Copy tensors of any dtype, shape and stride (one device) into one bucket, digests included."""
     specs: list[TensorSpec] = []
     end = 0
-    for name, tensor in named_tensors:
+    for (name, tensor), digest in zip(named_tensors, digests(tensor for _, tensor in named_tensors), strict=True):
         start = -(-end // ALIGNMENT) * ALIGNMENT
         dtype = str(tensor.dtype).removeprefix("torch.")
-        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, start, digest(tensor)))
+        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, start, digest))
         end = start + tensor.numel() * tensor.element_size()
     device = named_tensors[0][1].device if named_tensors else torch.device("cpu")
     data = torch.zeros(end, dtype=torch.uint8, device=device)

@@ -40,7 +40,7 @@ import torch
 
 from megatron_sglang import weight_folder
 from megatron_sglang.buckets import Bucket
-from megatron_sglang.digests import digest, finite_digests
+from megatron_sglang.digests import digests, finite_digests
 from megatron_sglang.engine import adapters, direct, line, merge_on_engine, process_group, seeded_min_p
 from megatron_sglang.engine.live_model import floating, poison, recast, tie_head
 from megatron_sglang.engine.options import MAILBOX_VARIABLE
@@ -234,9 +234,12 @@ def _check_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
         if dtype.is_floating_point and dtypes and dtype not in dtypes:
             raise ValueError(f"tensor {spec.name} is {dtype}, but the model holds {_names(dtypes)}")
         session.received[spec.name] = spec.shape
-    for spec, (name, tensor) in zip(bucket.specs, bucket.tensors(), strict=True):
-        if (actual := digest(tensor)) != spec.digest:
-            raise ValueError(f"tensor {name} has digest {actual:#x}, its sender said {spec.digest:#x}: bytes changed")
+    found = digests(tensor for _, tensor in bucket.tensors())
+    for spec, actual in zip(bucket.specs, found, strict=True):
+        if actual != spec.digest:
+            raise ValueError(
+                f"tensor {spec.name} has digest {actual:#x}, its sender said {spec.digest:#x}: bytes changed"
+            )
 
 
 def _taken(session: _Session, bucket: Bucket) -> None:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sglang.buckets import Bucket, digest, fill, fusion_key, pack, plan, transfer_order
+from megatron_sglang.buckets import Bucket, fill, fusion_key, pack, plan, transfer_order
+from megatron_sglang.digests import digest
 
 
 def tensors() -> list[tuple[str, torch.Tensor]]:
