@@ -162,7 +162,8 @@ def prove(live: Live, plan: Plan) -> tuple[list[int], list[bool]]:
 
 
 def _parameters(model: Any) -> dict[str, torch.Tensor]:
-    return {name: parameter.data for name, parameter in model.named_parameters()}
+    """By name, so that a parameter has the same number in each version, whatever the model does with its own order."""
+    return {name: parameter.data for name, parameter in sorted(model.named_parameters(), key=lambda one: one[0])}
 
 
 def _geometry(parameters: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:

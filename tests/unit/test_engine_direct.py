@@ -160,6 +160,18 @@ def test_a_parameter_that_the_plan_does_not_know_is_noticed() -> None:
         direct.Live.by(checked, model)
 
 
+def test_a_parameter_keeps_its_number_when_the_model_counts_anew() -> None:
+    """What a kernel was told of a delivery names parameters by number, and the digests would be those of the wrong one
+    on both ways."""
+    model = Model()
+    model.other = torch.nn.Parameter(torch.zeros(2))
+    before, fused = direct.Live(model).numbers, model.fused
+    del model.fused
+    model.fused = fused
+    assert [name for name, _ in model.named_parameters()] == ["other", "fused"]
+    assert direct.Live(model).numbers == before == {"fused": 0, "other": 1}
+
+
 @pytest.mark.parametrize(
     ("buckets", "constants", "text"),
     [
