@@ -160,12 +160,16 @@ def releases(config: RunConfig) -> bool:
     return True
 
 
-def make_room(config: RunConfig, engine: Any, show: Callable[[str], None]) -> None:
-    """Before the trainer's model is built: the engine takes its memory, and gives it back where they take turns."""
+def make_room(
+    config: RunConfig, engine: Any, show: Callable[[str], None], meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """Before the trainer's model is built: the engine takes its memory, and gives it back where they take turns.
+    meanwhile: work that takes none of the device's, done while the engine starts."""
     if not engine_first(config):
         return
     ledger = Ledger.of_device()
     before = ledger.free() if ledger is not None else 0
+    meanwhile()
     wait_ready(engine, show)
     if choose(config).mode == "shared" or releases(config):
         engine.release()

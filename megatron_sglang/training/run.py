@@ -1,8 +1,8 @@
 """A whole run on one rank: start the engine, build Megatron's model, train with the plugin, leave nothing behind.
 
 The engine's start and the import of Megatron take half a minute each on a CPU, so the leader starts the engine first
-and waits for it when the first weights are ready. On a GPU it waits before the model is built, because SGLang makes its
-KV cache out of what it finds free.
+and waits for it when the first weights are ready. On a GPU it imports Megatron meanwhile, but waits before the model is
+built, because SGLang makes its KV cache out of what it finds free.
 """
 
 from __future__ import annotations
@@ -127,6 +127,16 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
     torch.distributed.destroy_process_group()  # after an error it might wait for ranks that are gone
 
 
+def _import_trainer() -> None:
+    """What `_train` imports: Megatron, Bridge and Transformer Engine take half a minute. On a CPU its room comes first."""
+    if cpu_room.needed():
+        return
+
+    from megatron.training import pretrain  # noqa: F401
+
+    from megatron_sglang.training import model, paths, plugin, shared  # noqa: F401
+
+
 def _shapes(config: RunConfig) -> dict[str, tuple[int, ...]] | None:
     """Of all tensors that the engine must get; None for random weights of a model that transformers does not know."""
     from megatron_sglang.hf_files import tensor_shapes
@@ -171,7 +181,7 @@ class Station:
         cleanup.callback(engine.close)
         engine.start()
         modes.announce(config, engine)
-        modes.make_room(config, engine, show)
+        modes.make_room(config, engine, show, meanwhile=_import_trainer)
         if modes.engine_first(config):
             show(f"engine ready after {time.monotonic() - began:.0f} s")
         tokenizer = source.load_tokenizer(config.model.hf_path)
