@@ -128,7 +128,7 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
 
 
 def _import_trainer() -> None:
-    """What `_train` imports: Megatron, Bridge and Transformer Engine take half a minute. On a CPU its room comes first."""
+    """What `_train` imports: half a minute with Bridge and Transformer Engine. On a CPU its room comes first."""
     if cpu_room.needed():
         return
 
