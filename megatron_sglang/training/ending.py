@@ -26,6 +26,9 @@ from typing import Any, NoReturn
 from megatron_sglang.errors import MegatronSglangError, is_from_other_rank
 
 GRACE_S = 10.0
+FOLLOWS_S = 1.0
+"""Within which the kernel's signal follows what it did before: of a torchrun that was killed it closes the connections,
+and a rank may find its store gone before it hears why."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 
@@ -58,7 +61,9 @@ def report(error: Exception, log: Path | None) -> int:
     log: file with the traceback; None: show the traceback of an error that nobody foresaw.
     """
     text = f"{type(error).__name__}: {error}"
-    shared = is_from_other_rank(error)
+    shared, now = is_from_other_rank(error), time.time()
+    if not shared and not isinstance(error, MegatronSglangError):
+        time.sleep(FOLLOWS_S)  # a signal raises `Stopped` here
     if not shared:
         lines = [f"rank {os.environ.get('RANK', '0')}: {text}"]
         if not isinstance(error, MegatronSglangError):
@@ -67,7 +72,7 @@ def report(error: Exception, log: Path | None) -> int:
         lines += [f"traceback: {log}"] if log and log.exists() else []
         print("\n".join(lines), file=sys.stderr, flush=True)
     # torchrun takes the earliest for the cause.
-    _tell_torchrun(f"ended with another rank: {text}" if shared else text, time.time() + (GRACE_S if shared else 0))
+    _tell_torchrun(f"ended with another rank: {text}" if shared else text, now + (GRACE_S if shared else 0))
     _end_undisturbed()
     return 1
 

@@ -47,6 +47,28 @@ def start(code: str, **environment: str) -> subprocess.Popen[str]:
     return process
 
 
+def test_a_signal_that_follows_an_error_is_the_reason() -> None:
+    """Of a torchrun that was killed the kernel closes the connections before it tells the ranks."""
+    code = """
+try:
+    try:
+        raise OSError("the store is gone")
+    except OSError as error:
+        sys.exit(ending.report(error, None))
+except ending.Stopped as stopped:
+    sys.exit(128 + stopped.signal)
+"""
+    process = start(code)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (128 + signal.SIGHUP, "")
+    alone = start(code)
+    _, errors = alone.communicate(timeout=10)
+    assert alone.returncode == 1
+    assert "the store is gone" in errors
+
+
 @pytest.mark.parametrize("busy", BUSY)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_the_process(busy: str, number: signal.Signals) -> None:
