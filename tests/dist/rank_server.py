@@ -93,8 +93,11 @@ def _collect(job: dict, pids: list[int], pipes: list[int]) -> dict:
         for pid, pipe in zip(pids, pipes, strict=True):
             if pid in waiting:
                 texts[pid] += _drain(pipe)
-                if os.waitpid(pid, os.WNOHANG)[0]:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    code = os.waitstatus_to_exitcode(status)
                     texts[pid] += _drain(pipe)
+                    texts[pid] = texts[pid] or json.dumps({"error": f"died without a word (exit status {code})"})
                     waiting.discard(pid)
                     if '"ok"' not in texts[pid][:8]:
                         failed_at = failed_at or time.monotonic()
