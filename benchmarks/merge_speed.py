@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from stopwatch import seconds
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -63,18 +61,6 @@ def by_torch(weights: list[Factored], jobs: list[merge_kernel.Job], out: torch.T
     return sums
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median, the first call (which compiles) left out."""
-    took = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        took.append(time.perf_counter() - began)
-    return statistics.median(took[1:])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experts", type=int, default=16)
@@ -101,8 +87,8 @@ def main() -> int:
     sums, exact = launch.run(weights, out)[0], by_torch(weights, jobs, expected)
     apart = (out.float() - expected.float()).abs().max() / expected.float().abs().max()
     size = 2 * out.nbytes  # read and written
-    kernel_s = seconds(lambda: launch.run(weights, out), device)
-    torch_s = seconds(lambda: by_torch(weights, jobs, expected), device)
+    kernel_s = seconds(lambda: launch.run(weights, out), device, REPEATS)
+    torch_s = seconds(lambda: by_torch(weights, jobs, expected), device, REPEATS)
     found = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "megabytes": out.nbytes / 1e6,

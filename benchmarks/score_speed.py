@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from stopwatch import seconds
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -44,18 +43,6 @@ def step(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, *, e
     """Gradient of the weighted logprobs, and of the entropies too if asked for."""
     values = forward(logits, labels, entropies=entropies)
     return torch.autograd.grad(values, [logits], [weights] * len(values))[0]
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median, the first call (which compiles) left out."""
-    took = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        took.append(time.perf_counter() - began)
-    return statistics.median(took[1:])
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -93,7 +80,7 @@ def main() -> int:
         took = []
         for kernel in (True, False):
             by(kernel)
-            took.append(seconds(work, device))
+            took.append(seconds(work, device, REPEATS))
         # What a kernel reads and writes: the logits forward; backward them and their gradient.
         speed = passes * logits.nbytes / took[0] / 1e9
         found[name] = {"kernel_s": took[0], "torch_s": took[1], "kernel_GB_s": speed}
