@@ -216,27 +216,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_full_disk_at_save_keeps_the_last_checkpoint(run_ranks, tmp_path, small_disk):
     """A save that fails half-way must not cost the one before it."""
-    try:
-        fill(run_ranks, tmp_path / "first", small_disk)
-    except AssertionError as error:
-        # Seen twice in some twenty runs, why is not known: the process is gone, as if torch's writer had ended it.
-        if "died without a word" not in str(error):
-            raise
-        for left in small_disk.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        fill(run_ranks, tmp_path / "second", small_disk)
-
-
-def fill(run_ranks, run_dir, small_disk):
     save = [f"--save={small_disk}", "--save-interval=1"]
-    text = fails(run_ranks, run_dir, *save)
+    text = fails(run_ranks, tmp_path / "run", *save)
     assert re.match(rf"rank 0: DataError: the checkpoint of iteration \d could not be written to {small_disk} ", text)
     assert "(0 MB free)" in text
     complete = int((small_disk / "latest_checkpointed_iteration.txt").read_text())
     assert f"iteration {complete + 1} could not be written" in text
-    resumed = [f"log.run_dir={run_dir}", f"--load={small_disk}"]
+    resumed = [f"log.run_dir={tmp_path / 'run'}", f"--load={small_disk}"]
     assert run_ranks(2, "run", argv=[*BASE, *resumed]) == ["", ""]
-    iterations = [json.loads(line)["iteration"] for line in (run_dir / "metrics.jsonl").open()]
+    iterations = [json.loads(line)["iteration"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert iterations == [0, 1, 2, 3]
 
 
