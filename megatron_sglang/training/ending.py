@@ -4,8 +4,9 @@
     torchrun is killed        the kernel sends SIGHUP
     an error                  one rank says it on the console and all of them to torchrun, which repeats it at its end
 
-A rank that does not end within `GRACE_S` (its main thread may sit in a collective) is ended; its engine and its
-reward workers notice by themselves. With Megatron's --exit-signal-handler SIGTERM is Megatron's.
+A rank that does not end within `GRACE_S` (its main thread may sit in a collective, or a library it imports may have
+swallowed `Stopped`) is ended; its engine and its reward workers notice by themselves. With Megatron's
+--exit-signal-handler SIGTERM is Megatron's.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from typing import Any, NoReturn
 from megatron_sglang.errors import MegatronSglangError, is_from_other_rank
 
 GRACE_S = 10.0
-FOLLOWS_S = 1.0
+FOLLOWS_S = 2.0
 """Within which the kernel's signal follows what it did before: of a torchrun that was killed it closes the connections,
 and a rank may find its store gone before it hears why."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+_came: list[int] = []
+"""The signal that ends this process, if one does. `Stopped` alone is not enough: what is imported may swallow it."""
 
 
 class Stopped(SystemExit):
@@ -59,21 +62,29 @@ def report(error: Exception, log: Path | None) -> int:
     """Say what ended the run; the exit code. Silent on ranks that only share another one's error.
 
     log: file with the traceback; None: show the traceback of an error that nobody foresaw.
+
+    Raises:
+        Stopped: a signal came before the error, or the end of torchrun is what the error comes from.
     """
     text = f"{type(error).__name__}: {error}"
     shared, now = is_from_other_rank(error), time.time()
-    if not shared and not isinstance(error, MegatronSglangError):
-        time.sleep(FOLLOWS_S)  # a signal raises `Stopped` here
+    if _came:
+        raise Stopped(_came[0]) from error
+    _end_undisturbed()  # other ranks may have ended by the same error, and torchrun tells this one
+    foreseen = isinstance(error, MegatronSglangError)
+    if not foreseen or type(error) is MegatronSglangError:  # the latter: unforeseen, and another rank's
+        signal.signal(signal.SIGHUP, _stop)
+        time.sleep(FOLLOWS_S)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if not shared:
         lines = [f"rank {os.environ.get('RANK', '0')}: {text}"]
-        if not isinstance(error, MegatronSglangError):
+        if not foreseen:
             lines.append("nobody foresaw this error; if a rank was lost, its end is the cause and this the consequence")
             lines += [] if log else [traceback.format_exc()]
         lines += [f"traceback: {log}"] if log and log.exists() else []
         print("\n".join(lines), file=sys.stderr, flush=True)
     # torchrun takes the earliest for the cause.
     _tell_torchrun(f"ended with another rank: {text}" if shared else text, now + (GRACE_S if shared else 0))
-    _end_undisturbed()
     return 1
 
 
@@ -88,6 +99,7 @@ def _tell_torchrun(text: str, unix_s: float) -> None:
 
 
 def _stop(number: int, _frame: Any) -> NoReturn:
+    _came.append(number)
     _end_undisturbed()
     raise Stopped(number)
 
@@ -97,6 +109,10 @@ def _enforce(seen: socket.socket, _written: socket.socket) -> None:
         number = seen.recv(1)[0]
         if number in SIGNALS and signal.getsignal(number) in (_stop, signal.SIG_IGN):
             time.sleep(GRACE_S)
+            if os.environ.get("RANK", "0") == "0":
+                text = f"stopped by {signal.Signals(number).name}, but not at an end after {GRACE_S:.0f} s: ended\n"
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    os.write(2, text.encode())  # not print: the main thread may hold the stream
             os._exit(128 + number)
 
 

@@ -47,26 +47,45 @@ def start(code: str, **environment: str) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_signal_that_follows_an_error_is_the_reason() -> None:
-    """Of a torchrun that was killed the kernel closes the connections before it tells the ranks."""
-    code = """
+REPORT = """
 try:
     try:
+        {before}
         raise OSError("the store is gone")
     except OSError as error:
         sys.exit(ending.report(error, None))
 except ending.Stopped as stopped:
     sys.exit(128 + stopped.signal)
 """
-    process = start(code)
+
+
+def test_the_end_of_torchrun_is_the_reason_of_an_error_before_it() -> None:
+    """Of a torchrun that was killed the kernel closes the connections before it tells the ranks."""
+    process = start(REPORT.format(before="pass"))
     time.sleep(0.2)
     process.send_signal(signal.SIGHUP)
     _, errors = process.communicate(timeout=10)
     assert (process.returncode, errors) == (128 + signal.SIGHUP, "")
-    alone = start(code)
-    _, errors = alone.communicate(timeout=10)
-    assert alone.returncode == 1
+
+
+def test_torchruns_answer_does_not_hide_the_error() -> None:
+    """It ends all ranks as soon as one has ended, and another rank may be faster than the one with the error."""
+    process = start(REPORT.format(before="pass"))
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1
     assert "the store is gone" in errors
+
+
+def test_a_signal_before_an_error_is_the_reason() -> None:
+    """Also where a library has swallowed it: around an optional import there often is a bare `except`."""
+    before = "\n".join(8 * " " + line for line in "try: time.sleep(60)\nexcept BaseException: pass".splitlines())
+    process = start(REPORT.format(before=before.strip()))
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
 
 
 @pytest.mark.parametrize("busy", BUSY)
@@ -74,10 +93,13 @@ except ending.Stopped as stopped:
 def test_signal_ends_the_process(busy: str, number: signal.Signals) -> None:
     """A collective is C code that waits for a peer: Python's handlers do not run there."""
     process = start(BUSY[busy])
+    time.sleep(0.3)  # until it is
     process.send_signal(number)
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
+    if busy != "python":  # whose main thread ends by `Stopped`, which the caller reports
+        assert errors == f"stopped by {number.name}, but not at an end after 1 s: ended\n"
 
 
 def test_what_is_open_is_closed(tmp_path: Path) -> None:
