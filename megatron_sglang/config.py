@@ -182,9 +182,9 @@ class EngineConfig:
 class SyncConfig:
     """How a weight version travels."""
 
-    method: Literal["auto", "generic", "broadcast", "merge-on-engine", "adapter", "disk", "restart"] = "auto"
+    method: Literal["auto", "direct", "generic", "broadcast", "merge-on-engine", "adapter", "disk", "restart"] = "auto"
     """auto (or merged): merged weights straight into the engine's parameters where that proves equal to the generic
-    path, else the generic one (docs/weight_sync.md has the others)."""
+    path, else the generic one; direct: without that comparison (docs/weight_sync.md has the others)."""
     bucket_bytes: int = 480_000_000
     """Bytes per bucket; bounds the extra memory of a weight update: by default 1 GB for two buffers, also when the
     allocator rounds them up."""

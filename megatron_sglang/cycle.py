@@ -26,7 +26,7 @@ from megatron_sglang.interfaces import Comm, DirectEngine
 from megatron_sglang.memory import Ledger
 from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.samples import to_all
-from megatron_sglang.sync import Path, publish
+from megatron_sglang.sync import DirectPath, Path, publish
 from megatron_sglang.trace import RunLog
 from megatron_sglang.types import Prompt, RolloutGroup, SyncReport, TrainSample
 
@@ -49,7 +49,8 @@ MAX_DEATHS = 3
 class Cycle:
     """One rollout batch after another; `version` is the last published weight version.
 
-    path: how weights travel. make_direct: tried once, after the first version; None: keep to `path`.
+    path: how weights travel; None: by the direct path alone. make_direct: tried once, after an engine's first version;
+    None: keep to `path`.
 
     An engine that dies is started anew, gets the version that it held, proves it, and what it died in is done again.
     """
@@ -57,15 +58,17 @@ class Cycle:
     def __init__(
         self,
         comm: Comm,
-        path: Path,
+        path: Path | None,
         leader: Leader | None,
         algo: AlgoConfig,
         seed: int,
-        make_direct: Callable[[], Path] | None = None,
+        make_direct: Callable[[], DirectPath] | None = None,
     ) -> None:
         assert (leader is not None) == (comm.rank == 0), "exactly rank 0 leads"
         self.comm, self.path, self.leader, self.make_direct = comm, path, leader, make_direct
         self._at_start = (path, make_direct)
+        self._compared: Any = None
+        """The plan by which the direct path has left the same bits as `path`."""
         self._deaths = 0
         self.algo, self.seed = algo, seed
         self.version = 0
@@ -79,9 +82,10 @@ class Cycle:
 
     def _publish(self, version: int) -> SyncReport:
         with self.span("sync"):
-            report = publish(self.comm, self._engine, self.path, version)
-            if self.make_direct is not None:
-                report = self._establish(self.make_direct, report)
+            if self.make_direct is None:
+                report = self._send(self.path, version)
+            else:
+                report = self._establish(self.make_direct, version)
                 self.make_direct = None
         self.version = version
         self.add({f"sync/{name}": metrics.Last(number) for name, number in _numbers(report).items()})
@@ -90,25 +94,43 @@ class Cycle:
         self.note_memory("sync")
         return report
 
-    def _establish(self, make_direct: Callable[[], Path], generic: SyncReport) -> SyncReport:
-        """Send the same version again by the direct path; keep to it if the engine then holds the same bits."""
+    def _send(self, path: Path | None, version: int) -> SyncReport:
+        assert path is not None, "without another path the direct one is made with the first version"
+        return publish(self.comm, self._engine, path, version)
+
+    def _establish(self, make_direct: Callable[[], DirectPath], version: int) -> SyncReport:
+        """An engine's first version: by `path` and again by the direct one, which is kept to if the engine then holds
+        the same bits. For an engine that was started again the plan by which it did so once is enough."""
+        if self.path is None:
+            return self._keep_to(make_direct(), version)
+        whole = self._send(self.path, version) if self._compared is None else None
         try:
             direct = make_direct()
-            report = publish(self.comm, self._engine, direct, generic.version)
-            if report.engine_digest != generic.engine_digest:
-                raise WeightSyncError(
-                    f"its engine digest {report.engine_digest} is not that of the generic path, {generic.engine_digest}"
-                )
+            if whole is None and direct.plan is not self._compared:
+                whole = self._send(self.path, version)
+            return self._keep_to(direct, version, whole)
         except WeightSyncError as error:
             if self.leader is not None:
                 self.leader.log.say(f"weight sync: the generic path, because the direct one does not apply: {error}")
-            return publish(self.comm, self._engine, self.path, generic.version)
-        self.path = direct
+            return self._send(self.path, version)
+
+    def _keep_to(self, direct: DirectPath, version: int, whole: SyncReport | None = None) -> SyncReport:
+        """Send by the direct path, now and from now on. whole: what must come of it."""
+        report = self._send(direct, version)
+        if whole is not None and report.engine_digest != whole.engine_digest:
+            raise WeightSyncError(
+                f"its engine digest {report.engine_digest} is not that of the generic path, {whole.engine_digest}"
+            )
+        if whole is not None:
+            self._compared, how = direct.plan, "as by the generic path"
+        else:
+            how = "not compared with the generic path" if self._compared is None else "by the plan that was compared"
         if self.leader is not None:
             self.leader.log.say(
                 f"weight sync: the direct path, {report.buckets} buckets, {report.bytes:,} bytes; "
-                f"engine digest {report.engine_digest}, as by the generic path"
+                f"engine digest {report.engine_digest}, {how}"
             )
+        self.path = direct
         return report
 
     def collect(self, step: int) -> list[TrainSample]:

@@ -124,7 +124,7 @@ def _measured(
         on_disk=not args.random_weights,
     )
     vary(model.chunks, 1)
-    path = paths.direct() if name == "direct" else paths.of(name)[0]
+    path = paths.of(name)[0] or paths.direct()
     reports: list[SyncReport] = []
     answers: list[Any] = []
     for version in range(1, 1 + max(args.warm_up, 1) + args.syncs):

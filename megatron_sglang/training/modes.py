@@ -152,7 +152,7 @@ def releases(config: RunConfig) -> bool:
     asked for by name. `ConfigError` with a method that does not bring all weights anew each time."""
     if choose(config).mode != "colocated" or not config.sglang.get("enable_memory_saver"):
         return False
-    if config.sync.method not in ("auto", "generic", "broadcast"):
+    if config.sync.method not in ("auto", "direct", "generic", "broadcast"):
         raise ConfigError(
             f"sync.method={config.sync.method} with sglang.enable_memory_saver: weights that were released are gone, "
             "and this method does not send all of them; leave one of the two out"

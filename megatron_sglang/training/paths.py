@@ -56,10 +56,13 @@ class Paths:
     slots: int = SLOTS
     """Receive buffers of the direct path."""
 
-    def of(self, method: str) -> tuple[SyncPath, Callable[[], SyncPath] | None]:
-        """For `cycle.Cycle`: the path of `sync.method`, and what makes the better one that is tried after it."""
+    def of(self, method: str) -> tuple[SyncPath | None, Callable[[], DirectPath] | None]:
+        """For `cycle.Cycle`: the path of `sync.method`, and what makes the direct one, tried after it or used alone."""
         if method == "auto":
             return self.generic(), self.direct if self.shapes is not None else None
+        if method == "direct":
+            self._known_shapes(method)
+            return None, self.direct
         made = {
             "generic": self.generic,
             "broadcast": self.broadcast,
@@ -69,7 +72,9 @@ class Paths:
             "merge-on-engine": self.merge_on_engine,
         }
         if method not in made:
-            raise ConfigError(f"sync.method={method} is not made here; expected auto or one of {', '.join(made)}")
+            raise ConfigError(
+                f"sync.method={method} is not made here; expected auto, direct or one of {', '.join(made)}"
+            )
         return made[method](), None
 
     def generic(self) -> GenericPath:
@@ -90,11 +95,7 @@ class Paths:
 
     def merge_on_engine(self) -> MergeOnEnginePath:
         """`ConfigError` where the shapes of the HF tensors are not known."""
-        if self.shapes is None:
-            raise ConfigError(
-                "sync.method=merge-on-engine needs the names and shapes of all weights, which neither a folder with "
-                "weights nor transformers gives for this model; use sync.method=generic"
-            )
+        shapes = self._known_shapes("merge-on-engine")
         base = GenericPath(self.comm, self._weights(merge=False), self.engine)
         return MergeOnEnginePath(
             self.comm,
@@ -103,7 +104,7 @@ class Paths:
             self.generic(),
             self.engine,
             self._calls,
-            shapes=self.shapes,
+            shapes=shapes,
             dtype=self._dtype_name,
             exact=not torch.cuda.is_initialized(),
             say=self.say,
@@ -113,6 +114,14 @@ class Paths:
         """The engine must have been started with `lora_options.lora_server_args`, on hf_path where it holds weights."""
         base = None if self.on_disk else self._writer(merge=False, name="base")
         return AdapterPath(self.comm, self._adapters(), self.engine, self._calls, home=self.hf_path, base=base)
+
+    def _known_shapes(self, method: str) -> Mapping[str, tuple[int, ...]]:
+        if self.shapes is None:
+            raise ConfigError(
+                f"sync.method={method} needs the names and shapes of all weights, which neither a folder with weights "
+                "nor transformers gives for this model; use sync.method=generic"
+            )
+        return self.shapes
 
     def _weights(self, *, merge: bool = True) -> MergedWeights:
         chunks, limit = self.model_chunks, self.bucket_bytes

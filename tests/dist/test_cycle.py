@@ -244,6 +244,49 @@ def test_where_the_direct_path_does_not_apply_the_generic_one_is_taken_and_said_
     assert [result[:3] for result in on_the_other] == [plain[:3]] * 3
 
 
+class Planned(GenericPath):
+    """A direct path of a certain plan, for an engine without a layout; counts what it sends."""
+
+    name = "planned"
+
+    def __init__(self, cycle: Cycle, plan: Any, sent: list[str]) -> None:
+        super().__init__(cycle.comm, TwoTensors(), cycle._engine)
+        self.plan, self.sent = plan, sent
+
+    def send(self, version: int) -> Any:
+        self.sent.append(self.name)
+        return super().send(version)
+
+
+def _restarted(folder: Path) -> Any:
+    cycle, sent = make(folder), []
+    generic = Planned(cycle, None, sent)
+    generic.name = "generic"
+    plans = [["a plan"]] * 3 + [["another"]] * 2
+    try:
+        cycle.path, cycle.make_direct = cycle._at_start = generic, lambda: Planned(cycle, plans.pop(0), sent)
+        found = [cycle.publish().engine_digest]
+        for _ in range(3):
+            cycle._revive(WeightSyncError("it died"))
+            found.append(cycle._publish(cycle.version).engine_digest)
+            sent.append("|")
+        cycle.path, cycle.make_direct = cycle._at_start = None, lambda: Planned(cycle, plans.pop(0), sent)
+        cycle._compared = None
+        found.append(cycle._publish(cycle.version).engine_digest)
+        return [found, sent, cycle.path and cycle.path.name]
+    finally:
+        close(cycle)
+
+
+def test_an_engine_that_was_started_again_is_compared_again_only_if_it_is_laid_out_otherwise(tmp_path: Path) -> None:
+    """The generic path takes a minute of a large model; a plan that has left its bits need not wait for it again."""
+    for found, sent, name in two_ranks(_restarted, tmp_path):
+        assert len(set(found)) == 1
+        text = " ".join(sent)
+        assert text == "generic planned planned | planned | generic planned | planned", text
+        assert name == "planned"
+
+
 def _shuffled(folder: Path) -> Any:
     cycle = make(folder)
     try:

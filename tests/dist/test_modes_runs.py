@@ -19,7 +19,11 @@ MODES = {
         ["--rollout-mode=split", "sync.method=broadcast", "engine.tp_size=1", "--sglang-router-policy=manual"],
         "router: sglang-router, manual, in front of 2 engines",
     ),
-    "split, direct": (1, ["--rollout-mode=split", "engine.tp_size=2"], "weight sync: the direct path"),
+    "split, direct": (
+        1,
+        ["--rollout-mode=split", "engine.tp_size=2", "sync.method=direct"],
+        "not compared with the generic path",
+    ),
     "shared": (1, ["--rollout-mode=shared", "engine.tp_size=1"], "rollout mode: shared"),
 }
 
