@@ -97,9 +97,13 @@ class MicroBatch:
             return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
 
         cut = {
-            name: pad_sequence([part(row, span) for row, span in zip(value, self.spans, strict=True)], batch_first=True)
+            name: pad_sequence(
+                [part(row, span) for row, span in zip(value, self.spans, strict=True)],
+                batch_first=True,
+                padding_value=-1 if name == "routed_experts" else 0,
+            )
             for name, value in self._tensors().items()
-            if value.dim() == 2
+            if value.dim() > 1
         }
         return replace(self, context_size=size, **cut)
 
@@ -221,15 +225,22 @@ def split[T](
 
 
 def split_by_tokens(
-    samples: Sequence[TrainSample], *, global_batch: int, budget: int, multiple_of: int, dp_rank: int, dp_size: int
+    samples: Sequence[TrainSample],
+    *,
+    global_batch: int,
+    budget: int,
+    multiple_of: int,
+    dp_rank: int,
+    dp_size: int,
+    run: int = 1,
 ) -> list[list[list[TrainSample]]]:
     """This rank's samples by train step and micro-batch of at most `budget` tokens, each sample rounded up to
-    `multiple_of`; see `packing.micro_batches`. Raises `ConfigError` as `split` does."""
-    split(samples, global_batch=global_batch, micro_batch=1, dp_rank=dp_rank, dp_size=dp_size)
+    `multiple_of`, in multiples of `run`; see `packing.micro_batches`. Raises `ConfigError` as `split` does."""
+    split(samples, global_batch=global_batch, micro_batch=run, dp_rank=dp_rank, dp_size=dp_size)
     found = []
     for step in batched(samples, global_batch):
         lengths = [packing.aligned(sample.length, multiple_of) for sample in step]
-        mine = packing.micro_batches(lengths, budget, dp_size)[dp_rank]
+        mine = packing.micro_batches(lengths, budget, dp_size, run)[dp_rank]
         found.append([[step[place] for place in part] for part in mine])
     return found
 

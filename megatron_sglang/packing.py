@@ -21,15 +21,16 @@ def aligned(length: int, multiple_of: int) -> int:
     return -(-length // multiple_of) * multiple_of
 
 
-def micro_batches(lengths: Sequence[int], budget: int, ranks: int) -> list[list[list[int]]]:
+def micro_batches(lengths: Sequence[int], budget: int, ranks: int, run: int = 1) -> list[list[list[int]]]:
     """[ranks][micro-batches][places in `lengths`], as many micro-batches on each rank, none empty, the largest first.
 
-    No more than `budget` tokens in each, but for a sample that is longer by itself, which gets one of its own.
+    No more than `budget` tokens in each, but for a sample that is longer by itself, which gets one of its own. Their
+    number is a multiple of `run`: so many at a time go through virtual pipeline stages.
     """
     assert lengths, "there is something to train on"
-    assert len(lengths) % ranks == 0, f"{len(lengths)} samples on {ranks} ranks"
-    fewest = -(-sum(min(length, budget) for length in lengths) // (budget * ranks))
-    tries = (_even(lengths, count * ranks) for count in range(fewest, len(lengths) // ranks + 1))
+    assert len(lengths) % (ranks * run) == 0, f"{len(lengths)} samples on {ranks} ranks in runs of {run}"
+    fewest = aligned(-(-sum(min(length, budget) for length in lengths) // (budget * ranks)), run)
+    tries = (_even(lengths, count * ranks) for count in range(fewest, len(lengths) // ranks + 1, run))
     parts = next(
         parts
         for parts in tries

@@ -234,13 +234,15 @@ def _check_virtual_stages(args: Any, provider: Any, replicas: int) -> None:
             f"{provider.num_layers} layers; choose other sizes"
         )
     group = args.microbatch_group_size_per_vp_stage or pipeline
-    count = args.global_batch_size // ((args.micro_batch_size or 1) * max(replicas, 1))
+    packed = args.max_seqlen_per_dp_cp_rank  # then there may be fewer, but no more than one for each sample
+    count = args.global_batch_size // ((1 if packed else args.micro_batch_size or 1) * max(replicas, 1))
     if stages > 1 and (group < pipeline or count % group):
+        what = "samples" if packed else "micro-batches"
         raise ConfigError(
-            f"{stages} virtual pipeline stages take the {count} micro-batches that a data-parallel rank has in a train "
-            f"step in runs of {group} (--microbatch-group-size-per-virtual-pipeline-stage), which must divide them and "
-            f"be at least --pipeline-model-parallel-size={pipeline}; lower --micro-batch-size or raise "
-            "--global-batch-size"
+            f"{stages} virtual pipeline stages take the {count} {what} that a data-parallel rank has in a train step "
+            f"in runs of {group} (--microbatch-group-size-per-virtual-pipeline-stage), which must divide them and be "
+            f"at least --pipeline-model-parallel-size={pipeline}; {'' if packed else 'lower --micro-batch-size or '}"
+            "raise --global-batch-size"
         )
 
 
@@ -249,11 +251,6 @@ def _check_packing(args: Any) -> None:
     flag = f"--max-seqlen-per-dp-cp-rank={args.max_seqlen_per_dp_cp_rank}"
     if args.hybrid_context_parallel:
         raise ConfigError(f"{flag} packs sequences here, and --hybrid-context-parallel is not there; leave that out")
-    if _virtual_stages_asked_for(args):
-        raise ConfigError(
-            f"{flag} with virtual pipeline stages: they need micro-batches in multiples of the pipeline's size, and "
-            "samples are packed into as few as hold them; leave one of the two out"
-        )
 
 
 def _check_replay(config: RunConfig, args: Any, provider: Any) -> None:
@@ -263,10 +260,5 @@ def _check_replay(config: RunConfig, args: Any, provider: Any) -> None:
         raise ConfigError(f"{flag}: {config.model.hf_path} has no experts; leave it out")
     if args.moe_router_fusion or provider.moe_router_fusion:
         raise ConfigError(f"{flag}: Megatron's fused router (--moe-router-fusion) does not replay; leave that out")
-    if args.context_parallel_size > 1:
-        raise ConfigError(
-            f"{flag} with --context-parallel-size={args.context_parallel_size}: experts are not split over context "
-            "ranks; set it to 1"
-        )
     if Feed.asked_for(config):
         raise ConfigError(f"{flag}: batches that another process feeds come without the engine's experts; leave it out")

@@ -27,9 +27,15 @@ def of_this_rank(samples: Sequence[TrainSample], args: Any) -> list[list[MicroBa
     # Context parallelism cuts a sequence in 2 CP pieces, sequence parallelism a rank's part in TP.
     multiple = args.tensor_model_parallel_size * (2 * size if size > 1 else 1)
     budget = args.max_seqlen_per_dp_cp_rank
+    virtual = mpu.get_virtual_pipeline_model_parallel_world_size()
     if budget:
         by_step = batching.split_by_tokens(
-            samples, global_batch=args.global_batch_size, budget=budget * size, multiple_of=multiple, **place
+            samples,
+            global_batch=args.global_batch_size,
+            budget=budget * size,
+            multiple_of=multiple,
+            run=(args.microbatch_group_size_per_vp_stage or args.pipeline_model_parallel_size) if virtual else 1,
+            **place,
         )
     else:
         multiple = 8 * args.tensor_model_parallel_size * size

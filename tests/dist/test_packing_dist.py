@@ -21,6 +21,7 @@ LAYOUTS = {
     "ep2": (2, {"expert-model-parallel-size": 2}),
     "tp2_sp_recompute": (2, {"tensor-model-parallel-size": 2, "sequence-parallel": True, **ATTENTION}),
     "pp2_recompute": (2, {"pipeline-model-parallel-size": 2, **FULL}),
+    "vpp2": (2, {"pipeline-model-parallel-size": 2, "num-virtual-stages-per-pipeline-rank": 2}),
 }
 
 pytestmark = pytest.mark.dist
@@ -83,7 +84,7 @@ def test_a_dense_model_too(run_ranks, tmp_path, dense) -> None:
     compare(run_ranks, tmp_path, 2, hf=dense, layout={})
 
 
-@pytest.mark.parametrize("name", ["tp2_sp_recompute", "pp2_recompute"])
+@pytest.mark.parametrize("name", ["tp2_sp_recompute", "pp2_recompute", "vpp2"])
 def test_experts_are_replayed_in_packed_sequences(run_ranks, tmp_path, told, name) -> None:
     """Experts that no router would choose: each wrong place shows."""
     ranks, layout = LAYOUTS[name]
@@ -128,16 +129,15 @@ def test_a_run_trains_the_same_in_fewer_micro_batches(run_ranks, tmp_path) -> No
         (["--hybrid-context-parallel"], "and --hybrid-context-parallel is not there"),
         (
             [
-                "--pipeline-model-parallel-size=2",
-                "--expert-model-parallel-size=1",
-                "--num-virtual-stages-per-pipeline-rank=2",
+                *("--pipeline-model-parallel-size=2", "--expert-model-parallel-size=1"),
+                *("--num-virtual-stages-per-pipeline-rank=2", "--microbatch-group-size-per-virtual-pipeline-stage=3"),
             ],
-            "with virtual pipeline stages",
+            "take the 4 samples that a data-parallel rank has in a train step in runs of 3",
         ),
     ],
 )
 def test_what_cannot_be_packed_is_refused(run_ranks, tmp_path, more, text) -> None:
-    """Megatron's own use of the number, and stages that need micro-batches in fixed numbers."""
+    """Megatron's own use of the number, and stages that no number of micro-batches would suit."""
     argv = [*RUN, "--max-seqlen-per-dp-cp-rank=256", f"log.run_dir={tmp_path}", *more]
     for found in run_ranks(2, "run", argv=argv):
         assert text in found, found

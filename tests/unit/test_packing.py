@@ -24,37 +24,36 @@ def sample(length: int, first: int = 1) -> TrainSample:
 
 
 @st.composite
-def shares(draw: st.DrawFn) -> tuple[list[int], int, int]:
-    """Lengths, budget, ranks."""
-    ranks = draw(st.integers(1, 4))
+def shares(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
+    """Lengths, budget, ranks, run."""
+    ranks, run = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=12))
-    return lengths * ranks, draw(st.integers(1, 120)), ranks
+    return lengths * ranks * run, draw(st.integers(1, 120)), ranks, run
 
 
 @unhurried
 @given(shares())
-def test_every_sample_once_within_the_budget_and_as_many_on_all_ranks(share: tuple[list[int], int, int]) -> None:
+def test_every_sample_once_within_the_budget_and_as_many_on_all_ranks(share: tuple[list[int], int, int, int]) -> None:
     """A sample twice or never trains something else, one micro-batch more on one rank hangs all of them, and one over
-    the budget is out of memory."""
-    lengths, budget, ranks = share
-    by_rank = micro_batches(lengths, budget, ranks)
+    the budget is out of memory. Virtual pipeline stages take `run` of them at a time."""
+    lengths, budget, ranks, run = share
+    by_rank = micro_batches(lengths, budget, ranks, run)
     assert len(by_rank) == ranks
     assert len({len(parts) for parts in by_rank}) == 1
+    assert len(by_rank[0]) % run == 0
     assert sorted(place for parts in by_rank for part in parts for place in part) == list(range(len(lengths)))
     for part in (part for parts in by_rank for part in parts):
         assert part
         assert len(part) == 1 or sum(lengths[place] for place in part) <= budget
-    assert micro_batches(list(lengths), budget, ranks) == by_rank
+    assert micro_batches(list(lengths), budget, ranks, run) == by_rank
 
 
 @unhurried
 @given(shares())
-def test_micro_batches_of_the_same_turn_are_alike(share: tuple[list[int], int, int]) -> None:
+def test_micro_batches_of_the_same_turn_are_alike(share: tuple[list[int], int, int, int]) -> None:
     """Ranks wait for each other in each turn: the next turn's largest is no larger than this one's smallest."""
-    lengths, budget, ranks = share
-    sums = [
-        [sum(lengths[place] for place in part) for part in parts] for parts in micro_batches(lengths, budget, ranks)
-    ]
+    lengths, *sizes = share
+    sums = [[sum(lengths[place] for place in part) for part in parts] for parts in micro_batches(lengths, *sizes)]
     turns = list(zip(*sums, strict=True))
     assert all(min(turn) >= max(later) for turn, later in pairwise(turns))
 

@@ -84,6 +84,30 @@ def test_each_token_of_a_batch_has_its_own_experts() -> None:
     assert collate([dataclasses.replace(sample(3, 2), routed_experts=None)]).routed_experts is None
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("size", [2, 3])
+def test_experts_go_with_their_tokens_to_each_context_rank(packed: bool, size: int) -> None:
+    """Those of another token would be replayed without an error."""
+    samples, first = [], 1
+    for length in (5, 11, 8):
+        ids = tuple(range(first, first + length))
+        told_TN = torch.tensor(ids[:-1])[:, None].expand(-1, NUMBERS)
+        routed = routing.of_engine(told(told_TN), length - 1)
+        samples.append(TrainSample(ids[:2], ids[2:], (-1.0,) * (length - 2), 0.5, 1.0, 3, routed_experts=routed))
+        first += length
+    untold = {sample.response_ids_T[-1] for sample in samples}
+    seen = []
+    for rank in range(size):
+        mine = collate(samples, 2 * size, packed=packed).of_context_rank(rank, size)
+        assert mine.routed_experts is not None
+        tokens, experts = mine.lay(mine.tokens), mine.lay(mine.routed_experts)
+        assert tokens.shape == experts.shape[:2]
+        for token, row in zip(tokens.flatten().tolist(), experts.flatten(0, 1).tolist(), strict=True):
+            assert set(row) == {-1 if token in {0, *untold} else token}
+            seen.append(token)
+    assert sorted(token for token in seen if token) == list(range(1, first))
+
+
 def test_experts_of_some_samples_only_are_an_error() -> None:
     with pytest.raises(EngineError, match="1 of 2 samples"):
         collate([sample(3, 2), dataclasses.replace(sample(3, 3), routed_experts=None)])
