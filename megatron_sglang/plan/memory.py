@@ -166,17 +166,20 @@ def _adapter(name: str, elements: int, columns: int, lora_rank: int, tp: int) ->
 def _activations(shapes: Shapes, placement: Placement, stage: int, tokens: int, job: Job) -> tuple[int, int]:
     """Inputs of all layers, and all tensors of one."""
     hidden = shapes["model.embed_tokens.weight"][1]
-    layers = len({name.split(".")[2] for name in shapes if name.startswith("model.layers.")}) // placement.pp
+    numbers = {int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")}
+    layers = len(numbers) // placement.pp
     in_flight = placement.pp - stage  # one forward, one backward: the first stage is ahead by all of them
     inputs = layers * tokens * hidden * job.itemsize * in_flight // placement.tp
-    first = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")}
-    attention = sum(rows for name, (rows, *_) in first.items() if "self_attn" in name and name.endswith("_proj.weight"))
-    expert = {name: shape for name, shape in first.items() if ".experts.0." in name}
-    mlp = expert or {name: shape for name, shape in first.items() if ".mlp." in name}
+    # The last layer has experts where any has: some models begin with dense ones.
+    last = f"model.layers.{max(numbers)}."
+    matrices = {name: shape for name, shape in shapes.items() if name.startswith(last) and len(shape) == 2}
+    attention = sum(rows for name, (rows, _) in matrices.items() if ".self_attn." in name)
     # Each weight's input and output, and what its adapter adds to the output; for all experts of a token.
-    wide = sum(2 * rows + columns for rows, columns in (shape for shape in mlp.values() if len(shape) == 2))
-    copies = job.experts_per_token if expert else 1
-    layer = tokens * (2 * attention + 4 * hidden + wide * copies) * job.itemsize // (1 if expert else placement.tp)
+    widths = {name: 2 * rows + columns for name, (rows, columns) in matrices.items() if name.endswith("_proj.weight")}
+    routed = sum(width for name, width in widths.items() if ".mlp.experts.0." in name)
+    others = sum(width for name, width in widths.items() if ".mlp." in name and ".mlp.experts." not in name)
+    wide = others + routed * job.experts_per_token
+    layer = tokens * (2 * attention + 4 * hidden + wide) * job.itemsize // (1 if routed else placement.tp)
     return inputs, layer
 
 

@@ -2,7 +2,8 @@
 
 What `weights/shards.py` finds in a real Megatron model (`tests/dist/test_layouts.py` compares them): layers by PP,
 experts by EP, q/k/v by query group and gate/up by rows over TP, o and down by columns, the vocabulary by rows, norms
-and routers whole.
+and routers whole; of latent attention (DeepSeek-V3) what goes up by rows, and whole what goes down, as Transformer
+Engine has it: Megatron's own layers would split that too, but they do not run this attention.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _RULES = (
     (r"model\.embed_tokens\.weight|lm_head\.weight", "vocabulary"),
     (r"model\.norm\.weight", "whole"),
     (r".*(?:_layernorm|[qk]_norm)\.weight", "whole"),
+    (r".*\.self_attn\.(?:q_a_proj|kv_a_proj_with_mqa)\.(?:weight|bias)", "whole"),
+    (r".*\.self_attn\.(?:q_b_proj|kv_b_proj)\.weight", "rows"),
     (r".*\.mlp\.gate\.(?:weight|e_score_correction_bias)", "whole"),
     (r".*\.self_attn\.([qkv])_proj\.(?:weight|bias)", "qkv"),
     (r".*\.self_attn\.o_proj\.weight", "columns"),
@@ -91,7 +94,7 @@ class Trainer:
         rows, cols = tensor.rows, tensor.cols
         if tensor.rule == "whole":
             yield 0, 0, rows, cols, 0, cols
-        elif tensor.rule == "vocabulary":
+        elif tensor.rule in ("vocabulary", "rows"):
             yield index * (rows // tp), 0, rows // tp, cols, 0, cols
         elif tensor.rule == "columns":
             yield 0, index * (cols // tp), rows, cols // tp, 0, cols // tp
@@ -121,7 +124,7 @@ class Trainer:
                 tensor.cols if tensor.rule == "columns" else tensor.rows
             )
             for tensor in self._tensors
-            if tensor.expert is None and tensor.rule in ("columns", "gate_up", "vocabulary")
+            if tensor.expert is None and tensor.rule in ("columns", "gate_up", "vocabulary", "rows")
         }
         for what, size in sizes.items():
             if size % tp:
@@ -146,7 +149,7 @@ def _tensor(name: str, shape: tuple[int, ...]) -> _Tensor:
     if found is None or len(shape) > 2:
         raise WeightSyncError(
             f"plan: {name} {shape} is no tensor whose split over trainer ranks is known; it knows models of "
-            "Llama, Qwen3, Qwen3-MoE and GLM4-MoE kind; run others and read the log's first weight sync"
+            "Llama, Qwen3, Qwen3-MoE, GLM4-MoE and DeepSeek-V3 kind; run others and read the log's first weight sync"
         )
     layer, expert = re.search(r"\.layers\.(\d+)\.", name), re.search(r"\.experts\.(\d+)\.", name)
     rows, cols = (*shape, 1, 1)[:2]
@@ -158,5 +161,5 @@ def _tensor(name: str, shape: tuple[int, ...]) -> _Tensor:
         int(expert[1]) if expert else None,
         rule,
         found[found.lastindex] if found.lastindex else "",
-        fusion_key(name),
+        fusion_key(name) if rule in ("qkv", "gate_up") else name,
     )

@@ -21,6 +21,7 @@ def direct(**given: Any) -> dict[str, Any]:
 
 def shards_of_this_rank(**given: Any) -> tuple[list[list[Any]], int]:
     """`cases.shards_of_this_rank` with such a model."""
+    _attention_of_two_widths()
     _experts_one_by_one()
     return shards_of_cases(**given)
 

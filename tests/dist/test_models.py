@@ -53,6 +53,16 @@ def test_the_plan_command_knows_glm4_moe(run_ranks, name, tmp_path):
     assert_planned(run_ranks, hf, *LAYOUTS[name], case="cases_models.shards_of_this_rank")
 
 
+@pytest.mark.parametrize("name", ["ep2", "tp2_sp"])
+def test_the_plan_command_knows_deepseek_v3(run_ranks, name, tmp_path):
+    """Without Transformer Engine Megatron splits also what goes down over TP; on a GPU each rank has it whole."""
+    from tiny_models import make_model
+
+    hf = str(make_model("deepseek_v3", tmp_path))
+    down = ("q_a_proj.weight", "kv_a_proj_with_mqa.weight") if name == "tp2_sp" else ()
+    assert_planned(run_ranks, hf, *LAYOUTS[name], case="cases_models.shards_of_this_rank", whole=down)
+
+
 @pytest.mark.parametrize("model", ["glm4_moe", "deepseek_v3"])
 def test_engine_and_trainer_choose_experts_by_the_same_bias(run_ranks, model, tmp_path):
     """Megatron rounds it to bf16 when it wraps a model and computes with it in fp32 then; an engine with the file's

@@ -60,8 +60,8 @@ def test_sizes_that_megatron_refuses(sizes: dict[str, int], reason: str) -> None
 
 def test_an_unknown_tensor_is_an_error() -> None:
     """Left out, its bytes would be missing from every figure."""
-    with pytest.raises(WeightSyncError, match=r"kv_a_proj_with_mqa.* no tensor whose split"):
-        Trainer({"model.layers.0.self_attn.kv_a_proj_with_mqa.weight": (8, 8)}, (4, 4), Placement(world_size=1))
+    with pytest.raises(WeightSyncError, match=r"in_proj.* no tensor whose split"):
+        Trainer({"model.layers.0.mixer.in_proj.weight": (8, 8)}, (4, 4), Placement(world_size=1))
 
 
 UP = "model.layers.0.mlp.experts.{}.up_proj.weight"
