@@ -192,6 +192,11 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
             f"--micro-batch-size={args.micro_batch_size} times {replicas} data-parallel ranks does not divide "
             f"--global-batch-size={args.global_batch_size}; lower it, or change rollout.prompts_per_batch"
         )
+    if args.optimizer_cpu_offload and (cpu_room.needed() or config.model.dtype == "float32"):
+        raise ConfigError(
+            "--optimizer-cpu-offload: Megatron's hybrid optimizer steps fp32 copies of bf16 parameters of a GPU, here "
+            f"they are {config.model.dtype} on {'a CPU' if cpu_room.needed() else 'a GPU'}; leave it out"
+        )
     _check_pipeline_split(args)
     if args.max_seqlen_per_dp_cp_rank:
         _check_packing(args)

@@ -114,6 +114,7 @@ def test_several_train_steps_per_rollout_batch(run_ranks, tmp_path):
         ),
         (["--seq-length=64"], "seq-length"),
         (["--context-parallel-size=2", "--expert-model-parallel-size=1"], "no context parallelism"),
+        (["--optimizer-cpu-offload", "--use-precision-aware-optimizer"], "here they are float32 on a CPU"),
         (["model.hf_path=/nonexistent"], "has no config.json"),
     ],
 )
