@@ -192,8 +192,6 @@ class DirectPath:
 
     def send(self, version: int) -> Sent:
         call = self.comm.from_leader(lambda: _lead(self.engine).open_stream(version))
-        seen: MegatronSglangError | None = None
-        gave_up = True
         try:
             with contextlib.ExitStack() as stack:
                 lines: dict[int, Line] = {}
@@ -206,21 +204,20 @@ class DirectPath:
                 self.comm.agree(failure)  # every rank listens before any engine rank connects
                 self.comm.from_leader(lambda: _lead(self.engine).start_stream(call))
                 self.comm.agree(self._hand_over(lines))
-            gave_up = False
         except MegatronSglangError as error:
-            seen = error
+            # All ranks have it. One that nobody foresaw is one rank's: with this step to take together it would wait.
+            self._end_stream(error)
             raise
-        finally:
-            self._end_stream(gave_up, seen)
-        if torch.cuda.is_initialized():
-            torch.cuda.ipc_collect()  # every rank has lent memory, and the engine has given it back
+        self._end_stream(None)
         return self._sent
 
-    def _end_stream(self, gave_up: bool, seen: MegatronSglangError | None) -> None:
+    def _end_stream(self, seen: MegatronSglangError | None) -> None:
         """What an engine rank found wrong comes before what its trainer rank saw of it. An engine that has died or does
         not answer cannot say which of its ranks it was, and after which delivery: the line can."""
+        if torch.cuda.is_initialized():
+            torch.cuda.ipc_collect()  # every rank has lent memory, and has it back
         try:
-            self.comm.from_leader(lambda: _lead(self.engine).end_stream(gave_up=gave_up))
+            self.comm.from_leader(lambda: _lead(self.engine).end_stream(gave_up=seen is not None))
         except WeightSyncError as verdict:
             if seen is None:
                 raise

@@ -178,6 +178,8 @@ class MergeOnEnginePath:
         if sound:
             return
         publish(self.comm, self.engine, self.base, version)
+        if self.engine is not None:
+            self.engine.fail_update("it holds the base alone, which is not the policy")
         names = self.adapters.names
         self.base_bytes = self.comm.from_leader(lambda: _lead(self.calls).take_base(names, self.shapes, self.dtype))
         report = publish(self.comm, self.engine, self.whole, version)

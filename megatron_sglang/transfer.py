@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -182,9 +182,9 @@ def make_plan(
 def cut(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
     """Buckets: runs of pieces of which no target receives more than `limit` elements (one row of a tensor may).
 
-    A decoder layer stays whole, so that its grouped experts are merged once, if it fits, or begins the next bucket if
-    little room is left. Else it is spread over its buckets evenly: each keeps all who send and all who receive of the
-    layer equally busy.
+    A decoder layer, one of each pipeline stage at a time, stays whole, so that its grouped experts are merged once, if
+    it fits, or begins the next bucket if little room is left. Else it is spread over its buckets evenly: each keeps all
+    who send and all who receive of the layer equally busy.
     """
     buckets: list[list[Piece]] = [[]]
     filled: Counter[int] = Counter()
@@ -197,8 +197,7 @@ def cut(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
         buckets[-1] += unit
         filled.update(needed)
 
-    for _, found in itertools.groupby(pieces, key=lambda piece: transfer_order(piece.name)[0]):
-        layer = list(found)
+    for layer in _layers(pieces):
         whole, room = max(_received(layer).values()), limit - max(filled.values(), default=0)
         if whole <= room or (whole <= limit and room * LITTLE < limit):
             place(layer)
@@ -206,6 +205,25 @@ def cut(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
         for unit in (part for group in _interleaved(layer) for part in _by_rows(group, limit)):
             place(unit)
     return [bucket for bucket in buckets if bucket]
+
+
+def _layers(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """What is outside the layers, then the first layers of all pipeline stages together, and so on: else the ranks of
+    one stage would send all that is received, from send buffers as much larger, and the others wait. Layers of a stage
+    have senders in common, those of two have none."""
+    stages: list[tuple[set[int], list[list[Piece]]]] = []
+    for number, found in itertools.groupby(pieces, key=lambda piece: transfer_order(piece.name)[0]):
+        layer = list(found)
+        if number < 0:
+            yield layer
+            continue
+        senders, layers = {piece.source for piece in layer}, [layer]
+        for stage in [stage for stage in stages if stage[0] & senders]:
+            stages.remove(stage)
+            senders, layers = stage[0] | senders, stage[1] + layers
+        stages.append((senders, layers))
+    for together in itertools.zip_longest(*(layers for _, layers in stages), fillvalue=[]):
+        yield [piece for layer in together for piece in layer]
 
 
 def _interleaved(layer: Iterable[Piece]) -> list[list[Piece]]:

@@ -170,7 +170,10 @@ class ExternalEngine(HttpEngine):
             return reason
         if self.version is None or self._http is None:
             return None
-        served = self.served_version()
+        try:
+            served = self.served_version()
+        except EngineError as error:  # it has gone since it was asked
+            return str(error)
         if served != str(self.version):
             return f"{self.remote.url} serves weight version {served!r}, published was {self.version}: it was restarted"
         return None

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -50,7 +51,8 @@ class HttpEngine(Controls):
         self.stale = "no weights were published yet"
         self._updating: int | None = None
         self._released: set[str] = set()
-        self._message_ids = itertools.count()
+        self._message_ids = itertools.count(secrets.randbits(32))
+        """Not from 0: a mailbox of an external engine may still hold what an ended trainer was sent."""
         self._stream: Background[list[dict[str, Any]]] | None = None
         self._streamed: list[dict[str, Any]] | None = None
         """Of a direct update: the engine ranks' answers, when they are there; None: the update is none."""
@@ -177,19 +179,22 @@ class HttpEngine(Controls):
     def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:
         """Where each engine rank's parameters come from, by rank. shapes: of all HF tensors to be sent.
 
-        Weights stay as they are and may be served meanwhile. `WeightSyncError`, and a stale engine, where the model's
-        loader cannot be traced; see `megatron_sglang.layout.problems` for what the result may lack.
+        Weights stay as they are and may be served meanwhile; those that were released have their memory back, as an
+        update would give it. `WeightSyncError`, and a stale engine, where the model's loader cannot be traced; see
+        `megatron_sglang.layout.problems` for what the result may lack.
         """
-        self._refuse_released("layout")
         message = {"command": "layout", "dtype": self.options.dtype, "shapes": dict(shapes)}
         with self._failing_as("layout"):
+            if "weights" in self._released:
+                self._memory("resume", "weights")
             replies = self._message("layout", message)
         return [RankLayout.from_json(reply["layout"]) for reply in replies]
 
     def self_test(self, weights: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
         """Prove that the layout says what the loader does: `weights`, all HF tensors, are loaded both ways in every
         rank and must give the same bits. The reports, by rank; `WeightSyncError` if not. Stale afterwards."""
-        self._refuse_released("self-test")
+        if "weights" in self._released:
+            raise EngineError("self-test: the engine's weights are released; ask before release()")
         bucket = pack(0, 0, list(weights.items()))
         with self._failing_as("self-test"):
             self._quiesce()
@@ -199,10 +204,6 @@ class HttpEngine(Controls):
         return [reply["report"] for reply in replies]
 
     # ---- steps ----
-
-    def _refuse_released(self, what: str) -> None:
-        if "weights" in self._released:
-            raise EngineError(f"{what}: the engine's weights are released; ask before release() or in an update")
 
     def _publish(self, version: int) -> None:
         timeout = self.options.update_timeout_s

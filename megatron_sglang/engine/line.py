@@ -115,7 +115,8 @@ class Line:
         self._signs = [Path(call["folder"], name) for name in signs]
         self._end: End | None = None
         self._sent = self._answered = 0
-        self._lent: set[int] = set()
+        self._lent: dict[int, dict[str, Any]] = {}
+        """Handles by slot, until the engine rank has had all."""
         self._listener = socket.socket(socket.AF_UNIX)
         with _short_path(call["folder"], socket_name(call["id"], rank)) as path:
             self._listener.bind(path)
@@ -128,6 +129,8 @@ class Line:
     def __exit__(self, *_: object) -> None:
         if self._end is not None:
             self._end.close()
+        for handle in self._lent.values():
+            take_back(handle)
         self._listener.close()
         self._path.unlink(missing_ok=True)
 
@@ -147,8 +150,8 @@ class Line:
             elif slot in self._lent:
                 self._end.send(whole)
             else:
-                self._end.send({**whole, "handle": handle_of(memory.view(torch.uint8))})
-                self._lent.add(slot)
+                self._lent[slot] = handle_of(memory.view(torch.uint8))
+                self._end.send({**whole, "handle": self._lent[slot]})
         self._sent += 1
 
     def wait(self, index: int) -> None:
@@ -165,6 +168,7 @@ class Line:
             assert self._end is not None
             with self._naming(self._sent):
                 self._end.send({"end": self._sent})
+            self._lent.clear()  # it gives them back itself
 
     def _take(self, answer: Mapping[str, Any]) -> None:
         if answer["error"]:
@@ -304,6 +308,12 @@ def handle_of(flat: torch.Tensor) -> dict[str, Any]:
     found |= {name: base64.b64encode(found[name]).decode() for name in _BYTES}
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     return {"size": size, "offset": offset, "device": uuid, **found}
+
+
+def take_back(handle: Mapping[str, Any]) -> None:
+    """Of memory whose borrower may have died: torch keeps it until a counter of borrowers is not above 0."""
+    counter = base64.b64decode(handle["ref_counter_handle"])
+    torch.UntypedStorage._release_ipc_counter_cuda(counter, handle["ref_counter_offset"])  # type: ignore[attr-defined]
 
 
 def open_handle(handle: Mapping[str, Any]) -> torch.Tensor:

@@ -86,6 +86,7 @@ class MethodCalls:
 
     def begin_merge(self, version: int) -> None:
         """As `begin_update`, but only what will be merged is poisoned."""
+        self.engine.stale = f"an update to version {version} is under way"
         self._each(lambda one: one.begin_update(version, command="merge_begin"))
 
     def merge(self, bucket: Bucket, factors: Sequence[tuple[str, str, str]], scale: float) -> None:
@@ -129,6 +130,7 @@ class MethodCalls:
                         one.unload_adapter(loaded)
             one._updating = version
 
+        self.engine.stale = f"an update to version {version} is under way"
         self._each(begin)
 
     def load_adapter(self, version: int, name: str, folder: str) -> None:
@@ -159,7 +161,9 @@ class MethodCalls:
                 one._publish(version)
             return min(reply["bound"] for reply in replies)
 
-        return min(self._each(commit))
+        bound = min(self._each(commit))
+        self.engine.stale = ""  # of a group, which has no version of its own
+        return bound
 
     # ---- steps ----
 

@@ -10,6 +10,7 @@ made on one address. Every wait has a deadline; a rank that ends closes its conn
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from megatron_sglang.engine.background import in_thread
 from megatron_sglang.engine.line import CutError
 
 Backend = Literal["gloo", "nccl"]
@@ -58,7 +60,7 @@ class Group:
     def __init__(
         self, store: dist.Store, rank: int, size: int, backend: Backend, timeout_s: float, address: str | None
     ) -> None:
-        self.rank, self._timeout_s = rank, timeout_s
+        self.rank, self._timeout_s, self._connected = rank, timeout_s, backend == "gloo"
         self._group: Any = None
         wait = datetime.timedelta(seconds=timeout_s)
         try:
@@ -82,18 +84,26 @@ class Group:
         """From rank 0 to all; complete on return. give_up: asked while waiting. A `GroupError` closes the group."""
         if self._group is None:
             raise GroupError("the group is closed")
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
-        work, deadline, pause = None, time.monotonic() + self._timeout_s, _SHORTEST_S
-        try:
-            work = self._group.broadcast([flat], options)
-            while not work.is_completed():
+        work, deadline = None, time.monotonic() + self._timeout_s
+
+        def wait_for(is_done: Callable[[], bool]) -> None:
+            pause = _SHORTEST_S
+            while not is_done():
                 if give_up():
                     raise GroupError("another rank has given up")
                 if time.monotonic() > deadline:
                     raise GroupError(f"a rank did not take part within {self._timeout_s:g} s")
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_S)
+
+        try:
+            if self._connected:
+                work = self._begin(flat)
+            else:  # NCCL connects now, in the calling thread and for as long as it takes
+                beginning = in_thread(lambda: self._begin(flat))
+                wait_for(beginning.done)
+                work, self._connected = beginning.result(), True
+            wait_for(work.is_completed)
             work.wait()
         except RuntimeError as error:
             self.close()
@@ -104,6 +114,12 @@ class Group:
             raise
         if flat.is_cuda:
             torch.cuda.synchronize(flat.device)
+
+    def _begin(self, flat: torch.Tensor) -> Any:
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        with torch.cuda.device(flat.device) if flat.is_cuda else contextlib.nullcontext():  # a thread begins with GPU 0
+            return self._group.broadcast([flat], options)
 
     def close(self) -> None:
         """Idempotent. gloo's connections end with the object, NCCL's kernels with `abort`."""

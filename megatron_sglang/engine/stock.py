@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ipaddress
+import secrets
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,7 +46,7 @@ class StockUpdate:
         self._http, self._options, self._host = http, options, host
         self._timeout_s = options.update_timeout_s
         self._group: Group | None = None
-        self._groups = 0
+        self._own, self._groups = secrets.token_hex(4), 0
         self._buckets = 0
         self._embedding: torch.Tensor | None = None
         """Of a version that has no head of its own so far."""
@@ -98,8 +99,8 @@ class StockUpdate:
 
     @property
     def _name(self) -> str:
-        """A group that broke cannot be made again under its name before SGLang has forgotten it."""
-        return f"{GROUP}{self._groups}"
+        """SGLang forgets no group, not one that broke nor one of a trainer that has ended, and wants other names."""
+        return f"{GROUP}-{self._own}-{self._groups}"
 
     def _give(self, named: Mapping[str, torch.Tensor]) -> None:
         if self._group is None:

@@ -192,11 +192,7 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
             f"--micro-batch-size={args.micro_batch_size} times {replicas} data-parallel ranks does not divide "
             f"--global-batch-size={args.global_batch_size}; lower it, or change rollout.prompts_per_batch"
         )
-    if args.optimizer_cpu_offload and (cpu_room.needed() or config.model.dtype == "float32"):
-        raise ConfigError(
-            "--optimizer-cpu-offload: Megatron's hybrid optimizer steps fp32 copies of bf16 parameters of a GPU, here "
-            f"they are {config.model.dtype} on {'a CPU' if cpu_room.needed() else 'a GPU'}; leave it out"
-        )
+    _check_optimizer(config, args)
     _check_pipeline_split(args)
     if args.max_seqlen_per_dp_cp_rank:
         _check_packing(args)
@@ -209,6 +205,20 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
         raise ConfigError(
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, more than --seq-length="
             f"{args.seq_length}; raise --seq-length or lower one of them"
+        )
+
+
+def _check_optimizer(config: RunConfig, args: Any) -> None:
+    """ConfigError where it would not step, or the engine get what was before a step."""
+    if args.optimizer_cpu_offload and (cpu_room.needed() or config.model.dtype == "float32"):
+        raise ConfigError(
+            "--optimizer-cpu-offload: Megatron's hybrid optimizer steps fp32 copies of bf16 parameters of a GPU, here "
+            f"they are {config.model.dtype} on {'a CPU' if cpu_room.needed() else 'a GPU'}; leave it out"
+        )
+    if args.overlap_param_gather or args.overlap_param_gather_with_optimizer_step:
+        raise ConfigError(
+            "--overlap-param-gather gathers what ranks have stepped in the next forward pass, and weights are published "
+            "before it: the engine would get others' from before the step; leave it out, adapters are small"
         )
 
 

@@ -100,6 +100,11 @@ def check_method(mode: placement.Mode, method: str, why: str = "") -> None:
             f"sync.method={method} in shared mode{f' ({why})' if why else ''}, where weights go through the host by "
             "the generic path; leave it out"
         )
+    if mode == "colocated" and method == "broadcast" and devices():
+        raise ConfigError(
+            "sync.method=broadcast in colocated mode: NCCL makes no group of two processes on one GPU; leave it out, "
+            "or use --rollout-mode split"
+        )
     if mode == "external" and method == "restart":
         raise ConfigError("sync.method=restart ends and starts engines, and external ones are not ours; choose another")
 

@@ -74,6 +74,7 @@ def test_random_weights_are_served_under_adapters_from_a_folder(engine, model, t
         assert report.tensors == 6
         assert {one.adapter for one in engine.engines} == {f"policy-v{version}"}
         answers.append([one.token_ids_T for one in engine.generate(REQUESTS)])
+        assert engine.stale == "", "a client of the group asks the group"
     assert answers[0] != answers[1] == answers[2]
     assert {one.options.model_path for one in engine.engines} == {str((tmp_path / "home" / "base").resolve())}
 

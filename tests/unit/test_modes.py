@@ -203,6 +203,17 @@ def test_methods_that_a_mode_cannot_have(mode, method) -> None:
     check_method("split", method)
 
 
+def test_a_broadcast_needs_a_gpu_of_its_own_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL refuses it in the first update, minutes after the start; gloo between CPUs does not mind."""
+    from megatron_sglang.training import modes
+
+    modes.check_method("colocated", "broadcast")
+    monkeypatch.setattr(modes, "devices", lambda: 2)
+    modes.check_method("split", "broadcast")
+    with pytest.raises(ConfigError, match="two processes on one GPU"):
+        modes.check_method("colocated", "broadcast")
+
+
 def test_the_engines_own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A given interpreter wins over one that is found, and that over ours."""
     monkeypatch.chdir(tmp_path)

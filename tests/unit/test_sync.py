@@ -88,6 +88,21 @@ def test_an_engine_that_dies_is_told_with_the_rank_and_the_delivery() -> None:
         path.send(3)
 
 
+class Unforeseen(NothingToSend):
+    def deliveries(self, free: Callable[[int], None], failed: Callable[[], bool]) -> Iterator[Any]:
+        yield from ()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_an_error_that_nobody_foresaw_takes_no_further_step_with_the_others() -> None:
+    """They are in an exchange and know nothing of it: a step to take together would hold this rank, and its error."""
+    engine: Any = Calls()
+    path = DirectPath(Alone(), Unforeseen(), engine, 0, lambda *_: cast("Any", Broken()))
+    with pytest.raises(torch.OutOfMemoryError):
+        path.send(3)
+    assert engine.made == ["open 3", "start"]
+
+
 class Described:
     """The part of an engine that planning asks: one parameter, filled from one tensor."""
 

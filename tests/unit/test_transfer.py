@@ -160,6 +160,27 @@ def test_a_layer_that_is_cut_keeps_all_ranks_busy_in_every_bucket(sources: int, 
     assert cut(list(pieces), limit=per_target // 4) == buckets
 
 
+@pytest.mark.parametrize("limit", [64, 24])
+def test_pipeline_stages_send_at_the_same_time(limit: int) -> None:
+    """Layer after layer the ranks of one stage would send to all engine ranks, from buffers as many times as large as
+    there are ranks, while those of the other stages wait."""
+    names = [f"model.layers.{layer}.mlp.experts.{e}.up_proj.weight" for layer in range(6) for e in range(8)]
+    box = Box(0, 0, 4, 2)
+    stages = {name: int(name.split(".")[2]) // 3 for name in names}
+    shards = [
+        Region(2 * stages[name] + number % 2, name, box, Place("w", 0, 2, 1)) for number, name in enumerate(names)
+    ]
+    slots = [Region(rank, name, Box(rank, 0, 1, 2), Place(name, 0, 2, 1)) for name in names for rank in range(4)]
+    pieces = make_plan(shards, slots)
+    buckets = cut(pieces, limit=limit)
+    assert sorted(piece.name for bucket in buckets for piece in bucket) == sorted(piece.name for piece in pieces)
+    for bucket in buckets:
+        sent = _by(bucket, "source")
+        assert len(sent) == 4
+        assert max(sent.values()) <= limit * 1.25, "all receive as much as the limit, and send as much"
+        assert max(_by(bucket, "target").values()) <= limit
+
+
 def _by(bucket: list[Piece], end: str) -> Counter[int]:
     sizes: Counter[int] = Counter()
     for piece in bucket:
