@@ -75,6 +75,14 @@ data=(data.train="$DATA" data.eval="${EVAL_DATA:-}")
 [ -n "${EVAL_DATA:-}" ] || data+=(rollout.eval_interval=0)
 if [[ $DATA == *.jsonl ]]; then
   prompts=$(awk '$1 == "prompts_per_batch:" { print $2 }' "$config")
+  before=
+  for word in "$@"; do
+    case $word in
+      rollout.prompts_per_batch=* | --rollout-batch-size=*) prompts=${word#*=} ;;
+      *) [ "$before" != --rollout-batch-size ] || prompts=$word ;;
+    esac
+    before=$word
+  done
   rows=$(grep -c '[^[:space:]]' "$DATA" || true)
   per_epoch=$((rows / prompts))
   [ "$per_epoch" = 0 ] || data+=(rollout.batches=$((${EPOCHS:-10} * per_epoch)))

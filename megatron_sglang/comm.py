@@ -128,7 +128,9 @@ class Board:
                 "if something else has that port, choose another with --master-port"
             ) from error
         store.set_timeout(datetime.timedelta(seconds=STORE_TIMEOUT_S))
-        self._store = dist.PrefixStore("megatron_sglang", store)
+        # torchrun keeps the store when it starts ranks again (--max-restarts).
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"megatron_sglang/{attempt}", store)
 
     def meet(self, timeout_s: float = 1800.0) -> None:
         """Wait until every rank is here. Raises the error of one that cannot come, `SetupError` at the deadline."""

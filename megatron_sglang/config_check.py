@@ -123,6 +123,7 @@ def check(config: RunConfig, *, local_world_size: int | None = None) -> tuple[st
     """Raise `ConfigError` for what cannot work; the warnings otherwise. Engine sizes need `local_world_size`."""
     _check_ranges(config)
     _check_pass_through(config)
+    _check_adapters(config)
     _check_router(config)
     _check_stop(config)
     _check_batches(config)
@@ -178,10 +179,19 @@ def _check_pass_through(config: RunConfig) -> None:
         if given is not None and isinstance(given, bool) != is_switch:
             wanted = "true or false" if is_switch else "a value (quote words that YAML takes for one, such as 'on')"
             raise ConfigError(f"megatron.{name}={given!r}; expected {wanted}")
-    if _megatron_int(config, "expert-tensor-parallel-size", 1) != 1:
+
+
+def _check_adapters(config: RunConfig) -> None:
+    """What Megatron-Bridge 0.6.2 gets wrong without a word."""
+    if (size := _megatron_int(config, "expert-tensor-parallel-size", 1)) != 1:
         raise ConfigError(
-            f"expert-tensor-parallel-size={config.megatron['expert-tensor-parallel-size']}: adapters of experts are "
-            "wrong above 1 in Megatron-Bridge 0.6.2; set it to 1 and raise expert-model-parallel-size instead"
+            f"expert-tensor-parallel-size={size}: adapters of experts are wrong above 1 in Megatron-Bridge 0.6.2; set "
+            "it to 1 and raise expert-model-parallel-size instead"
+        )
+    if "router" in config.lora.targets and (size := _megatron_int(config, "tensor-model-parallel-size", 1)) != 1:
+        raise ConfigError(
+            f"tensor-model-parallel-size={size} with router among lora.targets: above 1 its adapter in Megatron-Bridge "
+            "0.6.2 mixes tokens of different ranks; leave one of the two out"
         )
 
 

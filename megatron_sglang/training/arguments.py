@@ -163,16 +163,7 @@ def parse(config: RunConfig, provider: Any) -> Any:
 
 def check(config: RunConfig, args: Any, provider: Any) -> None:
     """ConfigError for combinations Megatron accepts but this plugin or its dependencies get wrong."""
-    etp = args.expert_tensor_parallel_size or 1
-    if provider.num_moe_experts and etp != 1:
-        raise ConfigError(
-            f"--expert-tensor-parallel-size={etp}: Megatron-Bridge's expert LoRA is wrong above 1; set it to 1"
-        )
-    if provider.num_moe_experts and provider.num_moe_experts % args.expert_model_parallel_size:
-        raise ConfigError(
-            f"--expert-model-parallel-size={args.expert_model_parallel_size} does not divide the "
-            f"{provider.num_moe_experts} experts of {config.model.hf_path}"
-        )
+    _check_experts(config, args, provider)
     groups = provider.num_query_groups or provider.num_attention_heads
     if provider.num_attention_heads % args.tensor_model_parallel_size or groups % args.tensor_model_parallel_size:
         raise ConfigError(
@@ -208,6 +199,20 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
         )
 
 
+def _check_experts(config: RunConfig, args: Any, provider: Any) -> None:
+    """ConfigError where Megatron-Bridge's adapters of experts would be wrong, or experts do not divide."""
+    etp = args.expert_tensor_parallel_size or 1
+    if provider.num_moe_experts and etp != 1:
+        raise ConfigError(
+            f"--expert-tensor-parallel-size={etp}: Megatron-Bridge's expert LoRA is wrong above 1; set it to 1"
+        )
+    if provider.num_moe_experts and provider.num_moe_experts % args.expert_model_parallel_size:
+        raise ConfigError(
+            f"--expert-model-parallel-size={args.expert_model_parallel_size} does not divide the "
+            f"{provider.num_moe_experts} experts of {config.model.hf_path}"
+        )
+
+
 def _check_optimizer(config: RunConfig, args: Any) -> None:
     """ConfigError where it would not step, or the engine get what was before a step."""
     if args.optimizer_cpu_offload and (cpu_room.needed() or config.model.dtype == "float32"):
@@ -217,8 +222,8 @@ def _check_optimizer(config: RunConfig, args: Any) -> None:
         )
     if args.overlap_param_gather or args.overlap_param_gather_with_optimizer_step:
         raise ConfigError(
-            "--overlap-param-gather gathers what ranks have stepped in the next forward pass, and weights are published "
-            "before it: the engine would get others' from before the step; leave it out, adapters are small"
+            "--overlap-param-gather gathers in the next forward pass what ranks have stepped, and weights are "
+            "published before it: the engine would get some from before the step; leave it out, adapters are small"
         )
 
 

@@ -1,7 +1,7 @@
 """What a checkpoint is here: Megatron's own torch_dist checkpoint without the frozen base, and one JSON file.
 
 <save>/iter_0000030/            Megatron: adapters, optimizer, schedule, RNG
-<save>/iter_0000030/rollout_state.json    position in the data, weight version, rollout step
+<save>/iter_0000030/rollout_state.json    position in the data, weight version, rollout step, its train steps done
 <save>/latest_checkpointed_iteration.txt  Megatron writes it last; until then the checkpoint does not count
 """
 
@@ -88,7 +88,8 @@ def writing(save: str, iteration: int) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException) as error:
-        free_mb = shutil.disk_usage(save).free >> 20
+        there = next(folder for folder in (Path(save), *Path(save).absolute().parents) if folder.exists())
+        free_mb = shutil.disk_usage(there).free >> 20
         _raise_explained(
             f"the checkpoint of iteration {iteration} could not be written to {save} ({free_mb} MB free)",
             error,

@@ -48,6 +48,20 @@ _EXECUTION_FIELDS = [
     "overlap_p2p_comm_warmup_flush",
     "microbatch_group_size_per_vp_stage",
 ]
+_IF_ASKED = [
+    "attention_softmax_in_fp32",
+    "cp_comm_type",
+    "cpu_offloading_num_layers",
+    "disable_bf16_reduced_precision_matmul",
+    "moe_deepep_num_sms",
+    "moe_enable_deepep",
+    "moe_flex_dispatcher_backend",
+    "moe_router_dtype",
+]
+"""How to run it, too, but Megatron's default must not replace what Bridge chose for the model."""
+_OF_THE_LOOP = {"seq_length", "vocab_size", "make_vocab_size_divisible_by", "transformer_impl"}
+"""Named alike in a provider, which does not use it here."""
+_RENAMED = {"fp8_format": "fp8", "fp4_format": "fp4"}
 
 
 class ModelRecipe:
@@ -122,7 +136,11 @@ class ModelRecipe:
     def _configure(self) -> None:
         """Give the provider Megatron's run-time choices."""
         args = self.args
-        overrides = {name: getattr(args, name) for name in _EXECUTION_FIELDS if hasattr(args, name)}
+        asked = {_RENAMED.get(name, name) for name in (flag.replace("-", "_") for flag in self.config.megatron)}
+        names = [*_EXECUTION_FIELDS, *(name for name in _IF_ASKED if name in asked)]
+        overrides = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        if isinstance(kinds := overrides.get("cp_comm_type"), list) and len(kinds) == 1:
+            overrides["cp_comm_type"] = kinds[0]
         overrides |= {
             "pipeline_dtype": args.params_dtype,
             "autocast_dtype": args.params_dtype,
@@ -144,3 +162,14 @@ class ModelRecipe:
             self.provider.apply_overrides_and_finalize(dtype=args.params_dtype, overrides=known)
         except (AssertionError, ValueError) as error:
             raise ConfigError(f"Megatron refuses these arguments for {self.config.model.hf_path}: {error}") from error
+        self._refuse_without_effect(asked - overrides.keys() - _OF_THE_LOOP)
+
+    def _refuse_without_effect(self, names: set[str]) -> None:
+        """ConfigError for a flag that says other than the model is: it would be as if it had not been given."""
+        for name in sorted(names):
+            wanted, found = getattr(self.args, name, None), getattr(self.provider, name, None)
+            if hasattr(self.args, name) and hasattr(self.provider, name) and wanted != found:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}={wanted} has no effect here: Megatron-Bridge builds the model from "
+                    f"{self.config.model.hf_path}, with {name}={found}; leave it out, or change config.json"
+                )

@@ -67,6 +67,10 @@ class Plugin:
         """That came with the current rollout batch; None: Megatron's schedule."""
         self.pending: list[list[MicroBatch]] = []
         """Micro-batches of the train steps that the current rollout batch still feeds."""
+        self.trained = 0
+        """Its train steps that were done, here or before the checkpoint that was loaded."""
+        self.before: dict[str, Any] = {}
+        """What a checkpoint says of the rollouts while the current batch is in use: that it is still to come."""
 
     def register(self) -> None:
         """Put the plugin into Megatron's loop. SetupError when Megatron is not the one this was written for."""
@@ -85,7 +89,8 @@ class Plugin:
             return self._train_step(original_step, model, optimizer, *args, **kwargs)
 
         def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
-            assert self.cycle is not None
+            if self.cycle is None:  # nothing was left to train: the checkpoint that was loaded is the last one
+                return None
             with self.cycle.span("checkpoint"), checkpoint.writing(get_args().save, iteration):
                 self._save_state(iteration)
                 return original_save(iteration, *args, **kwargs)
@@ -117,6 +122,7 @@ class Plugin:
     ) -> Any:
         cycle = self.cycle or self._start(model, optimizer, iteration)
         if not self.pending:
+            self.before = self._rollout_state(cycle)
             self.pending = self._next_rollout(cycle)
             self.learning_rate = cycle.learning_rate()
         if self.learning_rate is not None:
@@ -142,8 +148,10 @@ class Plugin:
             self.step.replay.clear()
         self._note_training(cycle, grad_norm=result[5])
         cycle.note_memory("train")
+        self.trained += 1
         if not self.pending:
             cycle.close_step(self.rollout_step - 1)
+            self.trained = 0
         self.guard.check()
         return result
 
@@ -155,14 +163,18 @@ class Plugin:
             self.cycle = self.make_cycle(model, None)
         else:
             state = checkpoint.read_state(get_args().load, iteration)
-            self.rollout_step = state["rollout_step"]
+            self.rollout_step, self.trained = state["rollout_step"], state.get("trained", 0)
             self.cycle = self.make_cycle(model, self.rollout_step - 1)
             self.cycle.restore(state["cycle"])
         self.cycle.note_memory("build")
         return self.cycle
 
     def _next_rollout(self, cycle: Cycle) -> list[list[MicroBatch]]:
-        """Publish, sample, score: this rank's micro-batches by train step."""
+        """Publish, sample, score: this rank's micro-batches by train step.
+
+        Of a batch that a checkpoint was saved in the prompts are sampled again, by the weights that its first train
+        steps have made, and feed those that are left.
+        """
         cycle.publish()
         interval = self.config.rollout.eval_interval
         if self.rollout_step == 0 or (interval and self.rollout_step % interval == 0):
@@ -171,7 +183,7 @@ class Plugin:
         self.rollout_step += 1
         cycle.add({"train/tokens": metrics.Sum(float(sum(sample.length for sample in samples)))})
         with cycle.span("batches"):
-            batches = micro_batches.of_this_rank(samples, get_args())
+            batches = micro_batches.of_this_rank(samples, get_args())[self.trained :]
         del samples  # with the experts of other ranks' tokens
         with cycle.span("logprobs"):
             batches = self._with_logprobs(cycle, batches)
@@ -198,7 +210,9 @@ class Plugin:
 
     def _note_training(self, cycle: Cycle, grad_norm: float | None) -> None:
         """Metrics of all micro-batches of all data-parallel ranks, added up on the leader."""
-        parts = self.step.take_metrics() if mpu.get_tensor_model_parallel_rank() == 0 else []
+        parts = self.step.take_metrics()  # on all ranks, or they would pile up
+        if mpu.get_tensor_model_parallel_rank():
+            parts = []
         if self.step.replay is not None:  # each rank has layers or tokens of its own
             parts.append(self.step.replay.take_metrics())
         rows = cycle.comm.gather([metrics.to_rows(part) for part in parts])
@@ -209,12 +223,14 @@ class Plugin:
             require_agreement(gap.value(), getattr(torch, self.config.model.dtype))
         cycle.add(merged | ({} if grad_norm is None else {"train/grad_norm": metrics.Mean(grad_norm)}))
 
+    def _rollout_state(self, cycle: Cycle) -> dict[str, Any]:
+        return {"rollout_step": self.rollout_step, "cycle": cycle.state()}
+
     def _save_state(self, iteration: int) -> None:
         assert self.cycle is not None
         args = get_args()
-        state = {
-            "rollout_step": self.rollout_step,
-            "cycle": self.cycle.state(),
+        state = (self.before if self.pending else self._rollout_state(self.cycle)) | {
+            "trained": self.trained,
             "lora": dataclasses.asdict(self.config.lora),  # for `megatron-sglang convert`, with dtype
             "dtype": self.config.model.dtype,
         }

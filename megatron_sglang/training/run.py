@@ -23,6 +23,7 @@ from megatron_sglang.config_check import ROUTER
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.cycle import Cycle, Leader
 from megatron_sglang.engine import EngineOptions
+from megatron_sglang.engine.controls import eos_token_ids
 from megatron_sglang.engine.options import find_python
 from megatron_sglang.errors import DataError
 from megatron_sglang.feed.sampler import Feed
@@ -215,7 +216,7 @@ class Station:
             top_p=config.rollout.top_p,
             top_k=config.rollout.top_k,
             max_new_tokens=config.rollout.max_new_tokens,
-            stop_token_ids=(tokenizer.eos_token_id,),
+            stop_token_ids=stop_tokens(tokenizer.eos_token_id, config.model.hf_path),
             stop=config.rollout.stop,
         )
         sampler = agents.create_rollout(
@@ -270,6 +271,12 @@ def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]
         path, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens, too_long=config.data.overlong, keys=keys
     )
     return loaded.prompts
+
+
+def stop_tokens(tokenizers: int, hf_path: str) -> tuple[int, ...]:
+    """All tokens that end a completion in SGLang, the tokenizer's first: models name several (Qwen3: <|im_end|> and
+    <|endoftext|>), and one that is not known here would stay in the text that is scored."""
+    return tuple(dict.fromkeys((tokenizers, *eos_token_ids(hf_path))))
 
 
 def engine_options(config: RunConfig) -> EngineOptions:

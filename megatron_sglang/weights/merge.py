@@ -67,9 +67,6 @@ class Unit:
     @property
     def replicas(self) -> int:
         """How many ranks hold the same shard."""
-        if self.wrapper is not None and not self.wrapper.adapter.base_linear_is_parallel:  # the router: TP ranks too
-            replicas = mpu.get_data_parallel_world_size(with_context_parallel=True)
-            return replicas * mpu.get_tensor_model_parallel_world_size()
         if getattr(self.bases[0], "allreduce", True):  # Megatron's mark: False for parameters split over EP
             return mpu.get_data_parallel_world_size(with_context_parallel=True)
         return mpu.get_expert_data_parallel_world_size()

@@ -87,5 +87,9 @@ def test_stock_routes_deliver_the_same_model(
         with pytest.raises(WeightSyncError, match="bucket 1, expected 0"):
             engine.load(make_buckets(7, weights, 300_000)[1])
         publish(engine, 8, weights)
+    with connected(running, tiny_model, proved=False) as engine:
+        assert publish(engine, 8, other_weights) == sums[1], (
+            "a second trainer: SGLang still knows the first one's group"
+        )
     with connected(running, tiny_model, proved=True) as engine:
         assert publish(engine, 9, weights) == digests[0], "nothing is left of what others did to it"

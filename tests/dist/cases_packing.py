@@ -79,7 +79,8 @@ def _own_gradients(model: list[Any]) -> Iterator[torch.Tensor]:
 
 
 def _metrics(step: PolicyStep) -> dict[str, float]:
-    found = step.take_metrics() if mpu.get_tensor_model_parallel_rank() == 0 else []
+    taken = step.take_metrics()
+    found = taken if mpu.get_tensor_model_parallel_rank() == 0 else []
     if step.replay is not None:
         step.replay.clear()
         found.append(step.replay.take_metrics())

@@ -27,6 +27,10 @@ def records(folder: Path) -> dict[int, dict]:
     return {record["iteration"]: record for record in map(json.loads, lines)}
 
 
+def rollouts(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+
+
 def test_a_killed_run_resumes_with_the_same_losses(run_ranks, tmp_path):
     """SIGKILL between two iterations must cost nothing but the time since the last save: adapters, optimizer, RNG, data
     position and weight version come back."""
@@ -43,6 +47,24 @@ def test_a_killed_run_resumes_with_the_same_losses(run_ranks, tmp_path):
     for iteration in range(6):
         for name in ("train/loss", "train/grad_norm", "rollout/reward", "sync/version", "sync/update_norm"):
             assert found[iteration][name] == pytest.approx(expected[iteration][name], rel=1e-6), (iteration, name)
+
+
+def test_a_run_that_was_saved_amid_a_rollout_batch_takes_its_prompts_again(run_ranks, tmp_path):
+    """Megatron saves when it likes. The train steps that the batch still owed must not be left out, nor the numbers of
+    batches and iterations part."""
+    steps = ["--global-batch-size=4", "rollout.batches=3"]  # two to a batch
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run_ranks(2, "run", argv=argv(whole, *steps)) == ["", ""]
+    save = [*steps, f"--save={tmp_path / 'checkpoint'}", "--save-interval=3"]
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(2, "run", argv=argv(cut, *save), kill_at=4)
+    resumed = argv(cut, *save, f"--load={tmp_path / 'checkpoint'}")
+    assert run_ranks(2, "run", argv=resumed) == ["", ""]
+    assert list(records(cut)) == list(records(whole)) == list(range(4))
+    prompts = [[(r["iteration"], r["prompt_id"]) for r in rollouts(folder)] for folder in (whole, cut)]
+    assert prompts[0] == prompts[1]
+    assert [found[1]["train/tokens"] > 0 for found in (records(whole), records(cut))] == [True, True]
+    assert run_ranks(2, "run", argv=resumed) == ["", ""], "nothing is left to train, and Megatron saves at its end"
 
 
 def test_nothing_of_a_train_step_stays_in_memory(run_ranks, tmp_path):
@@ -114,6 +136,9 @@ def test_several_train_steps_per_rollout_batch(run_ranks, tmp_path):
         ),
         (["--seq-length=64"], "seq-length"),
         (["--context-parallel-size=2", "--expert-model-parallel-size=1"], "no context parallelism"),
+        (["--overlap-grad-reduce", "--overlap-param-gather"], "from before the step"),
+        (["--moe-z-loss-coeff=0.5"], "--moe-z-loss-coeff=0.5 has no effect here"),
+        (["--num-layers=3"], "--num-layers=3 has no effect here"),
         (["--optimizer-cpu-offload", "--use-precision-aware-optimizer"], "here they are float32 on a CPU"),
         (["model.hf_path=/nonexistent"], "has no config.json"),
     ],

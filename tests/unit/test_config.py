@@ -166,6 +166,10 @@ WRONG = {
     ),
     "stop texts of others' batches": (["rollout.stop=x", "rollout.environment={name: feed}"], "to whoever samples"),
     "expert tensor parallel": (["--expert-tensor-parallel-size", "2"], "set it to 1"),
+    "adapters of routers over ranks": (
+        ["--tensor-model-parallel-size=2", "lora.targets=[linear_qkv,router]"],
+        "with router among lora.targets",
+    ),
     "owned by us": (["--bf16"], "it follows from model.dtype"),
     "owned in sglang": (["sglang.tp_size=2"], "it follows from engine.tp_size"),
     "megatron's own RL": (["--rl-partial-rollouts"], "Megatron's own RL loop, which this package replaces"),

@@ -99,8 +99,10 @@ def test_a_dry_run_shows_every_parameter(tmp_path: Path, preset: str, expected: 
 
 def test_grpos_clip_range_with_gspo_is_warned_of(tmp_path: Path) -> None:
     """verl's script has it; sequence ratios never leave it, so nothing is ever clipped."""
-    done = run(tmp_path, "--dry-run", "--eps-clip", "0.2", "--eps-clip-high", "0.28")
+    done = run(tmp_path, "--dry-run", "--eps-clip", "0.2", "--eps-clip-high", "0.28", "--rollout-batch-size", "32")
     assert done.returncode == 0
+    config = OmegaConf.create(done.stdout.partition("# ranks\n")[0].removeprefix("# configuration\n"))
+    assert value(config, "rollout.batches") == 10 * (1440 // 32), "as many passes, in other batches"
     assert "warning: algo.clip_low=0.2, algo.clip_high=0.28 suit the ratios of tokens (GRPO)" in done.stderr
 
 
