@@ -173,7 +173,7 @@ class FakeEngine:
         with self.lock:
             self.faults = [Fault(**fault) for fault in body["faults"]]
             self.token_s = body.get("token_s", 0.0)
-        return 200, {}
+            return 200, {"running": self.running}
 
     def pause(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
         self.frozen = body.get("mode", "abort") != "abort"

@@ -117,11 +117,12 @@ def publish(engine: HttpEngine, fill: float = 0.0) -> int:
     return version
 
 
-def pace(engine: HttpEngine, token_s: float) -> None:
-    """No faults; seconds that each token takes."""
+def pace(engine: HttpEngine, token_s: float) -> int:
+    """No faults; seconds that each token takes. How many requests run."""
     headers = {"Authorization": f"Bearer {engine.server.admin_key}"}
     url = f"http://127.0.0.1:{engine.server.port}/script"
-    httpx.post(url, json={"faults": [], "token_s": token_s}, headers=headers, trust_env=False).raise_for_status()
+    answer = httpx.post(url, json={"faults": [], "token_s": token_s}, headers=headers, trust_env=False)
+    return answer.raise_for_status().json()["running"]
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:

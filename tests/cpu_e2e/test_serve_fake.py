@@ -86,7 +86,7 @@ def test_an_update_ends_what_runs(plain: Served, engine: HttpEngine) -> None:
         with client.stream("POST", COMPLETIONS, json=body | {"stream": True}) as response:
             lines = (line for line in response.iter_lines() if line)
             assert json.loads(next(lines).removeprefix("data: "))["weight_version"] == engine.version
-            wait_until(lambda: plain.endpoint.gate.taken == 2)
+            wait_until(lambda: pace(engine, 0.05) == 2)
             publish(engine)
             *_, last = lines
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_unavailable"

@@ -26,13 +26,13 @@ BASE = shlex.split(
 SOON_S = 45
 
 
-def fails(run_ranks, run_dir: Path, *more: str, **case: object) -> str:
+def fails(run_ranks, run_dir: Path, *more: str, soon_s: float = SOON_S, **case: object) -> str:
     """Run two ranks that must fail in order; the message."""
     argv = [*BASE, f"log.run_dir={run_dir}", *more]
     ranks = run_ranks(2, "cases_failures.outcome", argv=argv, **case)
     assert [rank["code"] for rank in ranks] == [1, 1], ranks
     assert not any(rank["left"] or rank["children"] for rank in ranks), ranks
-    assert max(rank["seconds"] for rank in ranks) < SOON_S
+    assert max(rank["seconds"] for rank in ranks) < soon_s
     console = "".join(rank["console"] for rank in ranks)
     messages = re.findall(r"^rank \d: .*(?:\n.*)*", console, re.MULTILINE)
     assert len(re.findall(r"^rank \d: ", console, re.MULTILINE)) == 1, f"expected one message:\n{console}"
@@ -155,7 +155,7 @@ def test_engine_that_dies_at_its_start(run_ranks, tmp_path):
 
 def test_engine_that_dies_whatever_it_is_asked(run_ranks, tmp_path):
     """Each time it is started again it dies of the same: that ends the run."""
-    text = fails(run_ranks, tmp_path / "run", faults=[{"path": "/generate", "do": "die"}])
+    text = fails(run_ranks, tmp_path / "run", faults=[{"path": "/generate", "do": "die"}], soon_s=4 * SOON_S)
     assert "died during /generate: exit code" in text
     assert "fake engine: scripted death" in text, "its last log lines"
 
