@@ -39,7 +39,7 @@ class LoraConfig:
     alpha: float = 32.0
     """An adapter adds (alpha / rank) B A to its weight."""
     targets: tuple[LoraTarget, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-    """Megatron modules that get an adapter, each expert its own; `router` may be added."""
+    """Megatron modules that get an adapter, each expert its own; `router` may be added, without tensor parallelism."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
