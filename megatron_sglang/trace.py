@@ -34,6 +34,8 @@ from megatron_sglang.trackers import create_tracker
 from megatron_sglang.types import Prompt, RolloutGroup
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+HALF_PAIRS = "backslashreplace"
+"""UTF-8 has no form for half a surrogate pair; so it becomes \\udc80, which JSON reads as what it was."""
 
 
 class RunLog:
@@ -165,7 +167,7 @@ class RunLog:
             _set_aside(path)
         else:
             _drop_after(path, resume_after)
-        return path.open("a", buffering=1, encoding="utf-8")
+        return path.open("a", buffering=1, encoding="utf-8", errors=HALF_PAIRS)
 
 
 _PROGRESS = (
@@ -232,7 +234,8 @@ def _to_json(record: Mapping[str, Any]) -> str:
 def _drop_after(path: Path, iteration: int) -> None:
     kept = [record for record in read_lines(path) if record["iteration"] <= iteration]
     fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    fresh.write_text("".join(lines), encoding="utf-8", errors=HALF_PAIRS)
     fresh.replace(path)
 
 

@@ -102,6 +102,16 @@ def test_rollouts_hold_one_line_per_completion(tmp_path: Path) -> None:
     assert (second["member"], second["reward"], second["finish_reason"]) == (1, 0.0, "length")
 
 
+def test_half_a_surrogate_pair_is_written_and_resumed(tmp_path: Path) -> None:
+    """A reward of the user's may give such text; a run must not end by it."""
+    odd = RolloutGroup(GROUP.prompt, GROUP.completions_G, (Score(1.0, True, "\udc80"), Score(0.0, False, "ü")))
+    for options in ({}, {"resume_after": 0}):
+        with RunLog(tmp_path, echo=lambda line: None, **options) as log:
+            log.rollouts(len(options), [odd])
+    details = [record["detail"] for record in read_lines(tmp_path / "rollouts.jsonl")]
+    assert details == ["\udc80", "ü"] * 2
+
+
 def test_resuming_drops_what_came_later_and_a_half_written_line(tmp_path: Path) -> None:
     run(tmp_path, range(4))
     for name in ("metrics.jsonl", "rollouts.jsonl"):
