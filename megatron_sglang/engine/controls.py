@@ -238,6 +238,7 @@ def client_of(
         "why_dead": why_dead,
         "eos_token_ids": eos_token_ids(options.model_path),
         "adapter": lambda: engines[0].adapter,
+        "version": lambda: engines[0].version,
     }
     return EngineClient(decode=decode, **(known | more))
 
