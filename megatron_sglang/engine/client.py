@@ -24,6 +24,7 @@ from megatron_sglang import routing
 from megatron_sglang.engine import answers
 from megatron_sglang.engine.answers import Answer
 from megatron_sglang.engine.async_http import Address, AsyncHttp, Running
+from megatron_sglang.engine.controls import require_loaded
 from megatron_sglang.errors import ConfigError, EngineError, EngineStaleError, EngineTimeoutError
 from megatron_sglang.stops import Decode, StopMatcher
 from megatron_sglang.types import Completion, FinishReason, GenerateRequest, RoutedExperts, SamplingParams
@@ -70,6 +71,7 @@ class EngineClient:
     may. why_dead: of the engine at an address, the reason if its process has ended. eos_token_ids: the tokens that end
     any completion of this model (`controls.eos_token_ids`); needed for min_new_tokens. adapter: which one serves
     requests that name none. version: of the weights that the engine serves with it, None where that is not known.
+    unloaded: adapters that must not be asked for.
     """
 
     def __init__(
@@ -84,11 +86,12 @@ class EngineClient:
         eos_token_ids: Collection[int] | None = None,
         adapter: Callable[[], str] = lambda: "",
         version: Callable[[], int | None] = lambda: None,
+        unloaded: Callable[[], Collection[str]] = frozenset,
     ) -> None:
         self.decode, self.timeout_s, self.concurrency = decode, timeout_s, concurrency
         self._locate = addresses if callable(addresses) else lambda: addresses
         self._refuse, self._why_dead, self._eos = refuse, why_dead, eos_token_ids
-        self._adapter, self._version = adapter, version
+        self._adapter, self._version, self._unloaded = adapter, version, unloaded
         self._places = asyncio.Semaphore(concurrency)
         self._running: set[Running] = set()
         self._https: dict[Address, AsyncHttp] = {}
@@ -253,6 +256,7 @@ class EngineClient:
                 return
             if reason:
                 raise EngineStaleError(f"engine must not serve: {reason}; publish a weight version first")
+            require_loaded(request.adapter, self._unloaded())
             one.rid = uuid.uuid4().hex  # all of one length: SGLang aborts whatever *starts* with an id
             part = replace(request, token_ids_T=prompt, sampling=replace(request.sampling, max_new_tokens=tokens))
             if number and request.routing_from is not None:  # the last token of the request before is the next one

@@ -80,6 +80,8 @@ class FakeEngine:
         self.rids: set[str] = set()
         self.aborted: set[str] = set()
         self.adapters: set[str] = set()
+        self.folders: dict[str, str] = {}
+        """Of every adapter that was ever loaded."""
         self.lock = threading.Lock()
         self.awake = threading.Event()
         self.awake.set()
@@ -226,8 +228,11 @@ class FakeEngine:
             return 499, {"error": {"message": f"Request {body['rid']} was aborted"}}
         if sampling.get("stop") or sampling.get("min_new_tokens"):
             return 400, {"error": {"message": "unavailable when skip_tokenizer_init=True"}}
-        if body.get("lora_path") and body["lora_path"] not in self.adapters:
-            return 400, {"error": {"message": f"LoRA adapter {body['lora_path']} is not loaded"}}
+        name = body.get("lora_path")
+        if name and name not in self.folders:
+            return 400, {"error": {"message": f"Got LoRA adapter that has never been loaded: {name}"}}
+        if name and name not in self.adapters:  # as SGLang's _resolve_lora_path does, without a word
+            self.load_adapter({"lora_name": name, "lora_path": self.folders[name]}, {})
         return None
 
     def events(self, body: dict[str, Any], due: dict[str, Fault]) -> Iterator[dict[str, Any]]:
@@ -277,6 +282,7 @@ class FakeEngine:
         if name in self.adapters:
             return 400, {"success": False, "error_message": f"LoRA adapter {name} is already loaded"}
         self.adapters.add(name)
+        self.folders[name] = body["lora_path"]
         for model in self.models:
             model.load_adapter(name, body["lora_path"])
         return 200, {"success": True}
