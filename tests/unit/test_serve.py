@@ -268,6 +268,16 @@ def test_keys_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         keys.from_user(None)
 
 
+def test_a_key_file_is_removed_by_who_wrote_it_last(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    first, second = keys.make(path), keys.make(path)
+    keys.remove(path, first)
+    assert path.exists()
+    keys.remove(path, second)
+    keys.remove(path, second)
+    assert not path.exists()
+
+
 def test_limits_make_sense(tmp_path: Path) -> None:
     """A request that could never start would wait for ever."""
     with pytest.raises(ConfigError, match="could never start"):
