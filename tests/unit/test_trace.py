@@ -2,6 +2,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +163,30 @@ def test_a_missing_tracker_names_the_package_to_install(
         RunLog(tmp_path, trackers=(tracker,))
     with pytest.raises(ConfigError, match="'comet' is unknown; use tensorboard"):
         RunLog(tmp_path, trackers=("comet",))
+
+
+def test_a_tracker_that_fails_costs_its_numbers_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def log_metrics(_: Any, step: int) -> None:
+        if step in (1, 2):
+            raise ConnectionError("503")
+        seen.append(step)
+
+    def end_run() -> None:
+        raise ConnectionError("gone")
+
+    package = SimpleNamespace(
+        start_run=lambda **_: None, log_dict=lambda *_: None, log_metrics=log_metrics, end_run=end_run
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    lines = run(tmp_path, range(4), trackers=("mlflow",))
+    assert seen == [0, 3]
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 4
+    [said] = [line for line in lines if "tracker" in line]
+    assert said.startswith("tracker mlflow failed: ConnectionError('503'); it is tried again")
 
 
 def test_the_progress_line_shows_what_there_is() -> None:
