@@ -34,6 +34,8 @@ from megatron_sglang.trackers import create_tracker
 from megatron_sglang.types import Prompt, RolloutGroup
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+HALF_PAIRS = "backslashreplace"
+"""UTF-8 has no form for half a surrogate pair; so it becomes \\udc80, which JSON reads as what it was."""
 
 
 class RunLog:
@@ -73,7 +75,9 @@ class RunLog:
         self._metrics, self._rollouts = (self._open(name, resume_after) for name in (METRICS, ROLLOUTS))
         self._trace = _free_path(self.folder / "trace.json", before_suffix=True).open("w", encoding="utf-8")
         first = 0 if resume_after is None else resume_after + 1
-        self._trackers = [create_tracker(name, self.folder, config or {}, first) for name in trackers]
+        self._trackers = {name: create_tracker(name, self.folder, config or {}, first) for name in trackers}
+        self._silent: set[str] = set()
+        """Trackers that have failed, and were told of."""
         self._origin = self._last_step = time.perf_counter()
         start = {"name": "start", "ph": "i", "ts": 0, "pid": os.getpid(), "tid": 0, "args": {"unix_s": time.time()}}
         self._trace.write("[\n" + json.dumps(start))
@@ -137,8 +141,8 @@ class RunLog:
             record["perf/tokens_per_s"] = record["rollout/tokens"] / whole
         self._metrics.write(_to_json({"iteration": iteration, "time": round(time.time(), 3), **record}) + "\n")
         self._trace.flush()
-        for tracker in self._trackers:
-            tracker.log(iteration, record)
+        for name, tracker in self._trackers.items():
+            self._try(name, lambda tracker=tracker: tracker.log(iteration, record))
         left = None if self._total is None else median(self._recent) * (self._total - 1 - iteration)
         self._echo(progress_line(iteration, self._total, record, left))
         return record
@@ -149,9 +153,9 @@ class RunLog:
             self._trace.write("\n]\n")
         for file in (self._trace, self._metrics, self._rollouts):
             file.close()
-        trackers, self._trackers = self._trackers, []
-        for tracker in trackers:
-            tracker.close()
+        trackers, self._trackers = self._trackers, {}
+        for name, tracker in trackers.items():
+            self._try(name, tracker.close)
 
     def __enter__(self) -> Self:
         return self
@@ -159,13 +163,25 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def _try(self, name: str, call: Callable[[], None]) -> None:
+        """A server that is away for a while costs its numbers, which `metrics.jsonl` has too, and not the run."""
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - what a tracker's package raises is its own
+            if name not in self._silent:
+                self._silent.add(name)
+                self._echo(
+                    f"tracker {name} failed: {error!r}; it is tried again each iteration and not told again, "
+                    f"all numbers are in {self.folder / METRICS}"
+                )
+
     def _open(self, name: str, resume_after: int | None) -> IO[str]:
         path = self.folder / name
         if resume_after is None:
             _set_aside(path)
         else:
             _drop_after(path, resume_after)
-        return path.open("a", buffering=1, encoding="utf-8")
+        return path.open("a", buffering=1, encoding="utf-8", errors=HALF_PAIRS)
 
 
 _PROGRESS = (
@@ -232,7 +248,8 @@ def _to_json(record: Mapping[str, Any]) -> str:
 def _drop_after(path: Path, iteration: int) -> None:
     kept = [record for record in read_lines(path) if record["iteration"] <= iteration]
     fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    fresh.write_text("".join(lines), encoding="utf-8", errors=HALF_PAIRS)
     fresh.replace(path)
 
 

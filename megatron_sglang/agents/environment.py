@@ -89,7 +89,8 @@ class Limits:
     max_observation_tokens: int = 256
     """Longest observation; a longer one loses its end, which rollout/cut_observations counts."""
     step_timeout_s: float = 600.0
-    """Deadline for the environment's answer to one turn, waiting for the verifier included."""
+    """Deadline for the environment's answer to one turn, and for its `close`; waiting for the verifier, whose jobs have
+    deadlines of their own, is not counted."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_turns", 1), ("max_turn_tokens", 0), ("max_observation_tokens", 1)):

@@ -17,7 +17,6 @@ it; a part is what one request contributes to a turn, more than one only after a
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_sglang import routing
-from megatron_sglang.agents.environment import Environment, Limits, Observation, Services, Step
+from megatron_sglang.agents.bounded import Bounded
+from megatron_sglang.agents.environment import Environment, Limits, Observation, Services
 from megatron_sglang.errors import ConfigError, EngineError, RewardError
 from megatron_sglang.interfaces import AsyncEngine
 from megatron_sglang.rollout import Decode, request_seed
@@ -178,11 +178,11 @@ class Agent:
         """Take it to its end, or to where it stands when `stopping`.
 
         Raises `EngineError` for completions that are empty, too long, or aborted by somebody else; `RewardError` for an
-        environment that does not answer.
+        environment that does not answer, or does not close.
         """
         if trajectory.finish_reason is not None:
             return
-        environment = self.make(self.services)
+        environment = Bounded(self.make, self.services, trajectory.prompt, self.limits.step_timeout_s)
         try:
             await self._open(environment, trajectory)
             known: tuple[int, ...] = ()
@@ -198,8 +198,8 @@ class Agent:
         finally:
             await environment.close()
 
-    async def _open(self, environment: Environment, trajectory: Trajectory) -> None:
-        first = environment.reset(trajectory.prompt)
+    async def _open(self, environment: Bounded, trajectory: Trajectory) -> None:
+        first = environment.reset()
         if not trajectory.ids:
             observation = self._encode(first, trajectory)
             if len(observation) >= self.sampling.max_new_tokens:
@@ -209,7 +209,7 @@ class Agent:
                 )
             trajectory.observed(observation)
         for span in trajectory.turns:
-            await self._step(environment, trajectory, span)
+            await environment.step(trajectory.turn(span, self.decode, self.sampling))
 
     async def _sample(self, trajectory: Trajectory, history: tuple[int, ...]) -> tuple[Turn | None, tuple[int, ...]]:
         """One request after `history`; the turn if that completed it, and all tokens there are now."""
@@ -252,12 +252,12 @@ class Agent:
             return None, known
         return Turn(trajectory.turn_start, len(trajectory.ids), "length" if reason == "abort" else reason), known
 
-    async def _answer(self, environment: Environment, trajectory: Trajectory, span: Turn) -> None:
+    async def _answer(self, environment: Bounded, trajectory: Trajectory, span: Turn) -> None:
         """Let the environment answer a complete turn, and end the trajectory or open the next turn."""
-        step = await self._step(environment, trajectory, span)
+        step = await environment.step(trajectory.turn(span, self.decode, self.sampling))
         if not math.isfinite(step.reward):
             raise RewardError(
-                f"environment {type(environment).__name__} gave a turn of prompt {trajectory.prompt.id!r} the reward "
+                f"environment {environment.name} gave a turn of prompt {trajectory.prompt.id!r} the reward "
                 f"{step.reward}; expected a finite number"
             )
         trajectory.turns.append(span)
@@ -274,17 +274,6 @@ class Agent:
             trajectory.finish_reason = "length"
             return
         trajectory.observed(observation)
-
-    async def _step(self, environment: Environment, trajectory: Trajectory, span: Turn) -> Step:
-        turn = trajectory.turn(span, self.decode, self.sampling)
-        try:
-            async with asyncio.timeout(self.limits.step_timeout_s):
-                return await environment.step(turn)
-        except TimeoutError as error:
-            raise RewardError(
-                f"environment {type(environment).__name__} did not answer a turn of prompt {trajectory.prompt.id!r} "
-                f"within {self.limits.step_timeout_s:g} s; raise rollout.environment.step_timeout_s or correct it"
-            ) from error
 
     def _encode(self, observation: Observation, trajectory: Trajectory) -> tuple[int, ...]:
         ids = self.services.encode(observation) if isinstance(observation, str) else tuple(observation)

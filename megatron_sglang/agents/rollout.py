@@ -131,6 +131,7 @@ class AgentRollout:
             running.start(groups)
             while running.groups:
                 await running.completed()
+            await running.closed()
         return groups
 
     async def _batch(self, source: Source, step: str) -> tuple[RolloutGroup, ...]:
@@ -272,6 +273,11 @@ class _Running:
             await self._agent.engine.abort()
             await self._wait(ABORT_AGAIN_S)
         return sum(one.finish_reason is None for group in self.groups for one in group.trajectories)
+
+    async def closed(self) -> None:
+        """Wait until the environments of complete groups are closed as well."""
+        while self._tasks:
+            await self._wait(None)
 
     async def _wait(self, timeout_s: float | None) -> None:
         """Every request and every step has a deadline of its own, so this ends."""

@@ -15,7 +15,7 @@ from megatron_sglang.errors import SetupError
 
 NAME = "endpoint"
 KEY_FILE = "serve.key"
-"""Where the command puts the key that it makes, in the run's folder."""
+"""Of this endpoint, in the run's folder; those of others there are named after their ports."""
 
 START_S = 120.0
 HEALTH_S = 10.0
@@ -36,8 +36,9 @@ class Endpoint:
         # An own key would otherwise be taken from the variable, and be that of something else.
         environment = {name: value for name, value in environment.items() if name != "MEGATRON_SGLANG_API_KEY"}
         argv = [sys.executable, "-c", _COMMAND, "serve", f"--run={self._run_dir}", f"--port={self._port}"]
-        argv += [f"--served-model-name={self.model_name}"]
         key = self._run_dir / KEY_FILE
+        key.unlink(missing_ok=True)  # one that was left over would be taken as ours
+        argv += [f"--served-model-name={self.model_name}", f"--api-key-file={key}"]
         await self._tree.launch(NAME, argv, log=self._log, environment=environment, remove=[key])
 
     async def ready(self) -> None:

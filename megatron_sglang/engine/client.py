@@ -24,6 +24,7 @@ from megatron_sglang import routing
 from megatron_sglang.engine import answers
 from megatron_sglang.engine.answers import Answer
 from megatron_sglang.engine.async_http import Address, AsyncHttp, Running
+from megatron_sglang.engine.controls import require_loaded
 from megatron_sglang.errors import ConfigError, EngineError, EngineStaleError, EngineTimeoutError
 from megatron_sglang.stops import Decode, StopMatcher
 from megatron_sglang.types import Completion, FinishReason, GenerateRequest, RoutedExperts, SamplingParams
@@ -69,7 +70,8 @@ class EngineClient:
     waiting for one of the `concurrency` places is not counted. refuse: why the engine must not serve now, "" while it
     may. why_dead: of the engine at an address, the reason if its process has ended. eos_token_ids: the tokens that end
     any completion of this model (`controls.eos_token_ids`); needed for min_new_tokens. adapter: which one serves
-    requests that name none.
+    requests that name none. version: of the weights that the engine serves with it, None where that is not known.
+    unloaded: adapters that must not be asked for.
     """
 
     def __init__(
@@ -83,10 +85,13 @@ class EngineClient:
         why_dead: Callable[[Address], str | None] | None = None,
         eos_token_ids: Collection[int] | None = None,
         adapter: Callable[[], str] = lambda: "",
+        version: Callable[[], int | None] = lambda: None,
+        unloaded: Callable[[], Collection[str]] = frozenset,
     ) -> None:
         self.decode, self.timeout_s, self.concurrency = decode, timeout_s, concurrency
         self._locate = addresses if callable(addresses) else lambda: addresses
-        self._refuse, self._why_dead, self._eos, self._adapter = refuse, why_dead, eos_token_ids, adapter
+        self._refuse, self._why_dead, self._eos = refuse, why_dead, eos_token_ids
+        self._adapter, self._version, self._unloaded = adapter, version, unloaded
         self._places = asyncio.Semaphore(concurrency)
         self._running: set[Running] = set()
         self._https: dict[Address, AsyncHttp] = {}
@@ -240,7 +245,9 @@ class EngineClient:
         self, one: Running, http: AsyncHttp, request: GenerateRequest, phases: Sequence[tuple[int, frozenset[int]]]
     ) -> AsyncGenerator[Answer]:
         """Until the one that has a finish_reason."""
-        request = replace(request, adapter=request.adapter or self._adapter())
+        version = None
+        if not request.adapter and (adapter := self._adapter()):
+            request, version = replace(request, adapter=adapter), self._version()
         prompt = request.token_ids_T
         for number, (tokens, forbidden) in enumerate(phases):
             reason = self._refuse()
@@ -249,6 +256,7 @@ class EngineClient:
                 return
             if reason:
                 raise EngineStaleError(f"engine must not serve: {reason}; publish a weight version first")
+            require_loaded(request.adapter, self._unloaded())
             one.rid = uuid.uuid4().hex  # all of one length: SGLang aborts whatever *starts* with an id
             part = replace(request, token_ids_T=prompt, sampling=replace(request.sampling, max_new_tokens=tokens))
             if number and request.routing_from is not None:  # the last token of the request before is the next one
@@ -257,8 +265,19 @@ class EngineClient:
             more = number + 1 < len(phases)
             async with contextlib.aclosing(http.ask(one, body)) as found:
                 async for answer in found:
+                    _require_version(answer, version, request.adapter)
                     prompt += answer.token_ids_T
                     yield replace(answer, finish_reason=None) if more and answer.finish_reason == "length" else answer
+
+
+def _require_version(answer: Answer, version: int | None, adapter: str) -> None:
+    """An engine that is paused holds what comes, and says the version that it has later; the adapter is the one that
+    the request came with. `EngineStaleError` where these two do not belong together."""
+    if version is not None and answer.token_ids_T and answer.weight_version != version:
+        raise EngineStaleError(
+            f"the engine held a request until weight version {answer.weight_version} and sampled it by adapter "
+            f"{adapter!r}, which is version {version}; send it again"
+        )
 
 
 def _weight(session_id: str, url: str) -> bytes:

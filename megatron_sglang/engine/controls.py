@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +50,8 @@ class Controls(Announced):
     version: int | None
     adapter: str = ""
     """Name of the adapter that serves requests which name none; empty: the weights as they are."""
+    unloaded: set[str]
+    """Names of adapters that were unloaded. SGLang does not refuse them: it remembers the folder and loads it again."""
     _http: Http | None
     _updating: int | None
     _released: set[str]
@@ -88,6 +90,8 @@ class Controls(Announced):
                 "use client(decode).generate"
             )
         version = self.version
+        for request in requests:
+            require_loaded(request.adapter or self.adapter, self.unloaded)
         if self.adapter:
             requests = [one if one.adapter else dataclasses.replace(one, adapter=self.adapter) for one in requests]
         body = answers.batch_body(requests)
@@ -167,9 +171,12 @@ class Controls(Announced):
         `EngineError` where the engine was not started for adapters, or cannot use this one."""
         body = {"lora_name": name, "lora_path": str(path), "pinned": pinned}
         self._connected.post("/load_lora_adapter", body, self.options.update_timeout_s)
+        self.unloaded.discard(name)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter when its requests have ended; new ones that name it are refused at once."""
+        """Forget an adapter when its requests have ended; new ones that name it are refused at once, by `generate` and
+        by clients of this process."""
+        self.unloaded.add(name)
         self._connected.post("/unload_lora_adapter", {"lora_name": name}, self.options.update_timeout_s)
 
     # ---- steps ----
@@ -238,8 +245,18 @@ def client_of(
         "why_dead": why_dead,
         "eos_token_ids": eos_token_ids(options.model_path),
         "adapter": lambda: engines[0].adapter,
+        "version": lambda: engines[0].version,
+        "unloaded": lambda: set().union(*(one.unloaded for one in engines)),
     }
     return EngineClient(decode=decode, **(known | more))
+
+
+def require_loaded(adapter: str, unloaded: Collection[str]) -> None:
+    """`EngineError` for one that was unloaded."""
+    if adapter in unloaded:
+        raise EngineError(
+            f"adapter {adapter!r} was unloaded, and a request names it; load it again, or name another one"
+        )
 
 
 def eos_token_ids(model_path: str) -> tuple[int, ...]:

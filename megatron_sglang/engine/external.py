@@ -190,6 +190,7 @@ class ExternalEngine(HttpEngine):
         self.close()
         self.stale, self._updating, self.version = "it was started again", None, None
         self._released.clear()
+        self.unloaded.clear()
         self.wait_ready()
 
     def close(self) -> None:

@@ -79,7 +79,7 @@ class FakeEngine:
         self.token_s = float(script.get("token_s", 0.0))
         self.rids: set[str] = set()
         self.aborted: set[str] = set()
-        self.adapters: set[str] = set()
+        self.adapters: dict[str, str] = {}  # all that were ever loaded, and their folders
         self.lock = threading.Lock()
         self.awake = threading.Event()
         self.awake.set()
@@ -226,8 +226,11 @@ class FakeEngine:
             return 499, {"error": {"message": f"Request {body['rid']} was aborted"}}
         if sampling.get("stop") or sampling.get("min_new_tokens"):
             return 400, {"error": {"message": "unavailable when skip_tokenizer_init=True"}}
-        if body.get("lora_path") and body["lora_path"] not in self.adapters:
-            return 400, {"error": {"message": f"LoRA adapter {body['lora_path']} is not loaded"}}
+        name = body.get("lora_path")
+        if name and name not in self.adapters:
+            return 400, {"error": {"message": f"Got LoRA adapter that has never been loaded: {name}"}}
+        if name and name not in self.models[0].adapters:  # as SGLang's _resolve_lora_path does, without a word
+            self.load_adapter({"lora_name": name, "lora_path": self.adapters[name]}, {})
         return None
 
     def events(self, body: dict[str, Any], due: dict[str, Fault]) -> Iterator[dict[str, Any]]:
@@ -274,23 +277,20 @@ class FakeEngine:
 
     def load_adapter(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
         name = body["lora_name"]
-        if name in self.adapters:
+        if name in self.models[0].adapters:
             return 400, {"success": False, "error_message": f"LoRA adapter {name} is already loaded"}
-        self.adapters.add(name)
+        self.adapters[name] = body["lora_path"]
         for model in self.models:
             model.load_adapter(name, body["lora_path"])
         return 200, {"success": True}
 
     def list_models(self, *_: Any) -> tuple[int, Any]:
-        cards = [{"id": "base", "parent": None}, *({"id": name, "parent": "base"} for name in sorted(self.adapters))]
-        return 200, {"object": "list", "data": cards}
+        loaded = [{"id": name, "parent": "base"} for name in sorted(self.models[0].adapters)]
+        return 200, {"object": "list", "data": [{"id": "base", "parent": None}, *loaded]}
 
     def unload_adapter(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
-        known = body["lora_name"] in self.adapters
-        self.adapters.discard(body["lora_name"])
-        for model in self.models:
-            model.adapters.pop(body["lora_name"], None)
-        return (200 if known else 400), {"success": known}
+        known = [model.adapters.pop(body["lora_name"], None) is not None for model in self.models]
+        return (200 if all(known) else 400), {"success": all(known)}
 
     def update(self, body: dict[str, Any], due: dict[str, Fault]) -> tuple[int, Any]:
         from concurrent.futures import ThreadPoolExecutor

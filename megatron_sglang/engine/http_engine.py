@@ -51,6 +51,7 @@ class HttpEngine(Controls):
         self.stale = "no weights were published yet"
         self._updating: int | None = None
         self._released: set[str] = set()
+        self.unloaded: set[str] = set()
         self._message_ids = itertools.count(secrets.randbits(32))
         """Not from 0: a mailbox of an external engine may still hold what an ended trainer was sent."""
         self._stream: Background[list[dict[str, Any]]] | None = None
@@ -80,6 +81,7 @@ class HttpEngine(Controls):
         self._end()
         self.stale, self._updating, self.version = "it was started again", None, None
         self._released.clear()
+        self.unloaded.clear()
         self.start()
         self.wait_ready()
 

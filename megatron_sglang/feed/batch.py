@@ -102,7 +102,7 @@ def _completion(row: Mapping[str, Any], start: int) -> Completion:
         ),
         finish_reason=row["finish_reason"],
         weight_version=row["version"],
-        text=row["text"],
+        text=row["text"].encode(errors="backslashreplace").decode(),  # no file takes half a surrogate pair
         loss_mask_T=() if all(mask_T) else mask_T,
         turns=row["turns"],
     )

@@ -208,7 +208,7 @@ class Sandbox:
                 judge.close()
                 break
             if "broken" in message:
-                return Verdict((False,) * len(job.tests), broken=message["broken"])
+                return Verdict((False,) * len(job.tests), broken=_encodable(message["broken"]))
             if message["gone"]:
                 status = solver.settle()
                 details.append("timeout" if status in OUT_OF_TIME else f"{message['detail']} ({status})")
@@ -216,7 +216,12 @@ class Sandbox:
             passed.append(message["ok"])
             details += [message["detail"]] if message["detail"] else []
         passed += [False] * (len(job.tests) - len(passed))
-        return Verdict(tuple(passed), next(iter(details), ""))
+        return Verdict(tuple(passed), _encodable(next(iter(details), "")))
+
+
+def _encodable(text: str) -> str:
+    """Half a surrogate pair, which neither a file nor a tokenizer takes, as its escape: a solution may raise one."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _solution(job: Job, tier: Tier) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from megatron_sglang.serve.refusal import JsonReply, Refusal, invalid
 from megatron_sglang.serve.upstream import Upstream
 from megatron_sglang.serve.work import Stream, Worker
 
+log = logging.getLogger(__name__)
 WATCH_S = 0.2
 OWNER = "megatron-sglang"
 _MESSAGES = {404: "no such route", 405: "no such method of this route"}
@@ -73,6 +75,9 @@ class Endpoint:
         self.gate = Gate(limits.concurrency, limits.queue)
         self.deadlines = Deadlines(limits.request_s)
         self.meter = Meter()
+        self._stale_since: float | None = None
+        self._failed = ""
+        """What the last look that failed said."""
         self.worker = Worker(self.upstream, self.gate, self.deadlines, self.meter)
         self.guard = Guard(api_key, limits, self.meter)
         self.meter.gauge("in_flight", "Requests that are being read or served", lambda: self.guard.in_flight)
@@ -83,7 +88,7 @@ class Endpoint:
 
     @contextlib.asynccontextmanager
     async def life(self, _app: FastAPI) -> AsyncGenerator[None]:
-        await self.upstream.meet()
+        await self._look()
         watch = asyncio.create_task(self._watch())
         try:
             yield
@@ -104,14 +109,21 @@ class Endpoint:
     async def _watch(self) -> None:
         """Meet engines before they are asked. And SGLang holds requests that come while it is paused: if it stays so,
         those who sent them must learn it."""
-        since: float | None = None
         while True:
             await asyncio.sleep(WATCH_S)
-            await self.upstream.meet()
+            await self._look()
+
+    async def _look(self) -> None:
+        try:
             reason, now = self.upstream.state()[0], time.monotonic()
-            since = None if not reason else now if since is None else since
-            if since is not None and now - since > self.limits.hold_s:
+            self._stale_since = None if not reason else now if self._stale_since is None else self._stale_since
+            if self._stale_since is not None and now - self._stale_since > self.limits.hold_s:
                 self.deadlines.end_all(reason)
+            await self.upstream.meet()
+        except Exception as error:  # else nobody would look any more
+            if repr(error) != self._failed:  # and not five times a second
+                log.warning("the endpoint cannot look at its engine: %r", error, exc_info=True)
+                self._failed = repr(error)
 
 
 def make_app(endpoint: Endpoint) -> FastAPI:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from megatron_sglang.engine.http_engine import HttpEngine
     from megatron_sglang.serve.http import Server
 
-KEY_FILE = "serve.key"
+KEY_FILE = "serve.{port}.key"
+"""Several endpoints may serve one run."""
 ALIVE_EVERY_S = 1.0
 OWN = {"mem_fraction_static": "mem_fraction", "max_total_tokens": "", "max_running_requests": "", "context_length": ""}
 """SGLang's options that are fields of EngineOptions, under this name where it is another."""
@@ -105,12 +106,12 @@ def _serve(
         engine.start()
         engine.announce(folder / NAME)
         engine.wait_ready()
-    key_path = args.api_key_file or folder / KEY_FILE
+    host, port = listener.getsockname()[:2]
+    key_path = args.api_key_file or folder / KEY_FILE.format(port=port)
     key = user_key or keys.make(key_path)
     if user_key is None and args.api_key_file is None:
-        cleanup.callback(key_path.unlink, missing_ok=True)
+        cleanup.callback(keys.remove, key_path, key)
     endpoint = Endpoint(folder / NAME, key, limits, args.served_model_name)
-    host, port = listener.getsockname()[:2]
     where = "as you set it" if user_key is not None else f"in {key_path}"
     said = f"serving {args.model or args.run_folder} at http://{host}:{port}/v1, API key {where}"
     server = http.Server(

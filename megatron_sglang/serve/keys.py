@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -41,6 +42,13 @@ def make(path: Path) -> str:
     finally:
         partial.unlink(missing_ok=True)
     return key
+
+
+def remove(path: Path, key: str) -> None:
+    """The file of `make`, unless it holds the key of another endpoint by now, on another address or machine."""
+    with contextlib.suppress(OSError):
+        if path.read_text() == key + "\n":
+            path.unlink()
 
 
 def _checked(key: str, where: str) -> str:

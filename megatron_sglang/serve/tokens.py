@@ -55,13 +55,16 @@ class Tokens:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
             tokenizer.model_max_length = 1 << 62  # the length is checked here, and not by a warning in the log
             tokenizer.encode("")  # settles its truncation, which it could not do in two threads at once
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            known = min(longest, context_length or longest)
+            special = {str(one): number for number, one in tokenizer.added_tokens_decoder.items() if one.special}
+            eos = eos_token_ids(str(folder))
+            return Tokens(folder, tokenizer, vocab_size, known, eos, _byte_of(tokenizer), special)
+        except DataError:
+            raise
+        except Exception as error:  # a tokenizer's Rust side raises Exception itself
             raise DataError(
                 f"{folder} cannot be served: {error!r}; expected a Hugging Face folder with config.json and a tokenizer"
             ) from error
-        known = min(longest, context_length or longest)
-        special = {str(one): number for number, one in tokenizer.added_tokens_decoder.items() if one.special}
-        return Tokens(folder, tokenizer, vocab_size, known, eos_token_ids(str(folder)), _byte_of(tokenizer), special)
 
     async def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`; special: with what the tokenizer puts around a text, such as BOS. Refusal 400 for text

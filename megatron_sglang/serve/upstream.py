@@ -137,6 +137,7 @@ class Upstream:
             refuse=lambda: self.state()[0],
             eos_token_ids=tokens.eos_token_ids,
             adapter=lambda: self._watch.sign().adapter,
+            version=lambda: self._watch.sign().version,
         )
         # SGLang takes prompts shorter than max_req_input_len; a completion ends where its cache or the context does.
         most_prompt = min([tokens.context_length - 1, *(limit - 1 for limit in most)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +14,12 @@ from engine_tools import fake_options, script
 from methods_tools import Drawn, Given, draw
 from one_rank import Alone
 
+from megatron_sglang.engine.client import EngineClient
 from megatron_sglang.engine.group import EngineGroup, spread
 from megatron_sglang.engine.method_calls import MethodCalls
 from megatron_sglang.errors import EngineStaleError, WeightSyncError
+from megatron_sglang.serve.limits import Limits
+from megatron_sglang.serve.upstream import Upstream
 from megatron_sglang.sync import GenericPath, publish
 from megatron_sglang.sync_methods import AdapterPath, DiskPath, RestartPath
 from megatron_sglang.types import GenerateRequest, SamplingParams
@@ -21,13 +27,15 @@ from megatron_sglang.weights.disk import DiskWriter
 
 pytestmark = pytest.mark.timeout(60)
 
+TINY = Path(__file__).parents[2] / "examples" / "tiny_fim" / "model"
 WEIGHTS = {f"model.layers.{layer}.self_attn.q_proj.weight": torch.full((4, 6), 1.0 + layer) for layer in range(3)}
 REQUESTS = [GenerateRequest((1, 2, number), SamplingParams(max_new_tokens=4, seed=number)) for number in range(4)]
 
 
 @pytest.fixture
 def engine() -> Iterator[EngineGroup]:
-    with EngineGroup(spread(fake_options(tp_size=2, update_timeout_s=40.0), 2)) as running:
+    options = dataclasses.replace(fake_options(tp_size=2, update_timeout_s=40.0), model_path=str(TINY))
+    with EngineGroup(spread(options, 2)) as running:
         yield running
 
 
@@ -91,3 +99,57 @@ def test_an_adapter_that_one_engine_refuses_is_served_by_none(engine, model, tmp
         engine.generate(REQUESTS)
     publish(Alone(), engine, path, 3)
     assert {one.weight_version for one in engine.generate(REQUESTS)} == {3}
+
+
+@pytest.mark.parametrize("how", ["generate", "stream", "endpoint"])
+def test_a_request_that_was_held_does_not_pass_for_the_new_adapters(engine, model, tmp_path, how):
+    """It came just after the pause, with the old adapter's name: the old adapter samples it when the engine goes on,
+    under the new version."""
+    adapters = Drawn(draw(WEIGHTS, ("q_proj",), 1), tmp_path / "home", str(model))
+    publish(Alone(), engine, GenericPath(Alone(), Given(WEIGHTS), engine), 1)
+    path = AdapterPath(Alone(), adapters, engine, MethodCalls(engine), home=str(model))
+    publish(Alone(), engine, path, 2)
+    engine.announce(tmp_path / "engine.json")
+    request = GenerateRequest((1, 2, 3), SamplingParams(max_new_tokens=4))
+
+    async def late(client: EngineClient) -> None:
+        async with contextlib.aclosing(client.stream(request)) as pieces:
+            engine.on_each(lambda one: one.pause())  # as `begin_adapter` begins, an instant after `refuse` was asked
+            held = asyncio.ensure_future(anext(pieces) if how == "stream" else client.generate(request))
+            await asyncio.sleep(0.5)
+            await asyncio.to_thread(publish, Alone(), engine, path, 3)
+            await held
+
+    async def run() -> None:
+        if how == "endpoint":
+            upstream = Upstream(tmp_path / "engine.json", Limits())
+            async with contextlib.aclosing(upstream), upstream.use() as bound:
+                await late(bound.client)
+        else:
+            async with engine.client() as client:
+                await late(client)
+
+    with pytest.raises(EngineStaleError, match=r"until weight version 3 .* 'policy-v2', which is version 2"):
+        asyncio.run(run())
+
+
+def test_what_an_update_of_adapters_ends_keeps_its_version(engine, model, tmp_path):
+    """It was sampled before: by the adapter whose version it says."""
+    adapters = Drawn(draw(WEIGHTS, ("q_proj",), 1), tmp_path / "home", str(model))
+    publish(Alone(), engine, GenericPath(Alone(), Given(WEIGHTS), engine), 1)
+    path = AdapterPath(Alone(), adapters, engine, MethodCalls(engine), home=str(model))
+    publish(Alone(), engine, path, 2)
+    for one in engine.engines:
+        script(one, token_s=0.02)
+
+    async def running() -> tuple[str, int, int]:
+        async with engine.client() as client:
+            found = asyncio.ensure_future(
+                client.generate(GenerateRequest((1, 2, 3), SamplingParams(max_new_tokens=400)))
+            )
+            await asyncio.sleep(0.5)
+            await asyncio.to_thread(publish, Alone(), engine, path, 3)
+            done = await found
+            return done.finish_reason, done.weight_version, min(len(done.token_ids_T), 1)
+
+    assert asyncio.run(running()) == ("abort", 2, 1)

@@ -66,6 +66,24 @@ def test_the_command_serves_and_ends(tmp_path: Path) -> None:
         assert not key_path.exists()
 
 
+def test_two_endpoints_of_one_run_have_a_key_each(tmp_path: Path) -> None:
+    """The second one's end must not take the first one's key along."""
+
+    def ask(said: str) -> int:
+        url, key_path = said.split(" at ")[1].split(",")[0], Path(said.split(" in ")[1].strip())
+        headers = {"Authorization": f"Bearer {key_path.read_text().strip()}"}
+        return httpx.get(f"{url}/models", headers=headers, trust_env=False, timeout=30).status_code
+
+    words = "--run", str(tmp_path), "--port", "0"
+    with command(*words) as (_, first_line):
+        first = first_line()
+        with command(*words) as (process, line):
+            assert ask(line()) == ask(first) == 503, "the keys are right, there is no engine"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 143
+        assert ask(first) == 503
+
+
 def test_the_command_needs_a_key_of_yours_for_other_machines(tmp_path: Path) -> None:
     """An endpoint on all interfaces that anyone can use."""
     key = tmp_path / "key"

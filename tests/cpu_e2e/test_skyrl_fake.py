@@ -15,6 +15,7 @@ from megatron_sglang.engine import create_engine
 from megatron_sglang.engine.http_engine import HttpEngine
 from megatron_sglang.engine.skyrl import SGLangInferenceEngine
 from megatron_sglang.errors import ConfigError, EngineError, EngineStaleError, EngineTimeoutError, WeightSyncError
+from megatron_sglang.types import GenerateRequest, SamplingParams
 
 pytestmark = pytest.mark.timeout(120)
 TENSORS = {"model.layers.0.b": torch.arange(12.0).view(3, 4), "model.a": torch.arange(5.0)}
@@ -239,15 +240,25 @@ def test_abort_generation_and_cache(engine: HttpEngine) -> None:
 
 
 def test_adapters_by_name(engine: HttpEngine) -> None:
-    """An adapter that is not loaded is an error, not the base model's answer."""
+    """An adapter that is not loaded is an error, not the base model's answer; nor does a request load it again, as it
+    would in SGLang, which remembers the folder of every name."""
+    request = GenerateRequest((1, 2), SamplingParams(max_new_tokens=2, seed=1), adapter="mine")
 
     async def work(skyrl: SGLangInferenceEngine) -> None:
         await skyrl.load_lora_adapter("mine", "/folder", pinned=True)
         base, mine = await skyrl.generate(batch()), await skyrl.generate(batch() | {"lora_name": "mine"})
         assert base["response_ids"] != mine["response_ids"]
+        by_call = engine.generate([request])
+        with pytest.raises(EngineError, match="never been loaded: other"):
+            await skyrl.generate(batch() | {"lora_name": "other"})
         await skyrl.unload_lora_adapter("mine")
-        with pytest.raises(EngineError, match="mine is not loaded"):
+        with pytest.raises(EngineError, match="'mine' was unloaded"):
             await skyrl.generate(batch() | {"lora_name": "mine"})
+        with pytest.raises(EngineError, match="'mine' was unloaded"):
+            engine.generate([request])
+        await skyrl.load_lora_adapter("mine", "/folder")
+        assert engine.generate([request]) == by_call
+        assert (await skyrl.generate(batch() | {"lora_name": "mine"}))["response_ids"] == mine["response_ids"]
 
     run(engine, work)
 

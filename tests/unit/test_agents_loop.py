@@ -199,6 +199,11 @@ class Silent(Talk):
         raise AssertionError
 
 
+class Endless(Talk):
+    async def close(self) -> None:
+        await asyncio.sleep(1e6)
+
+
 class Boundless(Talk):
     async def step(self, turn: Completion) -> Step:
         return Step(reward=float("inf"))
@@ -213,6 +218,7 @@ class Broken(Talk):
     ("kind", "error", "message"),
     [
         (Silent, RewardError, "Silent did not answer a turn of prompt 'p.' within 600 s"),
+        (Endless, RewardError, "Endless did not close after prompt 'p.' within 600 s"),
         (Boundless, RewardError, "the reward inf; expected a finite number"),
         (Broken, KeyError, "label"),
     ],
@@ -221,7 +227,7 @@ def test_an_environment_that_fails_ends_the_batch_by_name(kind: type, error: typ
     engine = ScriptedEngine()
     with pytest.raises(error, match=message) as caught:
         make_rollout(engine, kind=kind).batch(source(), 0)
-    assert "in a trajectory of prompt 'p" in caught.value.__notes__[0]
+    assert kind is Endless or "in a trajectory of prompt 'p" in caught.value.__notes__[0]
     assert engine.aborts == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from statistics import median
@@ -15,6 +16,7 @@ from scripted_engine import STOP, ScriptedEngine, Talk, VirtualLoop, decode, mak
 
 from megatron_sglang.agents import AgentRollout, create_rollout
 from megatron_sglang.agents.environment import Environments, Limits, Step
+from megatron_sglang.agents.fim_repair import FimRepair
 from megatron_sglang.config import RolloutConfig
 from megatron_sglang.errors import ConfigError, EngineError, RewardError
 from megatron_sglang.metrics import values
@@ -232,6 +234,32 @@ def test_the_verifier_is_asked_for_several_at_a_time_and_never_twice_at_once() -
     assert len(agent.reward.calls) < 48
 
 
+class Slow(Digits):
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
+        time.sleep(0.6)
+        return super().score(pairs)
+
+
+class Stuck(FimRepair):
+    """Asks the verifier, and then nobody."""
+
+    async def step(self, turn: Completion) -> Step:
+        await self._services.score(self._prompt, turn)
+        await asyncio.sleep(60)
+        return Step()
+
+
+def test_the_wait_for_the_verifier_is_not_the_environments() -> None:
+    """Endless loops in one batch would otherwise end the run: each has its own deadline, and all stand in a row."""
+    agent = rollouts(Both(), environment={"name": "single", "step_timeout_s": 0.3})
+    assert isinstance(agent, AgentRollout)
+    agent.reward = Slow()
+    assert len(agent.batch(source(), 0)) == 4
+    agent.environments = Environments("stuck", agent.environments.limits, Stuck)
+    with pytest.raises(RewardError, match=r"Stuck did not answer a turn of prompt 'p.' within 0\.3 s"):
+        agent.batch(source(), 1)
+
+
 class Failing(Digits):
     def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
         raise RewardError("no verifier here")
@@ -259,6 +287,18 @@ def test_evaluation_is_the_same_each_time_and_awaits_everything() -> None:
     assert values(found) == values(rollout.evaluate(prompts(5))[1])
     assert {"eval/pass_rate", "eval/turns", "eval/steps", "eval/pass_rate/x"} <= found.keys()
     assert rollout.buffer == []
+
+
+def test_evaluation_lets_environments_close() -> None:
+    closed: list[int] = []
+
+    class Closing(Talk):
+        async def close(self) -> None:
+            await asyncio.sleep(5.0)
+            closed.append(1)
+
+    make_rollout(ScriptedEngine(), kind=Closing).evaluate(prompts(5))
+    assert sum(closed) == 5
 
 
 def test_environments_of_a_run_are_made_once_for_each_trajectory() -> None:

@@ -63,6 +63,11 @@ def test_rows_become_groups() -> None:
     assert parse(message(learning_rate=0.5), WANTED).learning_rate == 0.5
 
 
+def test_half_a_surrogate_pair_in_a_text_is_escaped() -> None:
+    [_, group] = parse(message(groups=groups(text="a\udc80ü")), WANTED).groups
+    assert group.completions_G[1].text == "a\\udc80ü"
+
+
 def test_prompts_of_a_group_may_differ_and_turns_may_follow() -> None:
     """What all rows begin with is the prompt; the rest of a longer prompt is observed."""
     unlike = row([1, 2, 9, 3, 4, 5], 1, mask=[0, 0, 0, 1, 0, 1], logprobs=[-9, -9, -9, -0.5, -9, -0.25])

@@ -63,6 +63,20 @@ def test_reason_of_failure_is_told(sandbox, source, detail):
     assert verdict.detail.startswith(detail)
 
 
+@pytest.mark.parametrize("test", [CALL, STATEMENT])
+@pytest.mark.parametrize("line", ["return {}[chr(0xDC80)]", "raise ValueError('\\udc80')"])
+def test_half_a_surrogate_pair_does_not_leave_the_sandbox(sandbox, line, test):
+    """Neither the run's log nor a tokenizer takes one, so a completion could end the run."""
+    verdict = judge(sandbox, f"def f(a):\n    {line}\n", test)
+    verdict.detail.encode()
+    assert verdict.passed == (False,)
+
+
+def test_half_a_surrogate_pair_in_broken_tests_does_not_leave_the_sandbox(sandbox):
+    verdict = judge(sandbox, "def f(a):\n    return 2\n", STATEMENT, preamble="raise ValueError('\\udc80')")
+    assert "\\udc80" in verdict.broken
+
+
 def test_message_of_a_failed_assert_is_told(sandbox):
     assert judge(sandbox, "def f(a):\n    return 3\n", STATEMENT).detail == "assertion failed not two"
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 from megatron_sglang.engine.beacon import NAME, Announced, Watch
 from megatron_sglang.engine.options import EngineOptions
-from megatron_sglang.errors import ConfigError, EngineError
+from megatron_sglang.errors import ConfigError, DataError, EngineError
 from megatron_sglang.serve import command, keys
 from megatron_sglang.serve.answers import Form, Sampled
+from megatron_sglang.serve.app import Endpoint
 from megatron_sglang.serve.gate import Deadlines, Gate
 from megatron_sglang.serve.limits import Limits
 from megatron_sglang.serve.records import ChatRequest, CompletionRequest
@@ -23,6 +26,8 @@ from megatron_sglang.serve.refusal import Refusal
 from megatron_sglang.serve.tokens import Tokens, _bytes_by_character
 from megatron_sglang.serve.work import Version, choice_seed, requests_of
 from megatron_sglang.types import Completion, SamplingParams
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_fim" / "model"
 
 # ---- who may use an engine ----
 
@@ -263,6 +268,16 @@ def test_keys_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         keys.from_user(None)
 
 
+def test_a_key_file_is_removed_by_who_wrote_it_last(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    first, second = keys.make(path), keys.make(path)
+    keys.remove(path, first)
+    assert path.exists()
+    keys.remove(path, second)
+    keys.remove(path, second)
+    assert not path.exists()
+
+
 def test_limits_make_sense(tmp_path: Path) -> None:
     """A request that could never start would wait for ever."""
     with pytest.raises(ConfigError, match="could never start"):
@@ -271,3 +286,40 @@ def test_limits_make_sense(tmp_path: Path) -> None:
     assert command._is_loopback("::1")
     assert not command._is_loopback("0.0.0.0")
     assert not command._is_loopback("localhost.example.org")
+
+
+# ---- the engine that is served ----
+
+
+@pytest.mark.parametrize("wrong", ["tokenizer.json", "generation_config.json"])
+def test_a_folder_that_cannot_be_served_is_named(tmp_path: Path, wrong: str) -> None:
+    """A tokenizer's Rust side raises plain Exception."""
+    shutil.copytree(EXAMPLE, tmp_path / "model")
+    content = json.loads((EXAMPLE / "tokenizer.json").read_text())
+    content["model"]["type"] = "Unheard"
+    (tmp_path / "model" / wrong).write_text(json.dumps(content if wrong == "tokenizer.json" else []))
+    with pytest.raises(DataError, match=r"/model cannot be served: .*; expected a Hugging Face folder"):
+        Tokens.load(tmp_path / "model")
+
+
+def test_an_unusable_engine_does_not_end_the_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Requests that wait for an engine must still learn that it is gone."""
+    owner = Owner()
+    owner.options = EngineOptions(str(EXAMPLE), kind="fake")
+    owner.server.port = "port"  # no URL, which httpx refuses by an error of no family
+    owner.stale = ""
+
+    async def run() -> None:
+        endpoint = Endpoint(tmp_path / NAME, "k" * 20, Limits(hold_s=0.1))
+        async with endpoint.life(FastAPI()):
+            owner.announce(tmp_path / NAME)
+            async with asyncio.timeout(20):
+                while not caplog.records:
+                    await asyncio.sleep(0.05)
+            owner._withdraw()
+            async with endpoint.deadlines.bound():
+                await asyncio.sleep(30)
+
+    with pytest.raises(Refusal, match="no engine is announced"):
+        asyncio.run(run())
+    assert [record.message for record in caplog.records if "cannot look at its engine" in record.message]

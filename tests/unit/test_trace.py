@@ -2,6 +2,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,16 @@ def test_rollouts_hold_one_line_per_completion(tmp_path: Path) -> None:
     assert (second["member"], second["reward"], second["finish_reason"]) == (1, 0.0, "length")
 
 
+def test_half_a_surrogate_pair_is_written_and_resumed(tmp_path: Path) -> None:
+    """A reward of the user's may give such text; a run must not end by it."""
+    odd = RolloutGroup(GROUP.prompt, GROUP.completions_G, (Score(1.0, True, "\udc80"), Score(0.0, False, "ü")))
+    for options in ({}, {"resume_after": 0}):
+        with RunLog(tmp_path, echo=lambda line: None, **options) as log:
+            log.rollouts(len(options), [odd])
+    details = [record["detail"] for record in read_lines(tmp_path / "rollouts.jsonl")]
+    assert details == ["\udc80", "ü"] * 2
+
+
 def test_resuming_drops_what_came_later_and_a_half_written_line(tmp_path: Path) -> None:
     run(tmp_path, range(4))
     for name in ("metrics.jsonl", "rollouts.jsonl"):
@@ -152,6 +163,30 @@ def test_a_missing_tracker_names_the_package_to_install(
         RunLog(tmp_path, trackers=(tracker,))
     with pytest.raises(ConfigError, match="'comet' is unknown; use tensorboard"):
         RunLog(tmp_path, trackers=("comet",))
+
+
+def test_a_tracker_that_fails_costs_its_numbers_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def log_metrics(_: Any, step: int) -> None:
+        if step in (1, 2):
+            raise ConnectionError("503")
+        seen.append(step)
+
+    def end_run() -> None:
+        raise ConnectionError("gone")
+
+    package = SimpleNamespace(
+        start_run=lambda **_: None, log_dict=lambda *_: None, log_metrics=log_metrics, end_run=end_run
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    lines = run(tmp_path, range(4), trackers=("mlflow",))
+    assert seen == [0, 3]
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 4
+    [said] = [line for line in lines if "tracker" in line]
+    assert said.startswith("tracker mlflow failed: ConnectionError('503'); it is tried again")
 
 
 def test_the_progress_line_shows_what_there_is() -> None:
