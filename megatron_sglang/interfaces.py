@@ -92,6 +92,11 @@ class DirectEngine(Engine, Protocol):
         """Where each engine rank's parameters come from; shapes: of all HF tensors."""
         ...
 
+    def self_test(self, weights: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Load these HF tensors by the engine's loader and as its layout says; `WeightSyncError` where bits differ. The
+        engine is stale afterwards."""
+        ...
+
     def install_plan(self, receipts: Sequence[Mapping[str, Any]]) -> None:
         """By engine rank, what it will write in every delivery to come."""
         ...

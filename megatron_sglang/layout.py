@@ -245,6 +245,23 @@ def _cut(box: Box, hole: Box) -> Iterator[Box]:
         start[axis], size[axis] = low[axis], high[axis] - low[axis]
 
 
+def samples_of(names: Iterable[str]) -> list[list[str]]:
+    """HF tensors that stand for a model in a self-test, in groups that a device has room for: each that is outside the
+    layers by itself, the first and the last layer, and of a layer's experts the first and the last."""
+    layers: defaultdict[int, list[str]] = defaultdict(list)
+    groups = []
+    for name in names:
+        if found := re.search(r"\.layers\.(\d+)\.", name):
+            layers[int(found[1])].append(name)
+        else:
+            groups.append([name])
+    for layer in sorted({min(layers, default=0), max(layers, default=0)} & layers.keys()):
+        experts = {name: int(found[1]) for name in layers[layer] if (found := re.search(r"\.experts\.(\d+)\.", name))}
+        ends = {min(experts.values(), default=0), max(experts.values(), default=0)}
+        groups.append([name for name in layers[layer] if experts.get(name, 0) in ends])
+    return groups
+
+
 # ---- folding ----
 
 

@@ -243,6 +243,11 @@ class EngineGroup(Announced):
         layouts = itertools.chain.from_iterable(found)
         return [dataclasses.replace(layout, rank=rank) for rank, layout in enumerate(layouts)]
 
+    def self_test(self, weights: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """By engine rank, counted through."""
+        with self._as_one():
+            return list(itertools.chain.from_iterable(self._each(lambda _, engine: engine.self_test(weights))))
+
     # ---- steps ----
 
     def _each[T](self, ask: Callable[[int, HttpEngine], T], *, until_first_error: bool = False) -> list[T]:

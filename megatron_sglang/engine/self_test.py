@@ -18,10 +18,11 @@ Tensors = Mapping[str, torch.Tensor]
 
 @torch.no_grad()
 def self_test(model: torch.nn.Module, tensors: Tensors, rank: int) -> dict[str, Any]:
-    """Load `tensors` (all HF tensors, real values) through the loader and by replaying its trace; same bits in every
-    parameter and in everything derived from them. Two sources exchanged must be noticed. `ValueError` otherwise.
+    """Load `tensors` (HF tensors, all or some, values that differ) through the loader and by replaying its trace; same
+    bits in every parameter and in everything derived from them. Two sources exchanged must be noticed. `ValueError`
+    otherwise.
 
-    The model holds `tensors` afterwards.
+    The model holds `tensors` afterwards, and NaN in what they do not fill.
     """
     layout = trace(model, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, rank)
     _poison(model)

@@ -16,6 +16,7 @@ from megatron_sglang.engine.line import open_line
 from megatron_sglang.engine.method_calls import MethodCalls
 from megatron_sglang.errors import ConfigError
 from megatron_sglang.interfaces import Comm, DirectEngine
+from megatron_sglang.layout import samples_of
 from megatron_sglang.sync import BroadcastPath, DirectPath, GenericPath, Plans, plan_for
 from megatron_sglang.sync import Path as SyncPath
 from megatron_sglang.sync_methods import AdapterPath, DiskPath, MergeOnEnginePath, RestartPath
@@ -62,7 +63,7 @@ class Paths:
             return self.generic(), self.direct if self.shapes is not None else None
         if method == "direct":
             self._known_shapes(method)
-            return None, self.direct
+            return None, self._direct_alone
         made = {
             "generic": self.generic,
             "broadcast": self.broadcast,
@@ -114,6 +115,19 @@ class Paths:
         """The engine must have been started with `lora_options.lora_server_args`, on hf_path where it holds weights."""
         base = None if self.on_disk else self._writer(merge=False, name="base")
         return AdapterPath(self.comm, self._adapters(), self.engine, self._calls, home=self.hf_path, base=base)
+
+    def _direct_alone(self) -> DirectPath:
+        """Without a generic path to compare with: first what the plan is made from is tested, on drawn values."""
+        self.comm.from_leader(self._self_test)
+        return self.direct()
+
+    def _self_test(self) -> None:
+        assert self.engine is not None, "only the leader talks to the engine"
+        shapes, device = self._known_shapes("direct"), next(self.model_chunks[0].parameters()).device
+        generator = torch.Generator(device).manual_seed(0)
+        for names in samples_of(shapes):
+            drawn = {name: torch.randn(shapes[name], generator=generator, device=device) for name in names}
+            self.engine.self_test({name: tensor.to(self.dtype) for name, tensor in drawn.items()})
 
     def _known_shapes(self, method: str) -> Mapping[str, tuple[int, ...]]:
         if self.shapes is None:

@@ -83,3 +83,32 @@ def full_disk(hf: str, layout: dict[str, Any], folder: str) -> str:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return ""
+
+
+class _Untraced:
+    """The part of an engine that making a direct path asks first."""
+
+    def __init__(self) -> None:
+        self.tested: list[int] = []
+
+    def self_test(self, weights: dict[str, torch.Tensor]) -> list[Any]:
+        assert all(tensor.dtype == torch.float32 and tensor.std() > 0.5 for tensor in weights.values())
+        self.tested.append(len(weights))
+        return []
+
+    def layout(self, shapes: Any) -> list[Any]:
+        raise WeightSyncError("layout, engine rank 0: nothing to trace")
+
+
+def direct_alone(hf: str) -> dict[str, Any]:
+    """What was asked of an engine whose layout is not to be compared with the generic path."""
+    recipe, model, _, _ = cases.set_up(hf, {})
+    engine = _Untraced()
+    path, make = _paths(TorchComm(), recipe, model, hf, "", engine).of("direct")
+    assert path is None
+    assert make is not None
+    try:
+        make()
+    except WeightSyncError as error:
+        return {"tested": engine.tested, "error": str(error)}
+    return {"tested": engine.tested, "error": ""}

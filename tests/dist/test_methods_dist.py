@@ -50,3 +50,11 @@ def test_a_rank_that_cannot_write_stops_all_and_leaves_nothing(run_ranks, tmp_pa
     for error in run_ranks(2, "cases_methods.full_disk", **arguments):
         assert "model-00001.safetensors cannot be written: " in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_direct_path_alone_begins_with_a_self_test(run_ranks) -> None:
+    """It has no generic path beside it that would show a layout which was misunderstood."""
+    found = run_ranks(1, "cases_methods.direct_alone", hf=EXAMPLE)[0]
+    assert found["error"] == "layout, engine rank 0: nothing to trace"
+    # The embedding, which is the head too, the last norm; two layers: attention, norms and router 9, two experts 6.
+    assert found["tested"] == [1, 1, 15, 15]

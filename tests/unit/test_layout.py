@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sglang.layout import Box, Param, RankLayout, Write, boxes_of, coverage, fold, problems, unfold
+from megatron_sglang.layout import Box, Param, RankLayout, Write, boxes_of, coverage, fold, problems, samples_of, unfold
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -197,3 +197,21 @@ def test_records_refuse_nonsense() -> None:
         Write("w", 0, (1,), (1,))
     with pytest.raises(ValueError, match="contains '#'"):
         fold([Write("w.#.x", 0, (1,), (1,), const=0.0)])
+
+
+def test_samples_stand_for_each_kind_of_tensor() -> None:
+    """The first layer may be dense, the last has the highest numbers; an engine rank may have the last experts only."""
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    names += [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(12)]
+    names += ["model.layers.0.mlp.up_proj.weight"]
+    names += [f"model.layers.{layer}.mlp.experts.{e}.up_proj.weight" for layer in range(1, 12) for e in range(10)]
+    assert samples_of(names) == [
+        ["model.embed_tokens.weight"],
+        ["lm_head.weight"],
+        ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"],
+        [
+            "model.layers.11.self_attn.q_proj.weight",
+            "model.layers.11.mlp.experts.0.up_proj.weight",
+            "model.layers.11.mlp.experts.9.up_proj.weight",
+        ],
+    ]
