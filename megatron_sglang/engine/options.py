@@ -116,6 +116,19 @@ class EngineOptions:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+MOVES_WEIGHTS: dict[str, tuple[Any, ...]] = {
+    "quantization": (),
+    "quantize_and_serve": (),
+    "torchao_config": (),
+    "moe_runner_backend": ("auto", "triton"),
+    "enable_eplb": (),
+    "ep_num_redundant_experts": (),
+    "cpu_offload_gb": (),
+    "offload_group_size": (-1,),
+}
+"""SGLang's options that do, beside nothing, False and 0, with the values that do not."""
+
+
 def find_python(given: str = "", folder: Path | None = None) -> str:
     """Interpreter for the engine: the given one, that of `ENVIRONMENT` in `folder` (None: where we are), or ours."""
     if given:
@@ -135,6 +148,12 @@ def check_extra(extra: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see `python -m sglang.launch_server --help`"
             raise ConfigError(f"engine.extra sets {name!r}, which SGLang's ServerArgs does not have; {hint}")
+    for name, harmless in MOVES_WEIGHTS.items():
+        if (value := extra.get(name)) and value not in harmless:
+            raise ConfigError(
+                f"{name}={value!r}: SGLang changes or moves weights after it has loaded them, which an update would "
+                "not repeat, and what is served would not be what was proved; leave it out"
+            )
 
 
 @functools.cache
@@ -235,7 +254,10 @@ def server_args(options: EngineOptions, port: int) -> dict[str, Any]:
         defaults |= cuda_defaults(deterministic, fa3=options.python != sys.executable or has_fa3())
     if options.routed_experts:
         _check_routing(defaults | dict(options.extra))
-    return defaults | dict(options.extra) | ours
+    extra = dict(options.extra)
+    if extra.get("moe_runner_backend") == "auto":
+        del extra["moe_runner_backend"]  # as if it had not been given: SGLang would choose one that moves weights
+    return defaults | extra | ours
 
 
 def _check_routing(given: Mapping[str, Any]) -> None:

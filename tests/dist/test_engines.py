@@ -16,6 +16,14 @@ BASE = [
 ]
 
 
+def test_an_engine_that_computes_something_else_ends_the_run(run_ranks, tmp_path: Path) -> None:
+    """Every weight arrives bit for bit, and the tokens are sampled from another model all the same."""
+    other = ['sglang.json_model_override_args=\'{"rope_parameters": {"rope_type": "default", "rope_theta": 2.0}}\'']
+    argv = [*BASE, *other, f"log.run_dir={tmp_path}", "engine.tp_size=1", "--expert-model-parallel-size=1"]
+    (error,) = run_ranks(1, "run", timeout_s=300, argv=argv)
+    assert error.startswith("WeightSyncError: the engine's logprobs of its own tokens differ from the trainer's"), error
+
+
 def test_several_engines_train_as_one_does(run_ranks, tmp_path: Path) -> None:
     """Other samples than one engine's would mean that a seed, a weight or the order was lost on the way. One of the
     several is killed while it generates: it must come back with the weights that it had, and the batch be the same."""

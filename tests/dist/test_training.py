@@ -90,6 +90,30 @@ def test_old_logprobs_of_the_first_train_step_are_the_policys_own(run_ranks, tmp
             )
 
 
+def test_old_logprobs_of_merged_weights_are_those_of_what_was_sampled_from(run_ranks, tmp_path):
+    """In bf16 a merged weight is rounded once more than a weight and its adapter; the engine has the merged one."""
+    given = ["model.dtype=bfloat16", "--lr=0.03", "--min-lr=0.03", *ALONE]  # an adapter that tells in bf16
+    found = {}
+    for name in ("adapters", "merged"):
+        steps = ["rollout.batches=3", f"algo.old_logprobs={name}"]
+        assert run_ranks(1, "run", argv=argv(tmp_path / name, *given, *steps)) == [""]
+        found[name] = records(tmp_path / name)[2]["train/kl_old"]
+    assert found["adapters"] == 0.0, "they are the policy's own"
+    assert found["merged"] > 0.0
+
+
+def test_a_record_says_what_an_update_changed_and_what_rounding_lost(run_ranks, tmp_path):
+    given = ["model.dtype=bfloat16", "rollout.batches=2", *ALONE]
+    assert run_ranks(1, "run", argv=argv(tmp_path, *given)) == [""]
+    first, second = (records(tmp_path)[step] for step in (0, 1))
+    assert first["sync/changed"] == first["sync/update_norm"] == 0.0, "B is 0 before anything was trained"
+    assert 0.0 < second["sync/cast_loss"] <= 1.5
+    assert 0.0 <= second["sync/changed"] < 1.0
+    layers = [second[f"sync/update_norm/layer_{layer}"] for layer in range(4)]
+    assert sum(norm**2 for norm in layers) == pytest.approx(second["sync/update_norm"] ** 2, rel=1e-6)
+    assert all(second[f"sync/cast_loss/layer_{layer}"] > 0.0 for layer in range(4))
+
+
 def test_checkpoints_hold_adapters_and_not_the_base(run_ranks, tmp_path):
     """A save that rewrites the frozen base costs 61 GB on the real model."""
     import torch.distributed.checkpoint as dcp

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from megatron_sglang.engine import EngineOptions
-from megatron_sglang.engine.options import OWNED, cuda_defaults, has_fa3, server_args, server_args_fields
+from megatron_sglang.engine.options import (
+    MOVES_WEIGHTS,
+    OWNED,
+    cuda_defaults,
+    has_fa3,
+    server_args,
+    server_args_fields,
+)
 from megatron_sglang.engine.server import clean_environment
 from megatron_sglang.errors import ConfigError
 
@@ -31,6 +38,18 @@ def test_unknown_name_is_refused_with_a_suggestion() -> None:
         EngineOptions("m", extra={"chunk_prefill_size": 1})
     ours = server_args(EngineOptions("m", device="cuda"), 1) | server_args(EngineOptions("m", device="cpu"), 1)
     assert ours.keys() | OWNED.keys() <= server_args_fields()
+
+
+@pytest.mark.skipif(not server_args_fields(), reason="SGLang is not installed")
+def test_what_would_move_weights_after_loading_is_refused() -> None:
+    """Digests of what was sent and of what lies there would agree, and the model computes something else."""
+    assert server_args_fields() >= MOVES_WEIGHTS.keys()
+    for name in MOVES_WEIGHTS:
+        with pytest.raises(ConfigError, match=f"{name}='fp8'.*not be what was proved"):
+            EngineOptions("m", extra={name: "fp8"})
+    harmless = {"quantization": None, "enable_eplb": False, "cpu_offload_gb": 0, "offload_group_size": -1}
+    given = server_args(EngineOptions("m", device="cuda", extra=harmless | {"moe_runner_backend": "auto"}), 1)
+    assert given["moe_runner_backend"] == "triton", "SGLang would choose another one"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +101,6 @@ def test_attention_is_what_the_environment_has(tmp_path: Path) -> None:
 def test_each_default_of_a_gpu_can_be_overridden() -> None:
     """They answer traps of one SGLang on one kind of GPU; another host may know better."""
     for name, given in cuda_defaults(True, fa3=False).items():
-        if name not in OWNED:
+        if name not in OWNED | MOVES_WEIGHTS:
             other = "flashinfer" if isinstance(given, str) else not given
             assert server_args(EngineOptions("m", device="cuda", extra={name: other}), 1)[name] == other
