@@ -6,6 +6,7 @@
     sync      a weight version is published           -
     rollout   its samples are there                   -
     logprobs  old and reference logprobs are there    -
+    resume    before the engine takes its memory back as much as it gave is free
     release   the engine has given its memory back    not less than after the second release, see below
     start     the same, before there is a model       what was free before the engine started, less what it may keep
 
@@ -46,6 +47,8 @@ class Ledger:
         self.free, self.own, self.take_peaks = read, own, take_peaks
         self._seen: dict[str, tuple[int, ...]] = {}
         """By phase, the first two times."""
+        self.room = 0
+        """What the engine gave back the last time, and will take; 0: not known."""
 
     @classmethod
     def of_device(cls) -> Ledger | None:
@@ -75,6 +78,22 @@ class Ledger:
             f"memory/{phase}_{name}_gb": metrics.Max(peak / GB) for name, peak in peaks.items()
         }
         return noted | {f"memory/{phase}_free_gb": metrics.Last(min(rank["free"] for rank in ranks) / GB)}
+
+    def note_room(self, before: int) -> None:
+        """The engine has given its memory back; `before` bytes were free until then."""
+        self.room = max(0, self.free() - before)
+
+    def require_room(self, comm: Comm) -> None:
+        """Collective. `MegatronSglangError` on all ranks if one of their engine ranks would find less than it gave: it
+        would be out of memory, and end."""
+        free, error = self.free(), None
+        if free < self.room - TOLERANCE:
+            error = MegatronSglangError(
+                f"memory at resume: {free / GB:.1f} GB of the device are free, the engine takes {self.room / GB:.1f} "
+                "GB back: the trainer has kept more than before its last train step; lower sglang.mem_fraction_static "
+                "or --max-seqlen-per-dp-cp-rank (--micro-batch-size)"
+            )
+        comm.agree(error)
 
     def require(self, phase: str, expected: int, *, tolerance: int) -> None:
         """`MegatronSglangError` if fewer than `expected` - `tolerance` bytes are free now."""

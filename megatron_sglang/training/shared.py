@@ -82,13 +82,18 @@ class SharedCycle(Cycle):
         with self.span("offload"):
             self.offload.out()
             self.comm.agree(None)  # the engine takes the room when all ranks have left it
+        if self.ledger is not None:
+            self.ledger.require_room(self.comm)
         return super().publish()
 
     def collect(self, step: int) -> list[TrainSample]:
         """As `Cycle.collect`; afterwards it is the trainer's turn."""
         samples = super().collect(step)
+        before = self.ledger.free() if self.ledger is not None else 0
         with self.span("release"):
             self.comm.from_leader(lambda: self._lead.engine.release())
+        if self.ledger is not None:
+            self.ledger.note_room(before)
         with self.span("reload"):
             self._bring_back()
         return samples
@@ -111,14 +116,18 @@ class ReleasingCycle(Cycle):
         if torch.cuda.is_initialized():
             with self.span("empty_cache"):
                 torch.cuda.empty_cache()  # what training has left in the allocator is the engine's room
-                self.comm.agree(None)
+        if self.ledger is not None:
+            self.ledger.require_room(self.comm)
         return super().publish()
 
     def collect(self, step: int) -> list[TrainSample]:
         """As `Cycle.collect`; afterwards the trainer has the room."""
         samples = super().collect(step)
+        before = self.ledger.free() if self.ledger is not None else 0
         with self.span("release"):
             self._surviving(lambda: self.comm.from_leader(lambda: self._lead.engine.release()), needs_weights=False)
+        if self.ledger is not None:
+            self.ledger.note_room(before)
         self.note_memory("release", same=True)
         return samples
 

@@ -13,10 +13,13 @@ import psutil
 import torch
 
 from megatron_sglang.comm import TorchComm
+from megatron_sglang.cycle import Cycle
 from megatron_sglang.digests import digest
 from megatron_sglang.engine import EngineOptions, create_engines
+from megatron_sglang.engine.http_engine import HttpEngine
 from megatron_sglang.errors import WeightSyncError
 from megatron_sglang.hf_files import tensor_shapes
+from megatron_sglang.memory import GB, Ledger
 from megatron_sglang.sync import publish
 from megatron_sglang.training.offload import Offload
 from megatron_sglang.training.paths import Paths
@@ -137,3 +140,22 @@ def _contents(mover: Offload) -> list[list[int]]:
         [id(tensor), size := tensor.untyped_storage().nbytes(), digest(tensor.detach()) if size else 0]
         for tensor in (*parameters, *moments)
     ]
+
+
+def without_room(argv: list[str]) -> str:
+    """The error of a run whose trainer keeps 60 of the 80 GB that are free once the leader's engine has given 50 back."""
+    free = {"gb": 30.0}
+    Ledger.of_device = classmethod(lambda cls: cls(lambda: int(free["gb"] * GB)))  # type: ignore[method-assign]
+    release, note = HttpEngine.release, Cycle.note_memory
+
+    def released(self: HttpEngine, *given: Any) -> None:
+        release(self, *given)
+        free["gb"] = 80.0
+
+    def noted(self: Cycle, phase: str, **given: Any) -> None:
+        note(self, phase, **given)
+        if phase == "train":
+            free["gb"] = 20.0
+
+    HttpEngine.release, Cycle.note_memory = released, noted  # type: ignore[method-assign]
+    return cases.run(argv)

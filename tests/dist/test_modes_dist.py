@@ -121,3 +121,10 @@ def test_an_engine_that_gives_its_memory_back_changes_no_digit(run_ranks, tmp_pa
     assert phases["resume"] > 0
     assert times["tokens_per_s"]["trained"]["median"] > times["tokens"]["generated"]["median"] / phases["train"]
     assert times["configuration"]["rollout"]["batches"] == 2
+
+
+def test_an_engine_is_not_told_to_take_memory_that_is_not_there(run_ranks, tmp_path: Path) -> None:
+    """It would end, be started again, and end again; who has kept the memory would not be said."""
+    argv = [*RUN, "sglang.enable_memory_saver=true", f"log.run_dir={tmp_path}"]
+    for error in run_ranks(2, "cases_modes.without_room", timeout_s=200, argv=argv):
+        assert "memory at resume: 20.0 GB of the device are free, the engine takes 50.0 GB back" in error, error

@@ -89,3 +89,16 @@ def test_there_is_none_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its numbers would be those of nothing."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert Ledger.of_device() is None
+
+
+def test_an_engine_finds_as_much_as_it_gave_or_is_not_asked_back() -> None:
+    """It would be out of memory in the middle of an update, and end, and be started again to the same end."""
+    slack = TOLERANCE / GB
+    ledger = Ledger(readings(10.0, 60.0, 55.0, 45.0, 45.0 - slack, 44.9 - slack))
+    ledger.require_room(Alone())  # nothing is known of the first time
+    ledger.note_room(15 * GB)
+    assert ledger.room == 45 * GB
+    for _ in range(3):
+        ledger.require_room(Alone())
+    with pytest.raises(MegatronSglangError, match=r"memory at resume: 42.9 GB .* the engine takes 45.0 GB back"):
+        ledger.require_room(Alone())
