@@ -74,6 +74,11 @@ def create(config: RunConfig, options: EngineOptions, show: Callable[[str], None
         engine = create_engines(options, len(engines_of(config)))
     if policy := config.sglang.get(ROUTER):
         show(f"router: {route(engine, policy, Path(config.log.run_dir, 'router.log'))}")
+    elif len(members(engine)) > 1:
+        show(
+            "router: none, because our own client keeps a session at one engine without a further hop; "
+            "--sglang-router-policy puts sglang-router in front"
+        )
     return engine
 
 

@@ -143,7 +143,7 @@ def _contents(mover: Offload) -> list[list[int]]:
 
 
 def without_room(argv: list[str]) -> str:
-    """The error of a run whose trainer keeps 60 of the 80 GB that are free once the leader's engine has given 50 back."""
+    """The error of a run whose trainer keeps 60 of the 80 GB that are free when the leader's engine has given 50."""
     free = {"gb": 30.0}
     Ledger.of_device = classmethod(lambda cls: cls(lambda: int(free["gb"] * GB)))  # type: ignore[method-assign]
     release, note = HttpEngine.release, Cycle.note_memory

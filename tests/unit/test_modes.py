@@ -118,7 +118,9 @@ def test_a_router_where_there_is_something_to_choose(tmp_path: Path, monkeypatch
         return modes.create(config, options, said.append)
 
     assert create(base, 1).router is None
-    assert len(said) == 1
+    assert said[1].startswith("router: none, because our own client keeps a session at one engine")
+    assert create(base, 2).router is None
+    assert len(said) == 1, "with one engine there is nothing to say"
     group = create(routed, 1)
     assert isinstance(group.router, Router)
     assert (
