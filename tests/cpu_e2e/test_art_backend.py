@@ -176,3 +176,14 @@ def test_another_process_goes_on_and_leaves_nothing_when_it_is_killed(art: Path,
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def test_the_example_runs(tmp_path: Path, temp: Path) -> None:
+    """What docs/art.md shows, in fewer steps and problems."""
+    arguments = ["--steps", "2", "--held-out", "16", "--base-path", str(tmp_path / ".art")]
+    command = [sys.executable, "examples/art_tiny.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "step 2: reward 0." in done.stdout, done.stdout
+    assert ", 16 problems, " in done.stdout
+    assert [path.name for path in temp.iterdir() if not path.name.startswith(THEIRS)] == []

@@ -70,6 +70,22 @@ def test_an_engine_that_is_not_there_has_the_same_layout(
     assert plan["bytes"] == sum(taken.values())
 
 
+@pytest.mark.parametrize(
+    ("model", "tp_size", "ep_size"),
+    [("qwen3", 4, 1), ("llama", 4, 1), ("qwen3_moe", 4, 2), ("mixtral", 4, 2), ("deepseek_v3", 2, 2)],
+)
+def test_every_element_of_other_models_comes_from_one_tensor(
+    model: str, tp_size: int, ep_size: int, tmp_path: Path
+) -> None:
+    """On more ranks than two cores can serve; without values, which benchmarks/layout_matrix.py compares."""
+    folder = make_model(model, tmp_path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
+    found = trace_ranks(engine_options(folder, tp_size=tp_size, ep_size=ep_size), shapes)
+    assert len(found) == tp_size
+    assert problems(found, shapes) == []
+    assert not any(layout.generic for layout in found)
+
+
 def test_an_engine_that_cannot_be_is_an_error(weights: Weights, tiny_model: Path) -> None:
     """With SGLang's own reason, not a traceback of a child process."""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
