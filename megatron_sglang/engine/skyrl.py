@@ -169,7 +169,7 @@ class SGLangInferenceEngine:
         weights are published and verified again.
 
         Running requests are aborted; without abort_first only those that have not ended after `drain_timeout` seconds.
-        Each returns what it has. `EngineTimeoutError` after `timeout` seconds.
+        Each returns what it has. `EngineTimeoutError` after `timeout` seconds, which begin when draining has ended.
         """
         await self._on_each(
             lambda one: one.sleep(tags, timeout_s=timeout, abort_first=abort_first, drain_s=drain_timeout)
@@ -177,7 +177,7 @@ class SGLangInferenceEngine:
 
     async def wake_up(self, tags: Sequence[str] | None = None, timeout: float = 60.0) -> None:
         """Take the memory of tags back. It holds nothing: the engine stays stale until `update_named_weights`, which
-        wakes up what still sleeps. What is awake is left alone."""
+        wakes up what still sleeps. What is awake is left alone. `EngineTimeoutError` after `timeout` seconds."""
         await self._on_each(lambda one: one.wake_up(tags, timeout_s=timeout))
 
     async def reset_prefix_cache(self) -> None:
@@ -209,7 +209,8 @@ class SGLangInferenceEngine:
 
         One transaction: running requests end as "abort", memory that sleeps is woken up, every engine rank proves that
         it holds all of it, then the next weight version is served. The engine's digest, or `WeightSyncError` and a
-        stale engine. A part of the model is refused: what is missing would be left unfilled.
+        stale engine. A part of the model is refused: what is missing would be left unfilled. `update_timeout_s` is the
+        deadline of each message to an engine, not of all of them.
         """
         named = _named_tensors(request)
         version = max(one.version or 0 for one in self._members) + 1
