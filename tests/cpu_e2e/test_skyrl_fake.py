@@ -321,6 +321,12 @@ def test_weights_are_replaced_as_a_whole_or_not(engine: HttpEngine, broadcast: b
         if broadcast:
             with pytest.raises(ConfigError, match="world_size=9, expected 3"):
                 await skyrl.init_weight_update_communicator({"world_size": 9})
+            with pytest.raises(ConfigError, match=r"backend='ncll' is none, expected nccl or gloo or broadcast"):
+                await skyrl.init_weight_update_communicator({"backend": "ncll"})
+            await skyrl.init_weight_update_communicator({"backend": "nccl", "master_port": 1, "group_name": "skyrl"})
+            with pytest.raises(ConfigError, match=r"model\.a is on cpu, expected cuda by the backend"):
+                await skyrl.update_named_weights(update(other))
+            await skyrl.generate(batch())
             await skyrl.init_weight_update_communicator({"world_size": 3, "rank_offset": 1, "backend": "gloo"})
         changed = await skyrl.update_named_weights(update(other))
         assert (await skyrl.generate(batch()))["response_ids"] != before["response_ids"]
@@ -328,7 +334,8 @@ def test_weights_are_replaced_as_a_whole_or_not(engine: HttpEngine, broadcast: b
             await skyrl.update_named_weights(update({name: TENSORS[name] for name in list(TENSORS)[:1]}))
         with pytest.raises(EngineStaleError):
             await skyrl.generate(batch())
-        digests = [await skyrl.update_named_weights(update(dict(reversed(TENSORS.items())))) for _ in range(2)]
+        turned = dict(reversed(TENSORS.items()))
+        digests = [await skyrl.update_named_weights(update(turned, tensors=one)) for one in (TENSORS, turned)]
         assert len({*digests, changed}) == 2
         assert (await skyrl.generate(batch()))["response_ids"] == before["response_ids"]
 
@@ -339,6 +346,7 @@ def test_weights_are_replaced_as_a_whole_or_not(engine: HttpEngine, broadcast: b
     ("changes", "message"),
     [
         ({"tensors": None}, "has no tensors"),
+        ({"tensors": TENSORS | {"b": torch.ones(1)}}, r"\['b'\] are in names or in tensors alone, expected in both"),
         ({"names": ["model.a"]}, "1 different names, 2 dtypes, 2 shapes and 2 tensors"),
         ({"shapes": [[3, 4], [6]]}, "model.a is .*announced as"),
         ({"dtypes": ["bfloat16", "float32"]}, "model.layers.0.b is .*announced as"),
