@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_sglang.engine import answers
 from megatron_sglang.engine.beacon import Announced
-from megatron_sglang.engine.http import Http
+from megatron_sglang.engine.http import Deadline, Http, was_sent
 from megatron_sglang.engine.options import EngineOptions
 from megatron_sglang.engine.server import Server
 from megatron_sglang.errors import ConfigError, DataError, EngineError, EngineStaleError, EngineTimeoutError
@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 
 MEMORY_TAGS = ("kv_cache", "weights")
 """What an engine's memory holds, in the order in which it is released."""
+
+FLUSH_S = 10.0
+"""The longest that SGLang is asked to wait for running requests at a time."""
+ANSWER_S = 1.0
+"""That much longer at most its answer is waited for."""
+LAST_S = 0.2
+"""With less time left a refusal is not asked about again: the answer would hardly come."""
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -123,7 +130,7 @@ class Controls(Announced):
 
     def reset_prefix_cache(self, timeout_s: float | None = None) -> None:
         """Forget all cached prefixes, when the requests that run have ended: SGLang refuses before."""
-        self._flush(timeout_s or self.options.update_timeout_s)
+        self._flush(Deadline(timeout_s or self.options.update_timeout_s))
 
     def sleep(
         self,
@@ -136,17 +143,19 @@ class Controls(Announced):
         """Give back the memory of `tags` ("weights", "kv_cache"; None: both); stale until the next update is committed.
 
         Running requests are aborted, without abort_first only those that do not end within `drain_s` seconds.
-        Tags that are released already are left alone. `EngineTimeoutError` if a request does not end in `timeout_s`.
+        Tags that are released already are left alone. `EngineTimeoutError` when it takes longer than `timeout_s`, which
+        begin when draining has ended.
         """
         wanted = _memory_tags(tags)
         timeout_s = timeout_s or self.options.update_timeout_s
         self.stale = "it sleeps"
         self._updating = None
         if not abort_first:
-            self._drain(drain_s)
-        self._quiesce(timeout_s)
+            self._drain(drain_s, timeout_s)
+        deadline = Deadline(timeout_s)
+        self._quiesce(deadline)
         if tags := [tag for tag in wanted if tag not in self._released]:
-            self._memory("release", *tags, timeout_s=timeout_s)
+            self._memory("release", *tags, timeout_s=deadline.left("/release_memory_occupation"))
 
     def wake_up(self, tags: Iterable[str] | None = None, *, timeout_s: float | None = None) -> None:
         """Take back the memory of `tags` that is released. It holds nothing yet: the engine stays stale until the next
@@ -191,39 +200,51 @@ class Controls(Announced):
             raise EngineError("engine is not connected; call start() and wait_ready() first")
         return self._http
 
-    def _quiesce(self, timeout_s: float | None = None) -> None:
+    def _quiesce(self, deadline: Deadline | None = None) -> None:
         """No request alive, no cached prefix, and none can start until continue_generation."""
-        timeout_s = timeout_s or self.options.update_timeout_s
-        self._connected.post("/pause_generation", {"mode": "abort"}, timeout_s)
-        self._flush(timeout_s)
+        deadline = deadline or Deadline(self.options.update_timeout_s)
+        path = "/pause_generation"
+        self._connected.post(path, {"mode": "abort"}, deadline.left(path))
+        self._flush(deadline)
 
-    def _drain(self, seconds: float) -> None:
+    def _drain(self, seconds: float, answer_s: float) -> None:
         """Until no request is alive, or the time is over; an engine that sleeps needs no cached prefixes."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self._try_flush(seconds).status_code != 200:
+        ends = time.monotonic() + seconds
+        while (left := ends - time.monotonic()) > 0 and self._try_flush(left, left + answer_s).status_code != 200:
             time.sleep(0.05)
 
-    def _flush(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while (response := self._try_flush(timeout_s)).status_code != 200:
-            if time.monotonic() > deadline:
+    def _flush(self, deadline: Deadline) -> None:
+        while True:
+            left = deadline.left("/flush_cache")
+            response = self._try_flush(left - min(ANSWER_S, left / 2), left)
+            if response.status_code == 200:
+                return
+            if deadline.is_over(in_s=LAST_S):
                 raise EngineTimeoutError(
-                    f"engine refused for {timeout_s:g} s to flush its caches ({response.status_code}: "
+                    f"engine refused for {deadline.seconds:g} s to flush its caches ({response.status_code}: "
                     f"{response.text[:200]}); a request may be stuck: restart the engine"
                 )
             time.sleep(0.05)
 
-    def _try_flush(self, timeout_s: float) -> Any:
-        # SGLang waits so long itself for the requests to end.
-        return self._connected.get("/flush_cache", timeout_s, admin=True, timeout=min(10.0, timeout_s))
+    def _try_flush(self, wait_s: float, timeout_s: float) -> Any:
+        """wait_s: so long SGLang itself waits for the requests to end. It must be less than timeout_s: whoever gives up
+        first learns nothing, and leaves SGLang waiting."""
+        return self._connected.get("/flush_cache", timeout_s, admin=True, timeout=min(FLUSH_S, wait_s))
 
     def _memory(self, action: str, *tags: str, timeout_s: float | None = None) -> None:
         timeout_s = timeout_s or self.options.update_timeout_s
         began = time.perf_counter()
-        self._connected.post(f"/{action}_memory_occupation", {"tags": list(tags)}, timeout_s)
+        note = self._released.update if action == "release" else self._released.difference_update
+        try:
+            self._connected.post(f"/{action}_memory_occupation", {"tags": list(tags)}, timeout_s)
+        except EngineTimeoutError as error:
+            # SGLang works off in order what it was sent, so whatever follows finds it done. Sent twice it ends SGLang.
+            if was_sent(error):
+                note(tags)
+            raise
         if action == "resume":
             self._resume_s += time.perf_counter() - began
-        (self._released.update if action == "release" else self._released.difference_update)(tags)
+        note(tags)
 
 
 def client_of(

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from megatron_sglang.engine.fake_model import Parameters, Sampler, grouped, routed_experts, singles
 
@@ -80,7 +80,7 @@ class FakeEngine:
         self.rids: set[str] = set()
         self.aborted: set[str] = set()
         self.adapters: dict[str, str] = {}  # all that were ever loaded, and their folders
-        self.lock = threading.Lock()
+        self.lock, self.flushing = threading.Lock(), threading.Lock()
         self.awake = threading.Event()
         self.awake.set()
         self.routes: dict[str, Callable[[dict[str, Any], dict[str, Fault]], tuple[int, Any]]] = {
@@ -185,8 +185,13 @@ class FakeEngine:
         self.frozen = False
         return 200, {}
 
-    def flush(self, *_: Any) -> tuple[int, Any]:
-        return (400 if self.running else 200), {}
+    def flush(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
+        """One after the other, each waits so long for requests to end, whoever listens: SGLang's flush_wrapper.py."""
+        with self.flushing:
+            ends = time.monotonic() + float(body.get("timeout", 0.0))
+            while self.running and time.monotonic() < ends:
+                time.sleep(0.01)
+            return (400 if self.running else 200), {}
 
     def set_version(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
         if "new_version" not in body:
@@ -295,20 +300,23 @@ class FakeEngine:
     def update(self, body: dict[str, Any], due: dict[str, Fault]) -> tuple[int, Any]:
         from concurrent.futures import ThreadPoolExecutor
 
-        from megatron_sglang.engine import loader
-
-        def rank(model: Parameters, payload: str) -> None:
-            # Only the holder of the admin key gets here, and that is the trainer that started us.
-            [(envelope, data)] = pickle.loads(base64.b64decode(payload))
-            if "flip_bit" in due and data.numel():
-                data[data.numel() // 2] ^= 1
-            loader.load(model, [(envelope, data)])
-
         if "no_answer" not in due:
             with ThreadPoolExecutor(len(self.models)) as ranks:  # in a broadcast they wait for each other
-                list(ranks.map(rank, self.models, body["serialized_named_tensors"]))
+                flips = ["flip_bit" in due] * len(self.models)
+                list(ranks.map(_load, self.models, body["serialized_named_tensors"], flips))
         self.models[0].renew_salt()
         return 200, {"success": True, "message": "Success"}
+
+
+def _load(model: Parameters, payload: str, flip_bit: bool) -> None:
+    """One message to one engine rank."""
+    from megatron_sglang.engine import loader
+
+    # Only the holder of the admin key gets here, and that is the trainer that started us.
+    [(envelope, data)] = pickle.loads(base64.b64decode(payload))
+    if flip_bit and data.numel():
+        data[data.numel() // 2] ^= 1
+    loader.load(model, [(envelope, data)])
 
 
 class _Server(ThreadingHTTPServer):
@@ -332,13 +340,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _respond(self) -> None:
         assert isinstance(self.server, _Server)
-        path, engine = urlsplit(self.path).path, self.server.engine
+        (_, _, path, query, _), engine = urlsplit(self.path), self.server.engine
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         wanted = engine.keys[path not in _USER_ROUTES]
         if path not in _OPEN_ROUTES and self.headers.get("Authorization") != wanted:
             status, reply = 401, {"error": "Unauthorized"}
         else:
-            value = json.loads(body) if body else {}
+            value = json.loads(body) if body else dict(parse_qsl(query))
             if path == "/generate" and value.get("stream"):
                 self._stream(engine, value)
                 return

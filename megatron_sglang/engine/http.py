@@ -23,6 +23,32 @@ _retry_connect = tenacity.retry(
 )
 
 
+class Deadline:
+    """Of a call that takes several messages."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._ends = time.monotonic() + seconds
+
+    def left(self, path: str) -> float:
+        """Seconds for the next message. `EngineTimeoutError` when there are none, before it is sent."""
+        if self.is_over():
+            raise EngineTimeoutError(
+                f"engine took all of {self.seconds:g} s for what comes before {path}, which was not sent; see its log, "
+                "or allow more time"
+            )
+        return self._ends - time.monotonic()
+
+    def is_over(self, in_s: float = 0.0) -> bool:
+        """Now, or in so many seconds."""
+        return time.monotonic() + in_s >= self._ends
+
+
+def was_sent(error: EngineTimeoutError) -> bool:
+    """Whether the engine may have got the message that it did not answer in time."""
+    return not isinstance(error.__cause__, httpx.ConnectTimeout)
+
+
 class Http:
     """Thread-safe client. `why_dead` gives the reason if the server's process has ended, else None."""
 

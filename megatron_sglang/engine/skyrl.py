@@ -63,6 +63,8 @@ class SGLangInferenceEngine:
         self._members: Sequence[HttpEngine] = engine.engines if isinstance(engine, EngineGroup) else [engine]
         self._client: EngineClient | None = None
         self._broadcast: Broadcast | None = None
+        self._device = ""
+        """Type of that on which the broadcast expects tensors; empty: any."""
 
     def tp_size(self) -> int:
         """Tensor-parallel ranks of one engine."""
@@ -169,7 +171,7 @@ class SGLangInferenceEngine:
         weights are published and verified again.
 
         Running requests are aborted; without abort_first only those that have not ended after `drain_timeout` seconds.
-        Each returns what it has. `EngineTimeoutError` after `timeout` seconds.
+        Each returns what it has. `EngineTimeoutError` after `timeout` seconds, which begin when draining has ended.
         """
         await self._on_each(
             lambda one: one.sleep(tags, timeout_s=timeout, abort_first=abort_first, drain_s=drain_timeout)
@@ -177,7 +179,7 @@ class SGLangInferenceEngine:
 
     async def wake_up(self, tags: Sequence[str] | None = None, timeout: float = 60.0) -> None:
         """Take the memory of tags back. It holds nothing: the engine stays stale until `update_named_weights`, which
-        wakes up what still sleeps. What is awake is left alone."""
+        wakes up what still sleeps. What is awake is left alone. `EngineTimeoutError` after `timeout` seconds."""
         await self._on_each(lambda one: one.wake_up(tags, timeout_s=timeout))
 
     async def reset_prefix_cache(self) -> None:
@@ -187,13 +189,18 @@ class SGLangInferenceEngine:
     # ---- weights ----
 
     async def init_weight_update_communicator(self, init_info: Mapping[str, Any]) -> None:
-        """Let weights travel by broadcast (gloo between CPUs, NCCL between GPUs) from here on, to all engines at once.
+        """Let weights travel by broadcast from here on, to all engines at once.
 
-        init_info: master_addr, where this process listens (default: loopback, for engines of this machine);
-        world_size and rank_offset are checked, port and group name are chosen here. Serving goes on.
+        init_info: master_addr, where this process listens (default: loopback, for engines of this machine); backend:
+        nccl, then tensors must be on GPUs, gloo, on CPUs, or broadcast (default), by where they are; world_size and
+        rank_offset are checked. master_port and group_name are not used: a free port is taken, and the group has no
+        name. Serving goes on.
         """
         from megatron_sglang.engine.broadcast import LOOPBACK, Broadcast
 
+        backend = init_info.get("backend", "broadcast")
+        if backend not in skyrl_names.BACKENDS:
+            raise ConfigError(f"init_info.backend={backend!r} is none, expected {' or '.join(skyrl_names.BACKENDS)}")
         size = 1 + sum(one.options.tp_size for one in self._members)
         for name, expected in (("world_size", size), ("rank_offset", 1)):
             if init_info.get(name, expected) != expected:
@@ -203,15 +210,18 @@ class SGLangInferenceEngine:
         if self._broadcast is not None:
             self._broadcast.close()
         self._broadcast = Broadcast(self.engine, init_info.get("master_addr", LOOPBACK))
+        self._device = skyrl_names.BACKENDS[backend]
 
     async def update_named_weights(self, request: Mapping[str, Any]) -> str:
         """Replace all weights: names, dtypes, shapes (checked) and tensors, in any order, HF names.
 
         One transaction: running requests end as "abort", memory that sleeps is woken up, every engine rank proves that
         it holds all of it, then the next weight version is served. The engine's digest, or `WeightSyncError` and a
-        stale engine. A part of the model is refused: what is missing would be left unfilled.
+        stale engine. A part of the model is refused: what is missing would be left unfilled. `update_timeout_s` is the
+        deadline of each message to an engine, not of all of them.
         """
         named = _named_tensors(request)
+        _require_device(named, self._device)
         version = max(one.version or 0 for one in self._members) + 1
         return await asyncio.to_thread(self._update, version, named)
 
@@ -280,12 +290,26 @@ def _own_seed(sampling: SamplingParams, number: int) -> SamplingParams:
     return replace(sampling, seed=int.from_bytes(key) >> 1)
 
 
+def _require_device(named: Sequence[tuple[str, torch.Tensor]], device: str) -> None:
+    """What carries a broadcast follows from where tensors are."""
+    for name, tensor in named:
+        if device and tensor.device.type != device:
+            raise ConfigError(
+                f"update_named_weights: {name} is on {tensor.device.type}, expected {device} by the backend of "
+                "init_weight_update_communicator; move it, or choose the backend 'broadcast', which takes either"
+            )
+
+
 def _named_tensors(request: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
     """In the order in which they travel."""
     names, tensors = list(request["names"]), request.get("tensors")
     if tensors is None:
         raise ConfigError("update_named_weights has no tensors; expected names, dtypes, shapes and tensors")
-    tensors = list(tensors.values()) if isinstance(tensors, Mapping) else list(tensors)
+    if isinstance(tensors, Mapping):
+        if differ := sorted(tensors.keys() ^ set(names)):
+            raise ConfigError(f"update_named_weights: {differ[:5]} are in names or in tensors alone, expected in both")
+        tensors = [tensors[name] for name in names]
+    tensors = list(tensors)
     dtypes, shapes = request.get("dtypes") or [None] * len(names), request.get("shapes") or [None] * len(names)
     if len({len(names), len(tensors), len(dtypes), len(shapes)}) != 1 or len(set(names)) != len(names):
         raise ConfigError(

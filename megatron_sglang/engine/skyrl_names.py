@@ -64,66 +64,88 @@ GENERATOR = {
 }
 """SkyRL's generator configuration -> `EngineOptions`."""
 
-FIXED: dict[str, tuple[Any, str]] = {
+BACKENDS = {"nccl": "cuda", "gloo": "cpu", "broadcast": ""}
+"""SkyRL's names of how weights travel -> where their tensors are then; empty: anywhere."""
+
+FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "inference_engine_pipeline_parallel_size": (
-        1,
+        (1,),
         "SGLang takes weights from tensors without pipeline stages only; raise inference_engine_tensor_parallel_size",
     ),
     "inference_engine_data_parallel_size": (
-        1,
+        (1,),
         "each replica is an engine of its own here; raise num_inference_engines",
     ),
-    "backend": ("sglang", "this is the SGLang backend"),
-    "run_engines_locally": (True, "engines of another machine are reached by their addresses: EngineClient"),
-    "async_engine": (True, "requests are asynchronous always"),
-    "use_conversation_multi_turn": (True, "conversations are append-only token histories"),
+    "backend": (("sglang",), "this is the SGLang backend"),
+    "run_engines_locally": ((True,), "engines of another machine are reached by their addresses: EngineClient"),
+    "async_engine": ((True,), "requests are asynchronous always"),
+    "use_conversation_multi_turn": ((True,), "conversations are append-only token histories"),
+    "weight_sync_backend": (
+        (*BACKENDS, None),
+        "init_weight_update_communicator broadcasts, by NCCL from GPUs and by gloo from CPUs; without it weights are "
+        "handed to each engine",
+    ),
+    "override_existing_update_group": (
+        ("auto", "enable", "disable", None),
+        "init_weight_update_communicator makes its group anew each time",
+    ),
+    "enable_http_endpoint": (
+        (False, None),
+        "it is a process of its own; start megatron-sglang serve --run FOLDER after announce(FOLDER/engine.json)",
+    ),
+    "chat_template": (
+        (None, {}, {"source": "name", "name_or_path": None}),
+        "conversations are written by the tokenizer's own template; set tokenizer.chat_template, or render them and "
+        "send prompt_token_ids",
+    ),
+    "chat_template_kwargs": (
+        (None, {}),
+        "give them to each chat_completion, or render conversations and send prompt_token_ids",
+    ),
 }
-"""What has one value that works, and why."""
+"""What has few values that work, and why."""
 
-ELSEWHERE = {
-    "weight_sync_backend",
-    "weight_transfer_threshold_cuda_ipc_GB",
-    "override_existing_update_group",
-    "enable_http_endpoint",
-    "http_endpoint_host",
-    "http_endpoint_port",
-    "max_turns",
-    "max_input_length",
-    "batched",
-    "n_samples_per_prompt",
-    "sampling_params",
-    "eval_sampling_params",
-    "eval_n_samples_per_prompt",
-    "zero_reward_on_non_stop",
-    "apply_overlong_filtering",
-    "chat_template",
-    "chat_template_kwargs",
-    "served_model_name",
-    "model_name",
+_LOOP = "the loop that calls generate() acts on it"
+HARMLESS = {
+    "weight_transfer_threshold_cuda_ipc_GB": "the whole model is one request, cut into buckets of 512 MiB here",
+    "http_endpoint_host": "of the endpoint that enable_http_endpoint may not start",
+    "http_endpoint_port": "of the endpoint that enable_http_endpoint may not start",
+    "served_model_name": "an answer repeats the name that its request gave",
+    "model_name": "an answer repeats the name that its request gave",
+    "max_turns": _LOOP,
+    "max_input_length": _LOOP,
+    "batched": _LOOP,
+    "n_samples_per_prompt": _LOOP,
+    "eval_n_samples_per_prompt": _LOOP,
+    "zero_reward_on_non_stop": _LOOP,
+    "apply_overlong_filtering": _LOOP,
 }
-"""Of SkyRL's generator configuration, what is not the engine's business; taken and left alone."""
+"""Of SkyRL's generator configuration, what may have any value: why it is nothing to the engine."""
+
+SAMPLED = ("sampling_params", "eval_sampling_params")
+"""They come with each input batch; here they are only checked, so that a recipe fails before its engines start."""
 
 ALL_TOKENS = 1 << 30
 """SGLang's top_k of the whole vocabulary."""
 
 
-def sampling(params: Mapping[str, Any] | None) -> SamplingParams:
+def sampling(params: Mapping[str, Any] | None, where: str = "sampling_params") -> SamplingParams:
     """SkyRL's sampling parameters in ours. `logprobs` 0 asks for those of the sampled tokens, which are always given;
-    N for those of the N likeliest too. `ConfigError` for what is unknown or would be ignored."""
+    N for those of the N likeliest too. `ConfigError`, which names `where`, for what is unknown or would be ignored."""
     found: dict[str, Any] = {}
     for name, value in (params or {}).items():
         if name in NEUTRAL:
             if NEUTRAL[name] is not None and value is not None and value != NEUTRAL[name]:
                 raise ConfigError(
-                    f"sampling_params.{name}={value!r} is not supported; expected {NEUTRAL[name]!r}, or leave it out"
+                    f"{where}.{name}={value!r} is not supported; expected {NEUTRAL[name]!r}, or leave it out"
                 )
         elif name not in SAMPLING:
-            raise _unknown(f"sampling_params.{name}", name, [*SAMPLING, *NEUTRAL])
+            raise _unknown(f"{where}.{name}", name, [*SAMPLING, *NEUTRAL])
         elif value is not None:
             field = SAMPLING[name]
             value = _READ.get(field, lambda it: it)(value)
             if found.setdefault(field, value) != value:
-                raise ConfigError(f"sampling_params gives {field} twice, {found[field]!r} and {name}={value!r}")
+                raise ConfigError(f"{where} gives {field} twice, {found[field]!r} and {name}={value!r}")
     return SamplingParams(**found)
 
 
@@ -164,13 +186,17 @@ def _with_kwargs(
 
 
 def _check(generator: Mapping[str, Any]) -> None:
-    known = [*GENERATOR, *FIXED, *ELSEWHERE, "enable_prefix_caching", "num_inference_engines", "engine_init_kwargs"]
+    others = ("enable_prefix_caching", "num_inference_engines", "engine_init_kwargs")
+    known = [*GENERATOR, *FIXED, *HARMLESS, *SAMPLED, *others]
     for name, value in generator.items():
         if name not in known:
             raise _unknown(f"generator.{name}", name, known)
-        wanted, why = FIXED.get(name, (value, ""))
-        if value != wanted:
-            raise ConfigError(f"generator.{name}={value!r} cannot be had, expected {wanted!r}: {why}")
+        wanted, why = FIXED.get(name, ((value,), ""))
+        if value not in wanted:
+            values = " or ".join(repr(one) for one in wanted)
+            raise ConfigError(f"generator.{name}={value!r} cannot be had, expected {values}: {why}")
+        if name in SAMPLED:
+            sampling(value, f"generator.{name}")
 
 
 def _unknown(subject: str, name: str, known: list[str]) -> ConfigError:

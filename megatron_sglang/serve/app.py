@@ -79,7 +79,7 @@ class Endpoint:
         self._failed = ""
         """What the last look that failed said."""
         self.worker = Worker(self.upstream, self.gate, self.deadlines, self.meter)
-        self.guard = Guard(api_key, limits, self.meter)
+        self.guard = Guard(api_key, limits, self.meter, lambda: self.upstream.state()[1])
         self.meter.gauge("in_flight", "Requests that are being read or served", lambda: self.guard.in_flight)
         self.meter.gauge("queued", "Requests that wait for a place", lambda: self.gate.waiting)
         self.meter.gauge("choices_running", "Choices that are in the engine", lambda: self.gate.taken)

@@ -20,6 +20,7 @@ from megatron_sglang.serve.refusal import Refusal, busy
 OPEN_ROUTES = ("/health",)
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 """Names that metrics may have; every other path is "other"."""
+VERSION_HEADER = b"x-weight-version"
 DISCARD = 16
 """Times the allowed body: so much of a larger one is read and dropped, so that its client reads the refusal."""
 
@@ -29,10 +30,10 @@ class _Gone(Exception):
 
 
 class Guard:
-    """One for an endpoint; `around` puts it into an application."""
+    """One for an endpoint; `around` puts it into an application. version: the weight version now, if there is one."""
 
-    def __init__(self, api_key: str, limits: Limits, meter: Meter) -> None:
-        self.limits, self.meter = limits, meter
+    def __init__(self, api_key: str, limits: Limits, meter: Meter, version: Callable[[], int | None]) -> None:
+        self.limits, self.meter, self.version = limits, meter, version
         self.in_flight = 0
         self._key = f"Bearer {api_key}".encode()
         self._held_bytes = 0
@@ -103,6 +104,7 @@ class _Passage:
         """To the client, which has `write_s` to make room for it."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
+            message = self._versioned(message)
         try:
             async with asyncio.timeout(self.guard.limits.write_s):
                 await self._send(message)
@@ -115,6 +117,13 @@ class _Passage:
             raise _Gone from None
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self._complete = True
+
+    def _versioned(self, start: Message) -> Message:
+        """Completions name the version that sampled them; whatever else is said, the one that is announced now."""
+        headers = list(start.get("headers", ()))
+        if any(name.lower() == VERSION_HEADER for name, _ in headers) or (version := self.guard.version()) is None:
+            return start
+        return {**start, "headers": [*headers, (VERSION_HEADER, str(version).encode())]}
 
     async def _body(self) -> bytes:
         limit, parts = self.guard.limits.body_bytes, bytearray()

@@ -261,7 +261,10 @@ def test_skyrls_cycle(serving: HttpEngine, publish: Publisher, weights: Weights,
         after = await skyrl.generate(batch)
         assert after["response_ids"] == before["response_ids"]
         assert after["weight_versions"] == [serving.version] * 4
-        await skyrl.sleep(["kv_cache"], abort_first=False)
+        running = asyncio.create_task(skyrl.generate({**batch, "sampling_params": long}))
+        await asyncio.sleep(0.3)
+        await skyrl.sleep(["kv_cache"], abort_first=False, drain_timeout=0.2)  # less than the requests take
+        assert "abort" in (await running)["stop_reasons"]
         await skyrl.wake_up()
         await skyrl.update_named_weights(update)
         await skyrl.pause_generation("in_place")

@@ -19,6 +19,7 @@ from engine_tools import script
 from serve_tools import (
     COMPLETIONS,
     EXAMPLE,
+    KEY,
     Served,
     error_of,
     idle,
@@ -75,6 +76,33 @@ def test_nothing_is_served_between_two_versions(plain: Served, engine: HttpEngin
     after = plain.post(COMPLETIONS, body)
     assert after.json()["weight_version"] == engine.version
     assert after.json()["choices"][0]["text"] != before.json()["choices"][0]["text"]
+
+
+def test_every_response_names_a_weight_version(plain: Served, engine: HttpEngine, tmp_path: Path) -> None:
+    """A client that counts refusals by version, or waits for the next one by /health, would have to ask for models."""
+    long = {"prompt": [1] * 250, "max_tokens": 7}
+
+    def versions(served: Served, key: str = KEY) -> dict[tuple[str, int], str | None]:
+        with served.client(key) as client:
+            found = [client.get(path) for path in ("/health", "/v1/models", "/v1/models/x", "/metrics", "/nowhere")]
+            found += [client.post(COMPLETIONS, content=content) for content in (b"{", b" " * (3 << 20))]
+            found += [client.post(COMPLETIONS, json=long | more) for more in ({}, {"stream": True}, {"max_tokens": 1})]
+        assert all(len(one.headers.get_list("x-weight-version")) <= 1 for one in found)
+        return {(one.request.url.path, one.status_code): one.headers.get("x-weight-version") for one in found}
+
+    serves, refuses = versions(plain), versions(plain, "wrong")
+    assert {status for _, status in serves} == {200, 400, 404, 413}
+    assert {status for _, status in refuses} == {200, 401}
+    version = engine.version or 0
+    engine.begin_update(version + 1)
+    stale = versions(plain)
+    assert ("/health", 503) in stale
+    assert (COMPLETIONS, 503) in stale
+    assert {*serves.values(), *refuses.values(), *stale.values()} == {str(version)}
+    publish(engine)
+    assert set(versions(plain).values()) == {str(version + 1)}
+    with serving(tmp_path) as served:  # no run is known there
+        assert set(versions(served).values()) == {None}
 
 
 def test_an_update_ends_what_runs(plain: Served, engine: HttpEngine) -> None:

@@ -190,6 +190,54 @@ def test_sleep_aborts_or_drains(engine: HttpEngine, abort_first: bool, drain: fl
     assert found["response_ids"][0]
 
 
+def test_sleep_drains_by_default_as_long_as_skyrl_says(engine: HttpEngine) -> None:
+    """SGLang waits for /flush_cache as long as it is asked to. Who gives up at the same moment gets no answer, and
+    reports an engine that hangs where only a request is long."""
+    script(engine, token_s=0.1)
+
+    async def work(skyrl: SGLangInferenceEngine) -> None:
+        running = asyncio.create_task(skyrl.generate(batch(max_generate_length=1000)))
+        await asyncio.sleep(0.3)
+        started = time.monotonic()
+        await skyrl.sleep(["kv_cache"], abort_first=False, drain_timeout=2.0)
+        assert 2.0 <= time.monotonic() - started < 7
+        assert (await running)["stop_reasons"] == ["abort"]
+        script(engine, token_s=0.1)
+        await skyrl.update_named_weights(update())
+        running = asyncio.create_task(skyrl.generate(batch(max_generate_length=1000)))
+        await asyncio.sleep(0.3)
+        with pytest.raises(EngineTimeoutError, match=r"refused for 1\.5 s to flush .*a request may be stuck"):
+            engine.reset_prefix_cache(timeout_s=1.5)
+        await skyrl.abort_generation()
+        await running
+
+    run(engine, work)
+
+
+def test_the_deadline_of_sleep_is_that_of_all_its_steps(engine: HttpEngine) -> None:
+    """Three slow answers, each within the time, took three times as long. Memory whose release was not waited for is
+    given back all the same, and asking twice ends SGLang."""
+    paths = ("/pause_generation", "/flush_cache", "/release_memory_occupation")
+
+    async def work(skyrl: SGLangInferenceEngine) -> None:
+        for seconds, message in (
+            (0.8, "/release_memory_occupation within"),
+            (1.2, "did not answer /flush_cache within"),
+        ):
+            script(engine, *({"path": path, "do": "sleep", "seconds": seconds} for path in paths))
+            started = time.monotonic()
+            with pytest.raises(EngineTimeoutError, match=message):
+                await skyrl.sleep(timeout=2.0)
+            assert 1.9 < time.monotonic() - started < 4
+            await asyncio.sleep(1.5)  # SGLang's schedulers take one message after the other
+            script(engine)
+            await skyrl.sleep()
+            await skyrl.update_named_weights(update())
+            assert (await skyrl.generate(batch()))["weight_versions"] == [engine.version]
+
+    run(engine, work)
+
+
 def test_sleep_meets_its_deadline(engine: HttpEngine) -> None:
     """An engine that never gets idle must not hang the trainer; it stays out of service."""
 
@@ -273,6 +321,12 @@ def test_weights_are_replaced_as_a_whole_or_not(engine: HttpEngine, broadcast: b
         if broadcast:
             with pytest.raises(ConfigError, match="world_size=9, expected 3"):
                 await skyrl.init_weight_update_communicator({"world_size": 9})
+            with pytest.raises(ConfigError, match=r"backend='ncll' is none, expected nccl or gloo or broadcast"):
+                await skyrl.init_weight_update_communicator({"backend": "ncll"})
+            await skyrl.init_weight_update_communicator({"backend": "nccl", "master_port": 1, "group_name": "skyrl"})
+            with pytest.raises(ConfigError, match=r"model\.a is on cpu, expected cuda by the backend"):
+                await skyrl.update_named_weights(update(other))
+            await skyrl.generate(batch())
             await skyrl.init_weight_update_communicator({"world_size": 3, "rank_offset": 1, "backend": "gloo"})
         changed = await skyrl.update_named_weights(update(other))
         assert (await skyrl.generate(batch()))["response_ids"] != before["response_ids"]
@@ -280,7 +334,8 @@ def test_weights_are_replaced_as_a_whole_or_not(engine: HttpEngine, broadcast: b
             await skyrl.update_named_weights(update({name: TENSORS[name] for name in list(TENSORS)[:1]}))
         with pytest.raises(EngineStaleError):
             await skyrl.generate(batch())
-        digests = [await skyrl.update_named_weights(update(dict(reversed(TENSORS.items())))) for _ in range(2)]
+        turned = dict(reversed(TENSORS.items()))
+        digests = [await skyrl.update_named_weights(update(turned, tensors=one)) for one in (TENSORS, turned)]
         assert len({*digests, changed}) == 2
         assert (await skyrl.generate(batch()))["response_ids"] == before["response_ids"]
 
@@ -291,6 +346,7 @@ def test_weights_are_replaced_as_a_whole_or_not(engine: HttpEngine, broadcast: b
     ("changes", "message"),
     [
         ({"tensors": None}, "has no tensors"),
+        ({"tensors": TENSORS | {"b": torch.ones(1)}}, r"\['b'\] are in names or in tensors alone, expected in both"),
         ({"names": ["model.a"]}, "1 different names, 2 dtypes, 2 shapes and 2 tensors"),
         ({"shapes": [[3, 4], [6]]}, "model.a is .*announced as"),
         ({"dtypes": ["bfloat16", "float32"]}, "model.layers.0.b is .*announced as"),

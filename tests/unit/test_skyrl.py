@@ -27,7 +27,14 @@ RECIPE = {
     "weight_sync_backend": "nccl",
     "async_engine": True,
     "batched": True,
-    "sampling_params": {"max_generate_length": 1024},
+    "override_existing_update_group": "auto",
+    "enable_http_endpoint": False,
+    "http_endpoint_port": 8000,
+    "chat_template": {"source": "name", "name_or_path": None},
+    "chat_template_kwargs": {},
+    "max_turns": 3,
+    "sampling_params": {"max_generate_length": 1024, "temperature": 1.0, "stop": None, "logprobs": 0},
+    "eval_sampling_params": {"max_generate_length": 1024, "temperature": 0.0},
     "engine_init_kwargs": {"attention_backend": "fa3", "max_lora_rank": 64, "context_length": 4096},
 }
 
@@ -98,6 +105,16 @@ def test_engine_of_a_recipe() -> None:
         ({"backend": "vllm"}, "backend='vllm' cannot be had"),
         ({"gpu_memory_utilisation": 0.5}, "did you mean 'gpu_memory_utilization'"),
         ({"num_inference_engines": 0}, "not a number of engines"),
+        ({"weight_sync_backend": "ncll"}, "'ncll' cannot be had, expected 'nccl' or 'gloo' or 'broadcast'"),
+        ({"override_existing_update_group": "force_new"}, "'force_new' cannot be had, expected 'auto' or"),
+        ({"enable_http_endpoint": True}, "start megatron-sglang serve --run"),
+        ({"chat_template": {"source": "name", "name_or_path": "qwen3"}}, "set tokenizer.chat_template"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "give them to each chat_completion"),
+        ({"sampling_params": {"max_new_token": 3}}, r"generator\.sampling_params\.max_new_token .*did you mean"),
+        (
+            {"eval_sampling_params": {"repetition_penalty": 1.2}},
+            r"generator\.eval_sampling_params\.repetition_penalty=",
+        ),
         ({"engine_init_kwargs": {"attention_backned": "fa3"}}, "did you mean 'attention_backend'"),
         ({"engine_init_kwargs": {"skip_tokenizer_init": False}}, "which this package owns"),
         ({"max_num_seqs": 8, "engine_init_kwargs": {"max_running_requests": 9}}, "=9 contradicts .* own setting, 8"),
@@ -105,6 +122,6 @@ def test_engine_of_a_recipe() -> None:
     ],
 )
 def test_engines_that_cannot_be_had(generator: dict[str, Any], message: str) -> None:
-    """Found out an hour later, by the memory that runs out or the pipeline that never starts."""
+    """Found out an hour later, by the memory that runs out or the pipeline that never starts; or not at all."""
     with pytest.raises(ConfigError, match=message):
         engine_config(generator, "folder")
