@@ -135,12 +135,20 @@ def test_dense_layers_beside_experts_are_named_as_parameters(tmp_path: Path) -> 
         ({"use_dora": True}, "use_dora=True has no counterpart"),
         ({"bias": "all"}, "bias=all"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4 has changed the base"),
+        ({"init_lora_weights": "OLoRA"}, "init_lora_weights=OLoRA has changed the base"),
     ],
 )
 def test_adapters_of_another_kind_are_refused(tmp_path: Path, config: dict[str, Any], text: str) -> None:
     """Read as plain LoRA they would load, and be another model."""
     with pytest.raises(DataError, match=text):
         AdapterFolder(adapter(tmp_path, ATTENTION, **config), experts=0)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva"])
+def test_starts_that_leave_the_base_alone_are_read(tmp_path: Path, start: bool | str) -> None:
+    assert AdapterFolder(adapter(tmp_path, ATTENTION, init_lora_weights=start), experts=0).modules
 
 
 @pytest.mark.parametrize(
