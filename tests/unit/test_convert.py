@@ -352,36 +352,3 @@ def test_a_terminal_gets_a_bar() -> None:
     os.close(reader)
     assert re.search(r"merging:  25%.*1\.00M/4\.00M .*[kM]B/s\]", shown)
     assert re.search(r"merging: 100%.*4\.00M/4\.00M .*[kM]B/s\]", shown)
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Half a model is loaded without complaint when its config.json is there."""
-    target = tmp_path / "deep" / "model"
-
-    def fail() -> None:
-        with write.complete_or_absent(target) as folder:
-            (folder / "config.json").touch()
-            raise KeyError("no")
-
-    with pytest.raises(KeyError):
-        fail()
-    assert list(target.parent.iterdir()) == []
-    with write.complete_or_absent(target) as folder:
-        (folder / "config.json").touch()
-        assert not target.exists()
-    assert [path.name for path in target.iterdir()] == ["config.json"]
-    with pytest.raises(DataError, match="nothing is overwritten"), write.complete_or_absent(target):
-        pass
-
-
-def test_the_copied_config_names_the_written_dtype(tmp_path: Path) -> None:
-    """transformers casts to what config.json says: a float32 result would be read as bfloat16."""
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    (source / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16", "hidden_size": 4}))
-    for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors", "model.safetensors.index.json"):
-        (source / name).touch()
-    write.copy_all_but_weights(source, target, "float32")
-    assert sorted(path.name for path in target.iterdir()) == ["chat_template.jinja", "config.json", "tokenizer.json"]
-    assert json.loads((target / "config.json").read_text()) == {"torch_dtype": "float32", "hidden_size": 4}
