@@ -107,7 +107,7 @@ class RewardConfig:
     """How completions are scored."""
 
     name: str = "auto"
-    """Verifier; auto: by each problem's data source."""
+    """Verifier; auto: by each problem's data source, which a data set needs for this only."""
     binary: bool = False
     """Reward 1 only where everything passes, instead of the share of checks that pass."""
     sandbox: Literal["auto", "bubblewrap", "namespaces", "restricted", "unsafe-local"] = "auto"

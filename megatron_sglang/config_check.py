@@ -15,7 +15,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from megatron_sglang import placement
-from megatron_sglang.config import RouterPolicy, RunConfig
+from megatron_sglang.config import LoraConfig, LoraTarget, RouterPolicy, RunConfig
 from megatron_sglang.errors import ConfigError
 from megatron_sglang.stops import StopMatcher
 
@@ -47,7 +47,7 @@ BUDGET = "max-seqlen-per-dp-cp-rank"
 """Megatron's argument for the tokens that a rank can train on at a time; here, of a packed micro-batch."""
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("lora.rank lora.alpha data.max_prompt_tokens algo.tis_cap algo.max_bad_steps", lambda v: v > 0, "above 0"),
+    ("data.max_prompt_tokens algo.tis_cap algo.max_bad_steps", lambda v: v > 0, "above 0"),
     (
         "rollout.prompts_per_batch rollout.temperature rollout.max_new_tokens rollout.batches",
         lambda v: v > 0,
@@ -122,6 +122,7 @@ def resolve(config: RunConfig, *, local_world_size: int) -> RunConfig:
 def check(config: RunConfig, *, local_world_size: int | None = None) -> tuple[str, ...]:
     """Raise `ConfigError` for what cannot work; the warnings otherwise. Engine sizes need `local_world_size`."""
     _check_ranges(config)
+    checked_lora(config.lora)
     _check_pass_through(config)
     _check_adapters(config)
     _check_router(config)
@@ -144,6 +145,25 @@ def megatron_argv(config: RunConfig) -> list[str]:
         else:
             argv += [f"--{name}", *map(str, given if isinstance(given, list) else [given])]
     return argv
+
+
+def checked_lora(lora: LoraConfig) -> LoraConfig:
+    """`lora` itself, whatever it was made of; `ConfigError` for what adapts nothing."""
+    known = typing.get_args(LoraTarget)
+    if unknown := [name for name in lora.targets if name not in known]:
+        raise ConfigError(f"lora.targets names {', '.join(map(repr, unknown))}; expected some of {','.join(known)}")
+    if not lora.targets:
+        raise ConfigError(f"lora.targets is empty, so nothing would be trained; set it to some of {','.join(known)}")
+    for name in ("rank", "alpha"):
+        if not (given := getattr(lora, name)) > 0:
+            raise ConfigError(f"lora.{name}={given}; expected above 0")
+    return lora
+
+
+def split_targets(words: Iterable[str]) -> tuple[LoraTarget, ...]:
+    """Names with blanks or commas between them; `checked_lora` says which of them are none."""
+    names = [name.strip() for word in words for name in word.split(",")]
+    return typing.cast("tuple[LoraTarget, ...]", tuple(name for name in names if name))
 
 
 def _check_ranges(config: RunConfig) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_sglang.config import LoraConfig
+from megatron_sglang.config_check import checked_lora, split_targets
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.engine.lora_options import lora_server_args
 from megatron_sglang.errors import ConfigError, MegatronSglangError
@@ -59,8 +60,8 @@ def run(args: argparse.Namespace, options: EngineOptions, sizes: Mapping[str, in
     from megatron_sglang.weights import standalone
 
     methods = chosen(args.methods)
-    targets = tuple(args.lora_targets.split(",")) if args.lora_targets else LoraConfig().targets
-    lora = LoraConfig(rank=args.lora_rank, alpha=2.0 * args.lora_rank, targets=targets)  # type: ignore[arg-type]
+    targets = LoraConfig().targets if args.lora_targets is None else split_targets([args.lora_targets])
+    lora = checked_lora(LoraConfig(rank=args.lora_rank, alpha=2.0 * args.lora_rank, targets=targets))
     device = options.resolved_device()
     extra = {**options.extra, "disable_radix_cache": False}
     merged = dataclasses.replace(options, extra=extra)

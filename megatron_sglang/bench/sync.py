@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sglang import transfer
 from megatron_sglang.config import LoraConfig, SyncConfig
+from megatron_sglang.config_check import checked_lora
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.errors import MegatronSglangError
 from megatron_sglang.plan.shapes import hub_shapes
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sync.add_argument("--warm-up", type=int, default=2, help="versions before them (2)")
     sync.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="which to measure (all)")
     sync.add_argument("--methods", metavar="A,B", help="measure these sync methods instead (bench/methods.py)")
-    sync.add_argument("--lora-targets", metavar="A,B", default="", help="with --methods: as lora.targets (its default)")
+    sync.add_argument("--lora-targets", metavar="A,B", help="with --methods: as lora.targets (its default)")
     memory = EngineOptions("").mem_fraction
     sync.add_argument("--mem-fraction", type=float, default=memory, help=f"as engine.mem_fraction ({memory})")
     sync.add_argument("--moe-grouped-gemm", action="store_true", help="as Megatron's: grouped experts, on GPUs")
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
 
         methods.run(args, options, sizes)
         return
+    lora = checked_lora(LoraConfig(rank=args.lora_rank, alpha=2.0 * args.lora_rank))
     leads = is_leader()
     with contextlib.ExitStack() as stack:
         engine = create_engine(options) if leads else None
@@ -103,7 +105,6 @@ def run(args: argparse.Namespace) -> None:
             if options.resolved_device() == "cuda":
                 # SGLang sizes its cache by the memory that is free before and after it loads, so nothing may grow then.
                 engine.wait_ready()
-        lora = LoraConfig(rank=args.lora_rank, alpha=2.0 * args.lora_rank)
         base = not args.random_weights
         model = stack.enter_context(standalone.adapted_model(args.hf_model, lora, args.dtype, sizes, base))
         if options.resolved_device() == "cpu":

@@ -5,7 +5,8 @@ fim     prefix, suffix, ...: see schema.py; the prompt is built with the tokeniz
 verl    data_source, prompt, reward_model{ground_truth}, ability, extra_info
 slime   `Keys.input`, `Keys.label`, `Keys.metadata` (its --input-key, --label-key, --metadata-key)
 A prompt of the last two is text or chat messages; what its verifier sees is extra_info or metadata, plus
-`ground_truth`. If their data_source is a FIM one, extra_info or metadata must hold the FIM fields.
+`ground_truth`. If their data_source is a FIM one, extra_info or metadata must hold the FIM fields. A null is no value:
+parquet has one for each field that other rows have.
 """
 
 from __future__ import annotations
@@ -99,29 +100,35 @@ class _Reader:
         return FimTokens.of(self.tokenizer)
 
     def prompt(self, row: Row, where: str) -> Prompt:
-        if "prefix" in row and "suffix" in row:
-            check_problem(row, where)
-            token_ids = self.fim.prompt(row["prefix"], row["suffix"])
-            return Prompt(row["id"], token_ids, row["data_source"], dict(row))
-        verl = "reward_model" in row
+        given = _present(row)
+        if "prefix" in given and "suffix" in given:
+            if self.keys.data_source:
+                given.setdefault("data_source", self.keys.data_source)
+            check_problem(given, where)
+            token_ids = self.fim.prompt(given["prefix"], given["suffix"])
+            return Prompt(given["id"], token_ids, given["data_source"], given)
+        verl = "reward_model" in given
         input_key = "prompt" if verl else self.keys.prompt
-        if input_key not in row:
+        if input_key not in given:
             raise DataError(
-                f"{where}: row lacks {input_key!r}, it has {', '.join(row) or 'no field'}; "
+                f"{where}: row lacks {input_key!r}, it has {', '.join(given) or 'no field'}; "
                 "expected prefix and suffix (FIM), prompt and reward_model (verl), or the configured input key"
             )
         problem = _verl_problem(row, where) if verl else self._slime_problem(row, where)
         data_source = str(problem.get("data_source") or self.keys.data_source)
         if not data_source:
-            raise DataError(f"{where}: no data_source says which verifier scores it; add the column or set a default")
-        problem |= {"id": str(row.get("id", Path(where).name)), "data_source": data_source}
+            raise DataError(
+                f"{where}: no data_source says which verifier scores it; add it, or name one for all in reward.name"
+            )
+        problem |= {"id": str(given.get("id", Path(where).name)), "data_source": data_source}
         if data_source in (FIM_PYTHON, FIM_LEAN):
+            problem = _present(problem)
             check_problem(problem, where)
         return Prompt(problem["id"], self._encode(row[input_key], where), data_source, problem)
 
     def _slime_problem(self, row: Row, where: str) -> dict[str, Any]:
         problem = dict(_mapping(row, self.keys.metadata, where))
-        if "data_source" in row:
+        if row.get("data_source") is not None:
             problem["data_source"] = row["data_source"]
         if self.keys.label in row:
             problem["ground_truth"] = row[self.keys.label]
@@ -148,8 +155,13 @@ def _verl_problem(row: Row, where: str) -> dict[str, Any]:
         raise DataError(
             f"{where}: reward_model has no ground_truth; expected verl's reward_model{{ground_truth, style}}"
         )
-    copied = {name: row[name] for name in ("data_source", "ability") if name in row}
+    copied = {name: row[name] for name in ("data_source", "ability") if row.get(name) is not None}
     return {**_mapping(row, "extra_info", where), **copied, "ground_truth": reward_model["ground_truth"]}
+
+
+def _present(row: Row) -> dict[str, Any]:
+    """`row` without its nulls."""
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def _mapping(row: Row, name: str, where: str) -> Row:

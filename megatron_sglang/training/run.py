@@ -266,7 +266,8 @@ class Station:
 def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]:
     if not path:
         return ()
-    keys = source.Keys(**config.data.columns)
+    named = "" if config.reward.name == "auto" else config.reward.name  # scores every row, whatever its data source
+    keys = source.Keys(**config.data.columns, data_source=named)
     loaded = source.load_prompts(
         path, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens, too_long=config.data.overlong, keys=keys
     )

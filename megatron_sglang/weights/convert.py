@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_sglang.config import LoraConfig
+from megatron_sglang.config_check import checked_lora, split_targets
 from megatron_sglang.errors import ConfigError, DataError
 from megatron_sglang.hf_files import tensor_shapes
 from megatron_sglang.weights.progress import is_leader, progress
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_megatron.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the adapters; config.json's if absent"
     )
-    to_megatron.add_argument("--target-modules", nargs="+", help="Megatron's names; follow from --adapter if given")
+    to_megatron.add_argument("--target-modules", nargs="+", help="as lora.targets; follow from --adapter if given")
     for direction in (to_hf, to_megatron):
         direction.add_argument("--hf-model", type=Path, required=True, help="folder of the base model")
         for name in SIZES:
@@ -74,8 +75,9 @@ def run(args: argparse.Namespace) -> None:
             )
         text = f"{args.output}: {done} tensors"
     else:
-        given = {"rank": args.lora_rank, "alpha": args.lora_alpha, "targets": args.target_modules}
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value}
+        targets = None if args.target_modules is None else split_targets(args.target_modules)
+        given = {"rank": args.lora_rank, "alpha": args.lora_alpha, "targets": targets}
+        given = {name: value for name, value in given.items() if value is not None}
         lora = import_adapter(args.hf_model, args.save, adapter=args.adapter, sizes=sizes, dtype=args.dtype, **given)
         targets = ",".join(lora.targets)
         text = f"{args.save}: train with lora.rank={lora.rank} lora.alpha={lora.alpha:g} lora.targets={targets}"
@@ -151,8 +153,9 @@ def import_adapter(
     """Write a checkpoint that a run can --load as its start, in any layout; the lora.* options that run must have.
 
     adapter: PEFT folder; None: fresh adapters (B = 0). lora: rank, alpha, targets; with an adapter only rank may be
-    given, what it needs is the default. dtype: None is config.json's. Raises DataError: an adapter that Megatron's LoRA
-    cannot express or that is not this model's, a rank below what it needs, a missing model, a folder that is not empty.
+    given, what it needs is the default. dtype: None is config.json's. Raises ConfigError: options of no adapter;
+    DataError: an adapter that Megatron's LoRA cannot express or that is not this model's, a rank below what it needs, a
+    missing model, a folder that is not empty.
     """
     from megatron_sglang.weights import peft_format, standalone, write
 
@@ -169,7 +172,7 @@ def import_adapter(
         given = peft_format.AdapterFolder(Path(adapter), experts)
         options = given.lora_config(lora.get("rank"))
     else:
-        options = LoraConfig(**lora)
+        options = checked_lora(LoraConfig(**lora))
     dtype = dtype or ("float32" if config.get("dtype", config.get("torch_dtype")) == "float32" else "bfloat16")
     with standalone.adapted_model(hf_model, options, dtype, sizes or {}, base=False) as model:
         if given is not None:

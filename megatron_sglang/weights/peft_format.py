@@ -47,7 +47,14 @@ _TARGETS = {
     "gate": "router",
 }
 """Last part of a module's name, fused as Megatron fuses -> Megatron's name."""
-_ABSENT = ("modules_to_save", "layer_replication", "trainable_token_indices")
+_ABSENT = (
+    *("modules_to_save", "layer_replication", "trainable_token_indices"),
+    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+)
+"""Options of PEFT that make of the factors something else than a delta of every token."""
+_KEEP_THE_BASE = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that start on the base as it is (peft 0.21). The others (pissa, olora, corda, loftq,
+lora_ga) take something out of it, which the factors then hold: on the base itself they are another model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,4 +308,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if odd:
         name, value = next(iter(odd.items()))
         raise DataError(f"{path}: {name}={value} has no counterpart in Megatron's LoRA; train the adapter without it")
+    start = config.get("init_lora_weights")
+    if (start.lower() if isinstance(start, str) else start) not in _KEEP_THE_BASE:
+        raise DataError(
+            f"{path}: init_lora_weights={start} has changed the base that the adapter belongs to; expected an adapter "
+            "of the base as it is: save it with peft's path_initial_model_for_weight_conversion, or merge the two"
+        )
     return config

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -29,11 +27,10 @@ from safetensors import SafetensorError
 from megatron_sglang.errors import DataError
 from megatron_sglang.hf_files import tensor_entries
 from megatron_sglang.weights.progress import progress
-from megatron_sglang.weights.write import RECORD, partial_name, require_new, save_tensors
+from megatron_sglang.weights.write import RECORD, locked, partial_name, require_new, save_tensors
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +72,10 @@ def continued(target: Path, source: Mapping[str, str], shard_bytes: int = SHARD_
     finished shards stay for the next call; but not after a DataError, which it would end in as well.
     """
     require_continuable(target, source)
-    partial = partial_name(target)
+    partial, target = partial_name(target), Path(os.path.abspath(target))  # "." cannot be replaced by that name
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial):
+        with locked(partial):
             folder = ShardFolder(partial, source, shard_bytes)
             try:
                 yield folder
@@ -202,22 +199,3 @@ def _is_whole(path: Path, shard: Shard) -> bool:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """DataError if another process writes to `folder`. Where the file system has no locks, nothing is checked."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"{folder} is being written by another process; wait for it, or name another folder"
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        yield
-    finally:
-        os.close(descriptor)

@@ -5,8 +5,11 @@ Torch and safetensors only. Weights in shards: `shard_folder.py`.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from megatron_sglang.errors import DataError
 
 RECORD = ".conversion.json"
 """In a folder that is being written by `shard_folder.ShardFolder`: what of it is finished."""
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _COPIED = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".py"}
 """Suffixes of what a model folder holds besides weights: configuration, tokenizer, chat template, custom code."""
@@ -38,7 +42,29 @@ def require_new(folder: Path) -> None:
 
 def partial_name(folder: Path) -> Path:
     """Where `folder` is written until it is complete; the same on every rank."""
+    folder = Path(os.path.abspath(folder))  # "." has no name
+    if not folder.name:
+        raise DataError(f"{folder} is no name for a new folder; name a folder inside of it")
     return folder.with_name(f".{folder.name}.partial")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """DataError if another process writes to `folder`. Where the file system has no locks, nothing is checked."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{folder} is being written by another process; wait for it, or name another folder"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -46,20 +72,33 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder`; it becomes `folder` at the end, or is removed when an error passes."""
     require_new(folder)
     partial = partial_name(folder)
+    folder = Path(os.path.abspath(folder))
     if (partial / RECORD).exists():
         raise DataError(
             f"{partial} is an unfinished conversion of a model; nothing of it is overwritten, "
             "finish it by the command that it was started with, remove it, or name another folder"
         )
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(folder)
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial):
+            try:
+                _clear(partial)
+                yield partial
+                partial.rename(folder)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     except (OSError, SafetensorError) as error:
         raise DataError(f"{folder} cannot be written: {error}; make room or name another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed process left in `folder`; not the folder itself, which is locked."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

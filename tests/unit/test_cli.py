@@ -61,6 +61,26 @@ def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.startswith("DataError: ")
 
 
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--target-modules", "linear_qkv,q_proj"], "lora.targets names 'q_proj'; expected some of linear_qkv,"),
+        (["--target-modules", " , "], "lora.targets is empty"),
+        (["--lora-rank", "0"], "lora.rank=0; expected above 0"),
+        (["--lora-alpha", "0"], "lora.alpha=0.0; expected above 0"),
+    ],
+)
+def test_adapters_of_nothing_are_not_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], text: str
+) -> None:
+    """A checkpoint without adapters, or with the default rank where another was asked for, was called a success."""
+    (tmp_path / "config.json").write_text("{}")
+    given = ["--hf-model", str(tmp_path), "--save", str(tmp_path / "new")]
+    assert cli.main(["convert", "to-megatron", *given, *words]) == 1
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_commands_import_only_what_they_need() -> None:
     """`megatron-sglang --help` must answer at once on a machine without a GPU stack."""
     code = (

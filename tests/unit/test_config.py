@@ -137,6 +137,7 @@ WRONG = {
     "number as a bool": (["data.shuffle=3"], "expected bool"),
     "choice": (["algo.loss=ppo"], "set it to gspo or gspo_token or grpo"),
     "item": (["lora.targets=linear_qkv,q_proj"], "'q_proj' is not allowed"),
+    "no targets": (["lora.targets="], "lora.targets is empty"),
     "scalar for a section": (["lora=3"], "neither a --flag nor"),
     "unset": (["model.hf_path="], "model.hf_path is not set"),
     "range": (["--rollout-temperature", "0"], "rollout.temperature=0.0; expected above 0"),

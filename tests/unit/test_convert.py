@@ -135,12 +135,20 @@ def test_dense_layers_beside_experts_are_named_as_parameters(tmp_path: Path) -> 
         ({"use_dora": True}, "use_dora=True has no counterpart"),
         ({"bias": "all"}, "bias=all"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4 has changed the base"),
+        ({"init_lora_weights": "OLoRA"}, "init_lora_weights=OLoRA has changed the base"),
     ],
 )
 def test_adapters_of_another_kind_are_refused(tmp_path: Path, config: dict[str, Any], text: str) -> None:
     """Read as plain LoRA they would load, and be another model."""
     with pytest.raises(DataError, match=text):
         AdapterFolder(adapter(tmp_path, ATTENTION, **config), experts=0)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva"])
+def test_starts_that_leave_the_base_alone_are_read(tmp_path: Path, start: bool | str) -> None:
+    assert AdapterFolder(adapter(tmp_path, ATTENTION, init_lora_weights=start), experts=0).modules
 
 
 @pytest.mark.parametrize(
@@ -344,36 +352,3 @@ def test_a_terminal_gets_a_bar() -> None:
     os.close(reader)
     assert re.search(r"merging:  25%.*1\.00M/4\.00M .*[kM]B/s\]", shown)
     assert re.search(r"merging: 100%.*4\.00M/4\.00M .*[kM]B/s\]", shown)
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Half a model is loaded without complaint when its config.json is there."""
-    target = tmp_path / "deep" / "model"
-
-    def fail() -> None:
-        with write.complete_or_absent(target) as folder:
-            (folder / "config.json").touch()
-            raise KeyError("no")
-
-    with pytest.raises(KeyError):
-        fail()
-    assert list(target.parent.iterdir()) == []
-    with write.complete_or_absent(target) as folder:
-        (folder / "config.json").touch()
-        assert not target.exists()
-    assert [path.name for path in target.iterdir()] == ["config.json"]
-    with pytest.raises(DataError, match="nothing is overwritten"), write.complete_or_absent(target):
-        pass
-
-
-def test_the_copied_config_names_the_written_dtype(tmp_path: Path) -> None:
-    """transformers casts to what config.json says: a float32 result would be read as bfloat16."""
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    (source / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16", "hidden_size": 4}))
-    for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors", "model.safetensors.index.json"):
-        (source / name).touch()
-    write.copy_all_but_weights(source, target, "float32")
-    assert sorted(path.name for path in target.iterdir()) == ["chat_template.jinja", "config.json", "tokenizer.json"]
-    assert json.loads((target / "config.json").read_text()) == {"torch_dtype": "float32", "hidden_size": 4}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
 
+from megatron_sglang.bench import methods
 from megatron_sglang.config import LoraConfig
+from megatron_sglang.config_check import split_targets
+from megatron_sglang.engine import EngineOptions
 from megatron_sglang.engine.lora_options import lora_server_args
 from megatron_sglang.engine.server import clean_environment
 from megatron_sglang.errors import ConfigError
@@ -25,6 +29,17 @@ def test_targets_that_sglang_cannot_serve_are_refused_with_the_remedy(tmp_path, 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=text):
         lora_server_args(LoraConfig(targets=targets), str(tmp_path), "cpu", {})
+
+
+@pytest.mark.parametrize(("targets", "text"), [("linear_qkv,q_proj", "names 'q_proj'"), (",", "is empty")])
+def test_a_benchmark_of_adapters_of_nothing_is_refused(targets, text):
+    args = argparse.Namespace(methods="direct", lora_targets=targets, lora_rank=4)
+    with pytest.raises(ConfigError, match=text):
+        methods.run(args, EngineOptions(""), {})
+
+
+def test_targets_have_blanks_or_commas_between_them():
+    assert split_targets(["linear_qkv, linear_proj", "router"]) == ("linear_qkv", "linear_proj", "router")
 
 
 def test_lora_options_follow_from_the_adapters(tmp_path):

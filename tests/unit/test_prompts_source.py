@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_sglang.config_load import split_argv
 from megatron_sglang.errors import ConfigError, DataError
 from megatron_sglang.prompts.source import Keys, PromptSource, load_prompts, load_tokenizer
+from megatron_sglang.training.run import _prompts
 from megatron_sglang.types import Prompt
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_fim" / "model"
@@ -70,6 +72,28 @@ def test_slime_row_is_read_under_the_configured_keys(load):
     row = {"question": "a", "answer": "3", "about": {"level": 2}}
     (prompt,) = load(row, keys=Keys("question", "answer", "about", "math")).prompts
     assert prompt.problem == {"id": "data.jsonl:1", "data_source": "math", "level": 2, "ground_truth": "3"}
+
+
+def test_a_named_verifier_needs_no_column_that_names_one(tokenizer, tmp_path):
+    """Data sets in slime's schema have a prompt and a label, no more."""
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "label": "3"}\n')
+    words = ["model.hf_path=m", f"data.train={path}", "data.max_prompt_tokens=64", "reward.name=function:m.f"]
+    (prompt,) = _prompts(split_argv(words, local_world_size=1).config, str(path), tokenizer)
+    assert prompt.problem == {"id": "data.jsonl:1", "data_source": "function:m.f", "ground_truth": "3"}
+    with pytest.raises(DataError, match=r"no data_source.*or name one for all in reward\.name"):
+        _prompts(split_argv(words[:-1], local_world_size=1).config, str(path), tokenizer)
+
+
+def test_a_null_is_no_value(load, tokenizer, tmp_path):
+    """Ids would all be None; and parquet has a null where another row has an optional field."""
+    ids = [prompt.id for prompt in load({**VERL, "id": None}, {**VERL, "id": None}).prompts]
+    assert ids == ["data.jsonl:1", "data.jsonl:2"]
+    rows = [{**FIM, "family": "x", "pure": True}, {**FIM, "id": "q"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    assert load_prompts(tmp_path / "data.parquet", tokenizer, max_prompt_tokens=64).prompts[1].problem == rows[1]
+    nested = {**VERL, "data_source": "fim_python", "extra_info": {**FIM, "preamble": None}}
+    assert "preamble" not in load(nested).prompts[0].problem
 
 
 def test_parquet_gives_the_same_prompts_as_jsonl(load, tokenizer, tmp_path):

@@ -123,11 +123,27 @@ def test_an_interrupted_installation_is_not_taken_for_done(machine: Machine) -> 
 
 
 def test_a_moved_folder_is_installed_again(machine: Machine) -> None:
-    """The scripts in .venv/bin name the folder they were made in."""
+    """The scripts in .venv/bin name the folder they were made in, and pip leaves those that are there as they are; also
+    where the first set-up in the new place was interrupted."""
     machine.setup(PYTHON=sys.executable)
     machine.folder = machine.folder.rename(machine.folder.with_name("moved"))
+    machine.setup(PYTHON=sys.executable, UV_FAILS_AT="venv")
     machine.setup(PYTHON=sys.executable)
-    assert "pip sync" in machine.called
+    assert machine.called == INSTALLS
+    assert "--clear" in machine.calls.read_text()
+    machine.setup(PYTHON=sys.executable)
+    assert machine.called == []
+
+
+def test_the_environment_of_another_folder_is_not_taken_over(machine: Machine) -> None:
+    """A git worktree may have a link to the environment of the first checkout, whose users it would break."""
+    machine.setup(PYTHON=sys.executable)
+    shutil.copytree(machine.folder, other := machine.folder.with_name("worktree"), ignore=lambda *_: {".venv"})
+    (other / ".venv").symlink_to(machine.folder / ".venv")
+    first, machine.folder = machine.folder, other
+    done = machine.setup(PYTHON=sys.executable)
+    assert (done.returncode, machine.called) == (1, [])
+    assert f".venv is a link to the environment of {first}, which would be taken over" in done.stderr
 
 
 def test_shims_that_fail_do_not_hide_a_python_that_works(machine: Machine) -> None:
