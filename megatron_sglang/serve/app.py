@@ -137,7 +137,7 @@ def make_app(endpoint: Endpoint) -> FastAPI:
         strict_content_type=False,
     )
     app.add_middleware(endpoint.guard.around)
-    _handle_errors(app)
+    _handle_errors(app, endpoint)
     _completions(app, endpoint)
     _others(app, endpoint)
     return app
@@ -187,7 +187,7 @@ def _others(app: FastAPI, endpoint: Endpoint) -> None:
         return Response(content, media_type=kind)
 
 
-def _handle_errors(app: FastAPI) -> None:
+def _handle_errors(app: FastAPI, endpoint: Endpoint) -> None:
     """Everything that goes wrong is an error object with a status."""
 
     @app.exception_handler(Refusal)
@@ -211,7 +211,10 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unforeseen(_request: Request, _error: Exception) -> Response:
-        return Refusal(500, "nobody foresaw this error; see the endpoint's log").response()
+        answer = Refusal(500, "nobody foresaw this error; see the endpoint's log").response()
+        # Starlette sends this one around the guard.
+        answer.raw_headers = endpoint.guard.versioned({"headers": answer.raw_headers})["headers"]
+        return answer
 
 
 def _path(where: Sequence[Any]) -> str:

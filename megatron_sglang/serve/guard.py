@@ -49,6 +49,14 @@ class Guard:
 
         return guarded
 
+    def versioned(self, start: Message) -> Message:
+        """The head of a response with a weight version: that of a completion, which has it already, or the one that is
+        announced now."""
+        headers = list(start.get("headers", ()))
+        if any(name.lower() == VERSION_HEADER for name, _ in headers) or (version := self.version()) is None:
+            return start
+        return {**start, "headers": [*headers, (VERSION_HEADER, str(version).encode())]}
+
     def check_key(self, scope: Scope) -> None:
         """Refusal 401 without the key. Takes as long for a wrong key as for another one."""
         given = b"".join(value for name, value in scope["headers"] if name == b"authorization")
@@ -104,7 +112,7 @@ class _Passage:
         """To the client, which has `write_s` to make room for it."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            message = self._versioned(message)
+            message = self.guard.versioned(message)
         try:
             async with asyncio.timeout(self.guard.limits.write_s):
                 await self._send(message)
@@ -117,13 +125,6 @@ class _Passage:
             raise _Gone from None
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self._complete = True
-
-    def _versioned(self, start: Message) -> Message:
-        """Completions name the version that sampled them; whatever else is said, the one that is announced now."""
-        headers = list(start.get("headers", ()))
-        if any(name.lower() == VERSION_HEADER for name, _ in headers) or (version := self.guard.version()) is None:
-            return start
-        return {**start, "headers": [*headers, (VERSION_HEADER, str(version).encode())]}
 
     async def _body(self) -> bytes:
         limit, parts = self.guard.limits.body_bytes, bytearray()

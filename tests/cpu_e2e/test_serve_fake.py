@@ -3,6 +3,7 @@ change, engines fail and runs end."""
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -11,12 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import serve_tools
 from engine_tools import script
 from serve_tools import (
+    CHAT,
     COMPLETIONS,
     EXAMPLE,
     KEY,
@@ -31,6 +34,8 @@ from serve_tools import (
 
 from megatron_sglang.engine.beacon import NAME
 from megatron_sglang.engine.http_engine import HttpEngine
+from megatron_sglang.serve.app import Endpoint, make_app
+from megatron_sglang.serve.limits import Limits
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -103,6 +108,24 @@ def test_every_response_names_a_weight_version(plain: Served, engine: HttpEngine
     assert set(versions(plain).values()) == {str(version + 1)}
     with serving(tmp_path) as served:  # no run is known there
         assert set(versions(served).values()) == {None}
+
+
+def test_an_error_that_nobody_foresaw_names_a_weight_version(run_folder: Path, engine: HttpEngine) -> None:
+    """Starlette answers it outside of everything else."""
+    app = make_app(Endpoint(run_folder / NAME, KEY, Limits()))
+
+    @app.get("/boom")
+    async def boom() -> None:
+        raise ZeroDivisionError
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as client:
+            return await client.get("/boom", headers={"Authorization": f"Bearer {KEY}"})
+
+    found = asyncio.run(ask())
+    assert (found.status_code, error_of(found)["type"]) == (500, "server_error")
+    assert found.headers.get_list("x-weight-version") == [str(engine.version)]
 
 
 def test_an_update_ends_what_runs(plain: Served, engine: HttpEngine) -> None:
@@ -192,6 +215,52 @@ def test_a_special_token_as_stop_text_ends_the_answer(plain: Served, engine: Htt
     assert sum(len(part["logprobs"]["tokens"]) for part in parts) == ids.index(token) + 1
     assert parts[-1]["finish_reason"] == "stop"
     assert free[place]["text"].startswith("".join(part["text"] for part in parts))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": ["a", "the b"], "n": 2, "logprobs": 2}),
+        (COMPLETIONS, {"prompt": [5, 6], "n": 3, "logprobs": 0, "stop": ["never said", "e"]}),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}], "n": 3, "logprobs": True, "top_logprobs": 2}),
+    ],
+    ids=["text", "stops", "chat"],
+)
+def test_a_stream_says_of_each_choice_what_the_whole_answer_does(
+    plain: Served, engine: HttpEngine, path: str, body: dict[str, Any]
+) -> None:
+    """Choices that come in turns, each in parts: offsets that go on from another choice's, logprobs lost or doubled at
+    the seams, texts mixed up."""
+    pace(engine, 0.003)  # so that the choices take turns
+    body = body | {"max_tokens": 30, "min_tokens": 2, "seed": 5, "return_token_ids": True}
+    whole = plain.post(path, body).json()
+    found = plain.post(path, body | {"stream": True, "stream_options": {"include_usage": True}})
+    *chunks, last = (json.loads(line[6:]) for line in found.text.splitlines() if line.startswith("data: {"))
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    parts: dict[int, list[dict[str, Any]]] = {choice["index"]: [] for choice in whole["choices"]}
+    for chunk in chunks:
+        [choice] = chunk["choices"]
+        parts[choice["index"]].append(choice)
+    order = [chunk["choices"][0]["index"] for chunk in chunks]
+    assert order != sorted(order), "the choices came one after the other"
+    for choice in whole["choices"]:
+        of = parts[choice["index"]]
+        assert len(of) > 1
+        assert "".join(_text(one) for one in of) == _text(choice)
+        assert [one["finish_reason"] for one in of] == [None] * (len(of) - 1) + [choice["finish_reason"]]
+        assert [token for one in of for token in one["token_ids"]] == choice["token_ids"]
+        for key, values in choice["logprobs"].items():
+            shown = [one["logprobs"][key] for one in of]
+            assert (shown == [None] * len(of)) if values is None else ([it for one in shown for it in one] == values), (
+                key
+            )
+        if path == COMPLETIONS:
+            tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+            assert offsets == [len("".join(tokens[:place])) for place in range(len(tokens))]
+
+
+def _text(choice: dict[str, Any]) -> str:
+    return choice["text"] if "text" in choice else choice.get("message", choice.get("delta", {})).get("content", "")
 
 
 def test_five_hundred_at_once(plain: Served, engine: HttpEngine) -> None:
