@@ -43,6 +43,9 @@ MEGATRON_RESERVED = {
 MEGATRON_RL = ("rl-", "grpo-", "langrl-", "perform-rl-step", "refit-method")
 """How the arguments of Megatron's own RL loop begin; it does not run here, so they would have no effect."""
 
+COLUMNS = ("prompt", "label", "metadata")
+"""Whose names data.columns may give."""
+
 BUDGET = "max-seqlen-per-dp-cp-rank"
 """Megatron's argument for the tokens that a rank can train on at a time; here, of a packed micro-batch."""
 
@@ -72,9 +75,22 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 def known_options(section: Literal["megatron", "sglang"]) -> Mapping[str, str]:
     """Option name -> its number of values ("0", "1", "3", "*", "+"; "bool": --x and --no-x) in the pinned version."""
     table = {"megatron": "megatron_flags.txt", "sglang": "sglang_fields.txt"}[section]
-    lines = resources.files("megatron_sglang").joinpath(table).read_text().splitlines()
     more = {ROUTER: "1"} if section == "sglang" else {}
-    return dict(line.split() for line in lines if line and not line.startswith("#")) | more
+    return {name: count for name, count, *_ in _table(table)} | more
+
+
+def _table(name: str) -> list[list[str]]:
+    lines = resources.files("megatron_sglang").joinpath(name).read_text().splitlines()
+    return [line.split() for line in lines if line and not line.startswith("#")]
+
+
+@cache
+def text_options() -> Mapping[str, bool]:
+    """Options that are texts, as `section.field`, -> whether they are lists of them."""
+    own = {path: kind is not str for path, kind in field_types().items() if kind in (str, tuple[str, ...])}
+    columns = {f"data.columns.{name}": False for name in COLUMNS}
+    sglang = {f"sglang.{name}": count == "*" for name, count, *kind in _table("sglang_fields.txt") if kind}
+    return own | columns | sglang
 
 
 @cache
@@ -192,8 +208,8 @@ def _check_pass_through(config: RunConfig) -> None:
                 raise ConfigError(
                     f"megatron.{name} is of Megatron's own RL loop, which this package replaces; leave it out"
                 )
-    if unknown := config.data.columns.keys() - {"prompt", "label", "metadata"}:
-        raise ConfigError(f"data.columns names {', '.join(sorted(unknown))}; expected prompt, label or metadata")
+    if unknown := config.data.columns.keys() - set(COLUMNS):
+        raise ConfigError(f"data.columns names {', '.join(sorted(unknown))}; expected {' or '.join(COLUMNS)}")
     for name, given in config.megatron.items():
         is_switch = known_options("megatron")[name] in ("0", "bool")
         if given is not None and isinstance(given, bool) != is_switch:

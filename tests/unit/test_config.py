@@ -118,6 +118,45 @@ def test_stop_texts_are_taken_as_they_stand() -> None:
     assert parse().config.rollout.stop == parse("rollout.stop=[]").config.rollout.stop == ()
 
 
+TEXTS = ("2026_11_20", "007", "12:30", "1e3", "off", "a # b", "a: b", "", "[x")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_stays_the_text_that_was_given(tmp_path: Path, text: str) -> None:
+    """YAML takes each of them for something else: a folder under another name, a model that nobody finds."""
+    config = parse(
+        f"log.run_dir={text}", "--sglang-served-model-name", text, "--input-key", text, "--rollout-stop", text or "x"
+    ).config
+    assert (config.log.run_dir, config.sglang["served_model_name"], config.data.columns["prompt"]) == (text, text, text)
+    assert config.rollout.stop == (text or "x",)
+    (tmp_path / "c.yaml").write_text(dump(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_what_is_read_of_a_text() -> None:
+    """Quotes around it, null, and a list of texts."""
+    assert parse("log.run_dir='a b'", "data.eval=null").config.log.run_dir == "a b"
+    assert parse("data.eval=null").config.data.eval == ""
+    assert parse("rollout.stop=null").config.rollout.stop == ("null",)
+    assert parse("rollout.stop=[007, off]").config.rollout.stop == ("007", "off")
+    external = ("http://a:1", "http://b:2")
+    assert parse("engine.external=http://a:1, http://b:2").config.engine.external == external
+    assert parse("engine.external=[http://a:1,http://b:2]").config.engine.external == external
+
+
+def test_values_of_sglang_keep_their_kind() -> None:
+    """Numbers in a list were texts, and JSON that SGLang reads itself was read before."""
+    words = ["--sglang-cuda-graph-bs-decode", "1", "2", "4", "--sglang-json-model-override-args", '{"a": 1}']
+    texts = ["--sglang-encoder-urls", "http://a:1", "007", "--sglang-log-level", "off", "sglang.log-level-http=off"]
+    assert parse(*words, *texts).config.sglang == {
+        "cuda_graph_bs_decode": [1, 2, 4],
+        "json_model_override_args": '{"a": 1}',
+        "encoder_urls": ["http://a:1", "007"],
+        "log_level": "off",
+        "log_level_http": "off",
+    }
+
+
 WRONG = {
     "a flag": (["--lora-rnak", "4"], "did you mean --lora-rank"),
     "megatron flag": (["--expert-model-paralel-size", "2"], "did you mean --expert-model-parallel-size"),
@@ -156,10 +195,6 @@ WRONG = {
         "engine.ep_size is not an option; it is SGLang's own: sglang.ep_",
     ),
     "no stop text": (["rollout.stop=['', x]"], "stop text '' cannot end a completion"),
-    "a stop text that YAML takes for nothing": (
-        ["--rollout-stop", "#"],
-        "rollout.stop=None; expected a list, [a, b]; ",
-    ),
     "a number for a list": (["lora.targets=3"], "lora.targets=3; expected a list"),
     "stop texts with routing replay": (
         ["rollout.stop=x", "--moe-enable-routing-replay"],
