@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("gaps", "status"), [((1e-6, 2e-6), 0), ((1e-6, 1e-3), 1), ((1e-6, "nan"), 1), (("nan", 1e-6), 1)])
+@pytest.mark.parametrize(
+    ("gaps", "status"), [((1e-6, 2e-6), 0), ((1e-6, 1e-3), 1), ((1e-6, "nan"), 1), (("nan", 1e-6), 1)]
+)
 def test_a_gap_that_is_no_number_is_a_failure(tmp_path: Path, gaps: tuple[float | str, ...], status: int) -> None:
     """A NaN in any step; the largest of several numbers may pass over it."""
     rates = [{"eval/pass_rate": 0.2, "train/kl_ref": 0.0}, {"eval/pass_rate": 0.6}]
