@@ -43,6 +43,9 @@ MEGATRON_RESERVED = {
 MEGATRON_RL = ("rl-", "grpo-", "langrl-", "perform-rl-step", "refit-method")
 """How the arguments of Megatron's own RL loop begin; it does not run here, so they would have no effect."""
 
+PARALLEL = ("tensor-model", "context", "pipeline-model", "expert-model")
+"""Of what Megatron's arguments --KIND-parallel-size are."""
+
 COLUMNS = ("prompt", "label", "metadata")
 """Whose names data.columns may give."""
 
@@ -131,7 +134,7 @@ def resolve(config: RunConfig, *, local_world_size: int) -> RunConfig:
     return dataclasses.replace(
         config,
         engine=dataclasses.replace(config.engine, tp_size=config.engine.tp_size or local_world_size),
-        megatron=derived | config.megatron | packed,
+        megatron=derived | {name: given for name, given in config.megatron.items() if given is not None} | packed,
     )
 
 
@@ -140,6 +143,8 @@ def check(config: RunConfig, *, local_world_size: int | None = None) -> tuple[st
     _check_ranges(config)
     checked_lora(config.lora)
     _check_pass_through(config)
+    for kind in PARALLEL:
+        parallel_size(config, kind)
     _check_adapters(config)
     _check_router(config)
     _check_stop(config)
@@ -224,7 +229,7 @@ def _check_adapters(config: RunConfig) -> None:
             f"expert-tensor-parallel-size={size}: adapters of experts are wrong above 1 in Megatron-Bridge 0.6.2; set "
             "it to 1 and raise expert-model-parallel-size instead"
         )
-    if "router" in config.lora.targets and (size := _megatron_int(config, "tensor-model-parallel-size", 1)) != 1:
+    if "router" in config.lora.targets and (size := parallel_size(config, "tensor-model")) != 1:
         raise ConfigError(
             f"tensor-model-parallel-size={size} with router among lora.targets: above 1 its adapter in Megatron-Bridge "
             "0.6.2 mixes tokens of different ranks; leave one of the two out"
@@ -251,10 +256,18 @@ def _check_stop(config: RunConfig) -> None:
         )
 
 
+def parallel_size(config: RunConfig, kind: str) -> int:
+    """Of tensor-model, context, pipeline-model or expert-model; 1 where it is not given."""
+    name = f"{kind}-parallel-size"
+    if (size := _megatron_int(config, name, 1)) < 1:
+        raise ConfigError(f"megatron.{name}={size}; expected 1 or above")
+    return size
+
+
 def _megatron_int(config: RunConfig, name: str, default: int) -> int:
-    given = config.megatron.get(name, default)
+    given = config.megatron.get(name)
     try:
-        return int(given)
+        return default if given is None else int(given)
     except (TypeError, ValueError):
         raise ConfigError(f"megatron.{name}={given!r}; expected a whole number") from None
 
@@ -302,7 +315,7 @@ def _warnings(config: RunConfig) -> Iterable[str]:
             "of sequences stay nearer to 1, GSPO's authors use 3e-4 and 4e-4"
         )
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-    if 0 < (budget := _megatron_int(config, BUDGET, 0) * _megatron_int(config, "context-parallel-size", 1)) < longest:
+    if 0 < (budget := _megatron_int(config, BUDGET, 0) * parallel_size(config, "context")) < longest:
         yield (
             f"{BUDGET} times context-parallel-size is {budget} tokens, a sample may have {longest} and then is a "
             "micro-batch of its own, larger than that"

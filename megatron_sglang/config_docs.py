@@ -41,8 +41,8 @@ configuration, which is also written to the run folder.
   0 or absent: micro-batches of `--micro-batch-size` samples, padded to the longest.
 * SGLang's ServerArgs are reached as `--sglang-log-level info`, or `log_level: info` under `sglang:` in YAML; so is
   `--sglang-router-policy`, for several engines behind sglang-router ([modes.md](modes.md)).
-* Values are YAML, but an override or flag whose option is a text is taken as it stands (`0123`, `off`, `a # b`): read are
-  only `null`, quotes around it, and `[a, b]` where a list is meant. In a file, put quotes around such a text.
+* Values are YAML, but an override or flag whose option is a text is taken as it stands (`0123`, `off`, `a # b`): only
+  `null`, quotes around it, and `[a, b]` where a list is meant are read. In a file, put quotes around such a text.
 * In YAML `${oc.env:NAME}` is the value of an environment variable.
 """
 

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from megatron_sglang import host
 from megatron_sglang.config import DataConfig, LoraConfig, ModelConfig, RunConfig
 from megatron_sglang.config_argv import FLAGS
 from megatron_sglang.config_check import MEGATRON_RL, field_types, known_options
 from megatron_sglang.config_docs import help_text, markdown
 from megatron_sglang.config_load import Invocation, dump, load_config, split_argv
+from megatron_sglang.dry_run import describe
 from megatron_sglang.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +90,15 @@ def test_megatron_gets_what_follows_from_our_own_options() -> None:
     assert parse("megatron.sequence-parallel=false", "megatron.inference_wandb_logging=false").megatron_argv[-1] == (
         "--no-inference-wandb-logging"
     )
+
+
+def test_a_null_leaves_an_argument_of_megatron_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does for Megatron's parser: what follows from other options stays, and --dry-run shows it."""
+    config = parse("megatron.tensor-model-parallel-size=null", "megatron.global-batch-size=null").config
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    assert "global-batch-size: 64" in describe(config)
+    assert host.judge(load_config(None, [*MINIMAL, "megatron.context-parallel-size=null"]), {}) == []
 
 
 def test_a_budget_of_tokens_takes_the_place_of_the_micro_batch_size() -> None:
@@ -212,6 +223,8 @@ WRONG = {
     "switch as text": (["megatron.sequence-parallel=yes please"], "expected true or false"),
     "word as switch": (["megatron.lr-decay-style=on"], "quote words"),
     "evaluation without data": (["rollout.eval_interval=5"], "set --eval-prompt-data"),
+    "parallel size as a word": (["--tensor-model-parallel-size", "two"], "'two'; expected a whole number"),
+    "parallel size of nothing": (["--pipeline-model-parallel-size=0"], "-parallel-size=0; expected 1 or above"),
     "no file": (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read"),
 }
 
