@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sglang.config_check import SECTIONS, field_types, known_options, suggest, text_options
+from megatron_sglang.config_check import SECTIONS, SGLANG_RESERVED, field_types, known_options, suggest, text_options
 from megatron_sglang.errors import ConfigError
 
 FLAGS = {
@@ -134,7 +134,8 @@ def _take_flag(words: Words, name: str, rest: list[str], *, glued: bool) -> None
         count = known_options("sglang").get(option)
         if count is None:
             dashed = [known.replace("_", "-") for known in known_options("sglang")]
-            hint = suggest(name.removeprefix("sglang-"), dashed, "--sglang-")
+            owners = {known.replace("_", "-"): f"--{owner}" for known, owner in SGLANG_RESERVED.items()}
+            hint = suggest(name.removeprefix("sglang-"), dashed, "--sglang-", owners)
             raise ConfigError(f"--{name} is not a field of SGLang's ServerArgs{hint}")
         value = _take_values(name, count, rest, glued)
         words.flags.append(f"sglang.{option}={value if isinstance(value, str) else _as_yaml(option, value)}")

@@ -108,10 +108,15 @@ def field_types() -> Mapping[str, Any]:
     return found
 
 
-def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """'; did you mean ...?', or nothing where no known name is near."""
-    near = get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(prefix + word for word in near)}?" if near else ""
+def suggest(name: str, known: Iterable[str], prefix: str = "", owners: Mapping[str, str] | None = None) -> str:
+    """'; did you mean ...?', or nothing where no known name is near, nor one of which `name` is the first part.
+
+    owners: known name -> what is to be set in its place.
+    """
+    words = list(known)
+    near = get_close_matches(name, words, n=3) or [word for word in words if word.startswith((f"{name}_", f"{name}-"))]
+    shown = [(owners or {}).get(word, prefix + word) for word in near[:3]]
+    return f"; did you mean {' or '.join(shown)}?" if shown else ""
 
 
 def resolve(config: RunConfig, *, local_world_size: int) -> RunConfig:
@@ -205,7 +210,7 @@ def _check_pass_through(config: RunConfig) -> None:
         known = known_options(section)
         for name, given in getattr(config, section).items():
             if name not in known:
-                hint = suggest(name, known, f"{section}.")
+                hint = suggest(name, known, f"{section}.", reserved)
                 raise ConfigError(f"{section}.{name} is not an option of the pinned {section}{hint}")
             if name in reserved:
                 raise ConfigError(f"{section}.{name}={given} is not yours to set; it follows from {reserved[name]}")

@@ -131,7 +131,8 @@ def _kind(annotation: Any) -> str:
 def _default(field: dataclasses.Field[Any]) -> str:
     match field.default:
         case dataclasses.MISSING:
-            return "required"
+            made = field.default_factory is not dataclasses.MISSING and not field.default_factory()
+            return "empty" if made else "required"
         case None | bool():
             return {None: "null", True: "true", False: "false"}[field.default]
         case tuple() as items:

@@ -13,7 +13,7 @@ from megatron_sglang import host
 from megatron_sglang.config import DataConfig, LoraConfig, ModelConfig, RunConfig
 from megatron_sglang.config_argv import FLAGS
 from megatron_sglang.config_check import MEGATRON_RL, field_types, known_options
-from megatron_sglang.config_docs import help_text, markdown
+from megatron_sglang.config_docs import help_text, markdown, options, sections
 from megatron_sglang.config_load import Invocation, dump, load_config, split_argv
 from megatron_sglang.dry_run import describe
 from megatron_sglang.errors import ConfigError
@@ -178,6 +178,8 @@ WRONG = {
     "section": (["rolout.top_k=1"], "did you mean rollout"),
     "megatron key": (["megatron.learning=1"], "megatron.learning is not an option of the pinned megatron"),
     "sglang key": (["sglang.mem_fracton=1"], "not an option of the pinned sglang"),
+    "short for what is ours": (["sglang.tp=2"], "pinned sglang; did you mean engine.tp_size?"),
+    "flag short for what is ours": (["--sglang-tp", "2"], "did you mean --engine.tp_size?"),
     "bare word": (["rollout"], "neither a --flag nor section.field=value"),
     "missing value": (["--lora-rank"], "--lora-rank got 0 values; expected 1"),
     "missing value before a flag": (["--lr", "--bf16"], "--lr got 0 values"),
@@ -277,6 +279,8 @@ def test_every_field_is_documented_and_docs_are_current() -> None:
     """docs/configuration.md is made by `make docs`; an option nobody explained is an option nobody uses."""
     assert (ROOT / "docs" / "configuration.md").read_text() == markdown(), "run `make docs`"
     assert all(path in help_text() for path in field_types())
+    required = {option.path for section in sections() for option in options(section) if option.default == "required"}
+    assert required == {"model.hf_path", "data.train"}
 
 
 def test_configs_are_immutable() -> None:
