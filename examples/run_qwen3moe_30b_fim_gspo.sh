@@ -7,7 +7,7 @@
 #   DATA        training problems, JSONL or parquet      EVAL_DATA  held-out problems; without them no evaluation
 #   OUT         folder of the run: log, metrics, rollouts, checkpoints
 #   PRESET      seed: the parameters of verl's script of this name (default); h200: laid out for eight H200
-#   EPOCHS      passes over DATA (default 10) where it is JSONL; else, and instead, --num-rollout N
+#   EPOCHS      passes over DATA (default 10); instead: --num-rollout N
 #   NPROC       GPUs of this node (default 8)            PYTHON     interpreter (default .venv/bin/python)
 #   RANDOM_WEIGHTS=1   without weights: MODEL needs config.json only (examples/qwen3_30b_a3b), and where it has no
 #                      tokenizer, that of examples/tiny_fim. Measures, learns nothing.
@@ -73,7 +73,15 @@ fi
 # ---- the data ----
 data=(data.train="$DATA" data.eval="${EVAL_DATA:-}")
 [ -n "${EVAL_DATA:-}" ] || data+=(rollout.eval_interval=0)
-if [[ $DATA == *.jsonl ]]; then
+case $DATA in
+  *.jsonl) rows=$(grep -c '[^[:space:]]' "$DATA" || true) ;;
+  *.parquet) rows=$("$python" -c 'import sys, pyarrow.parquet as pq
+print(pq.ParquetFile(sys.argv[1]).metadata.num_rows)' "$DATA" 2>/dev/null || true) ;;
+  *) rows= ;;
+esac
+[ -n "$rows" ] || [ -z "${EPOCHS:-}" ] ||
+  fail "EPOCHS=$EPOCHS, but the rows of DATA=$DATA cannot be counted; leave EPOCHS out and give --num-rollout N"
+if [ -n "$rows" ]; then
   prompts=$(awk '$1 == "prompts_per_batch:" { print $2 }' "$config")
   before=
   for word in "$@"; do
@@ -83,7 +91,6 @@ if [[ $DATA == *.jsonl ]]; then
     esac
     before=$word
   done
-  rows=$(grep -c '[^[:space:]]' "$DATA" || true)
   per_epoch=$((rows / prompts))
   [ "$per_epoch" = 0 ] || data+=(rollout.batches=$((${EPOCHS:-10} * per_epoch)))
 fi

@@ -12,12 +12,13 @@ Any other word is a `ConfigError` with a suggestion.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sglang.config_check import SECTIONS, field_types, known_options, suggest
+from megatron_sglang.config_check import SECTIONS, SGLANG_RESERVED, field_types, known_options, suggest, text_options
 from megatron_sglang.errors import ConfigError
 
 FLAGS = {
@@ -133,10 +134,11 @@ def _take_flag(words: Words, name: str, rest: list[str], *, glued: bool) -> None
         count = known_options("sglang").get(option)
         if count is None:
             dashed = [known.replace("_", "-") for known in known_options("sglang")]
-            hint = suggest(name.removeprefix("sglang-"), dashed, "--sglang-")
+            owners = {known.replace("_", "-"): f"--{owner}" for known, owner in SGLANG_RESERVED.items()}
+            hint = suggest(name.removeprefix("sglang-"), dashed, "--sglang-", owners)
             raise ConfigError(f"--{name} is not a field of SGLang's ServerArgs{hint}")
         value = _take_values(name, count, rest, glued)
-        words.flags.append(f"sglang.{option}={str(value).lower() if isinstance(value, bool) else value}")
+        words.flags.append(f"sglang.{option}={value if isinstance(value, str) else _as_yaml(option, value)}")
     elif name in known_options("megatron"):
         words.megatron[name] = _take_values(name, known_options("megatron")[name], rest, glued)
     elif known_options("megatron").get(name.removeprefix("no-")) == "bool":
@@ -144,6 +146,13 @@ def _take_flag(words: Words, name: str, rest: list[str], *, glued: bool) -> None
     else:
         known = [*FLAGS, *field_types(), *known_options("megatron"), "config", "dry-run"]
         raise ConfigError(f"--{name} is not a flag of this package or of Megatron{suggest(name, known, '--')}")
+
+
+def _as_yaml(option: str, value: bool | list[str]) -> str:
+    """Several values as a list, numbers bare and texts in quotes; a switch as true."""
+    if isinstance(value, bool):
+        return "true"
+    return json.dumps(value) if f"sglang.{option}" in text_options() else f"[{','.join(value)}]"
 
 
 def _take_values(name: str, count: str, rest: list[str], glued: bool) -> Any:

@@ -43,6 +43,12 @@ MEGATRON_RESERVED = {
 MEGATRON_RL = ("rl-", "grpo-", "langrl-", "perform-rl-step", "refit-method")
 """How the arguments of Megatron's own RL loop begin; it does not run here, so they would have no effect."""
 
+PARALLEL = ("tensor-model", "context", "pipeline-model", "expert-model")
+"""Of what Megatron's arguments --KIND-parallel-size are."""
+
+COLUMNS = ("prompt", "label", "metadata")
+"""Whose names data.columns may give."""
+
 BUDGET = "max-seqlen-per-dp-cp-rank"
 """Megatron's argument for the tokens that a rank can train on at a time; here, of a packed micro-batch."""
 
@@ -72,9 +78,22 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 def known_options(section: Literal["megatron", "sglang"]) -> Mapping[str, str]:
     """Option name -> its number of values ("0", "1", "3", "*", "+"; "bool": --x and --no-x) in the pinned version."""
     table = {"megatron": "megatron_flags.txt", "sglang": "sglang_fields.txt"}[section]
-    lines = resources.files("megatron_sglang").joinpath(table).read_text().splitlines()
     more = {ROUTER: "1"} if section == "sglang" else {}
-    return dict(line.split() for line in lines if line and not line.startswith("#")) | more
+    return {name: count for name, count, *_ in _table(table)} | more
+
+
+def _table(name: str) -> list[list[str]]:
+    lines = resources.files("megatron_sglang").joinpath(name).read_text().splitlines()
+    return [line.split() for line in lines if line and not line.startswith("#")]
+
+
+@cache
+def text_options() -> Mapping[str, bool]:
+    """Options that are texts, as `section.field`, -> whether they are lists of them."""
+    own = {path: kind is not str for path, kind in field_types().items() if kind in (str, tuple[str, ...])}
+    columns = {f"data.columns.{name}": False for name in COLUMNS}
+    sglang = {f"sglang.{name}": count == "*" for name, count, *kind in _table("sglang_fields.txt") if kind}
+    return own | columns | sglang
 
 
 @cache
@@ -89,10 +108,15 @@ def field_types() -> Mapping[str, Any]:
     return found
 
 
-def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """'; did you mean ...?', or nothing where no known name is near."""
-    near = get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(prefix + word for word in near)}?" if near else ""
+def suggest(name: str, known: Iterable[str], prefix: str = "", owners: Mapping[str, str] | None = None) -> str:
+    """'; did you mean ...?', or nothing where no known name is near, nor one of which `name` is the first part.
+
+    owners: known name -> what is to be set in its place.
+    """
+    words = list(known)
+    near = get_close_matches(name, words, n=3) or [word for word in words if word.startswith((f"{name}_", f"{name}-"))]
+    shown = [(owners or {}).get(word, prefix + word) for word in near[:3]]
+    return f"; did you mean {' or '.join(shown)}?" if shown else ""
 
 
 def resolve(config: RunConfig, *, local_world_size: int) -> RunConfig:
@@ -115,7 +139,7 @@ def resolve(config: RunConfig, *, local_world_size: int) -> RunConfig:
     return dataclasses.replace(
         config,
         engine=dataclasses.replace(config.engine, tp_size=config.engine.tp_size or local_world_size),
-        megatron=derived | config.megatron | packed,
+        megatron=derived | {name: given for name, given in config.megatron.items() if given is not None} | packed,
     )
 
 
@@ -124,6 +148,8 @@ def check(config: RunConfig, *, local_world_size: int | None = None) -> tuple[st
     _check_ranges(config)
     checked_lora(config.lora)
     _check_pass_through(config)
+    for kind in PARALLEL:
+        parallel_size(config, kind)
     _check_adapters(config)
     _check_router(config)
     _check_stop(config)
@@ -184,7 +210,7 @@ def _check_pass_through(config: RunConfig) -> None:
         known = known_options(section)
         for name, given in getattr(config, section).items():
             if name not in known:
-                hint = suggest(name, known, f"{section}.")
+                hint = suggest(name, known, f"{section}.", reserved)
                 raise ConfigError(f"{section}.{name} is not an option of the pinned {section}{hint}")
             if name in reserved:
                 raise ConfigError(f"{section}.{name}={given} is not yours to set; it follows from {reserved[name]}")
@@ -192,8 +218,8 @@ def _check_pass_through(config: RunConfig) -> None:
                 raise ConfigError(
                     f"megatron.{name} is of Megatron's own RL loop, which this package replaces; leave it out"
                 )
-    if unknown := config.data.columns.keys() - {"prompt", "label", "metadata"}:
-        raise ConfigError(f"data.columns names {', '.join(sorted(unknown))}; expected prompt, label or metadata")
+    if unknown := config.data.columns.keys() - set(COLUMNS):
+        raise ConfigError(f"data.columns names {', '.join(sorted(unknown))}; expected {' or '.join(COLUMNS)}")
     for name, given in config.megatron.items():
         is_switch = known_options("megatron")[name] in ("0", "bool")
         if given is not None and isinstance(given, bool) != is_switch:
@@ -208,7 +234,7 @@ def _check_adapters(config: RunConfig) -> None:
             f"expert-tensor-parallel-size={size}: adapters of experts are wrong above 1 in Megatron-Bridge 0.6.2; set "
             "it to 1 and raise expert-model-parallel-size instead"
         )
-    if "router" in config.lora.targets and (size := _megatron_int(config, "tensor-model-parallel-size", 1)) != 1:
+    if "router" in config.lora.targets and (size := parallel_size(config, "tensor-model")) != 1:
         raise ConfigError(
             f"tensor-model-parallel-size={size} with router among lora.targets: above 1 its adapter in Megatron-Bridge "
             "0.6.2 mixes tokens of different ranks; leave one of the two out"
@@ -235,10 +261,18 @@ def _check_stop(config: RunConfig) -> None:
         )
 
 
+def parallel_size(config: RunConfig, kind: str) -> int:
+    """Of tensor-model, context, pipeline-model or expert-model; 1 where it is not given."""
+    name = f"{kind}-parallel-size"
+    if (size := _megatron_int(config, name, 1)) < 1:
+        raise ConfigError(f"megatron.{name}={size}; expected 1 or above")
+    return size
+
+
 def _megatron_int(config: RunConfig, name: str, default: int) -> int:
-    given = config.megatron.get(name, default)
+    given = config.megatron.get(name)
     try:
-        return int(given)
+        return default if given is None else int(given)
     except (TypeError, ValueError):
         raise ConfigError(f"megatron.{name}={given!r}; expected a whole number") from None
 
@@ -286,7 +320,7 @@ def _warnings(config: RunConfig) -> Iterable[str]:
             "of sequences stay nearer to 1, GSPO's authors use 3e-4 and 4e-4"
         )
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-    if 0 < (budget := _megatron_int(config, BUDGET, 0) * _megatron_int(config, "context-parallel-size", 1)) < longest:
+    if 0 < (budget := _megatron_int(config, BUDGET, 0) * parallel_size(config, "context")) < longest:
         yield (
             f"{BUDGET} times context-parallel-size is {budget} tokens, a sample may have {longest} and then is a "
             "micro-batch of its own, larger than that"

@@ -41,6 +41,8 @@ configuration, which is also written to the run folder.
   0 or absent: micro-batches of `--micro-batch-size` samples, padded to the longest.
 * SGLang's ServerArgs are reached as `--sglang-log-level info`, or `log_level: info` under `sglang:` in YAML; so is
   `--sglang-router-policy`, for several engines behind sglang-router ([modes.md](modes.md)).
+* Values are YAML, but an override or flag whose option is a text is taken as it stands (`0123`, `off`, `a # b`): only
+  `null`, quotes around it, and `[a, b]` where a list is meant are read. In a file, put quotes around such a text.
 * In YAML `${oc.env:NAME}` is the value of an environment variable.
 """
 
@@ -129,7 +131,8 @@ def _kind(annotation: Any) -> str:
 def _default(field: dataclasses.Field[Any]) -> str:
     match field.default:
         case dataclasses.MISSING:
-            return "required"
+            made = field.default_factory is not dataclasses.MISSING and not field.default_factory()
+            return "empty" if made else "required"
         case None | bool():
             return {None: "null", True: "true", False: "false"}[field.default]
         case tuple() as items:

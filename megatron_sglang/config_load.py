@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import BaseLoader, YAMLError, load
 
 from megatron_sglang.config import RunConfig
 from megatron_sglang.config_argv import sort_words
-from megatron_sglang.config_check import check, known_options, megatron_argv, resolve, suggest
+from megatron_sglang.config_check import check, known_options, megatron_argv, resolve, suggest, text_options
 from megatron_sglang.config_docs import help_text
 from megatron_sglang.errors import ConfigError
 
@@ -92,13 +92,39 @@ def _from_yaml(path: str | Path | None) -> DictConfig:
 
 
 def _from_overrides(overrides: Sequence[str]) -> DictConfig:
-    for text in overrides:
-        if "=" not in text:
-            raise ConfigError(f"override {text!r} has no value; write section.field=value")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"an override of {' '.join(overrides)} cannot be read: {error}") from error
+    tree = OmegaConf.create()
+    for override in overrides:
+        path, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r} has no value; write section.field=value")
+        if path.startswith("sglang."):
+            path = path.replace("-", "_")
+        try:
+            if path in text_options():
+                OmegaConf.update(tree, path, _text(path, value))
+            else:
+                tree.merge_with_dotlist([override])
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"the override {override} cannot be read: {error}") from error
+    return tree
+
+
+def _text(path: str, value: str) -> str | list[Any] | None:
+    """The value of an option that is text: as it stands, since YAML makes another text of 0123, 1e3, off or a # b.
+
+    Read as YAML are null, a text in quotes, and [a, b] where a list is meant; its items stay texts.
+    """
+    if value == "null" and path != "rollout.stop":
+        return None
+    quoted = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
+    listed = text_options()[path] and value.startswith("[")
+    if quoted or listed:
+        try:
+            read = load(value, BaseLoader)
+        except YAMLError:
+            return value
+        return read if isinstance(read, list if listed else str) else value
+    return value
 
 
 def _merge(*sources: DictConfig) -> dict[str, Any]:
@@ -152,7 +178,7 @@ def _items(given: Any, path: str) -> list[Any]:
     if given == "" or (given is None and not texts):
         return []
     if isinstance(given, str):
-        return [given] if texts else given.split(",")
+        return [given] if texts else [item.strip() for item in given.split(",")]
     raise ConfigError(f"{path}={given!r}; expected a list, [a, b]; put quotes around what YAML reads as something else")
 
 

@@ -7,23 +7,15 @@ import os
 
 from megatron_sglang import buckets, config_load
 from megatron_sglang.config import RunConfig
+from megatron_sglang.config_check import PARALLEL, parallel_size
 from megatron_sglang.hf_files import ITEMSIZE, tensor_shapes
 from megatron_sglang.placement import Placement, engines
 
 
 def describe(config: RunConfig) -> str:
     """Raises `ConfigError` for sizes that do not divide the ranks that torchrun started (1 without torchrun)."""
-
-    def size(flag: str) -> int:
-        return int(config.megatron.get(f"{flag}-parallel-size", 1))
-
-    placement = Placement(
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        tp=size("tensor-model"),
-        cp=size("context"),
-        pp=size("pipeline-model"),
-        ep=size("expert-model"),
-    )
+    tp, cp, pp, ep = (parallel_size(config, kind) for kind in PARALLEL)
+    placement = Placement(world_size=int(os.environ.get("WORLD_SIZE", "1")), tp=tp, cp=cp, pp=pp, ep=ep)
     parts = ["# configuration", config_load.dump(config), "# ranks", placement.table(), "", "# engines"]
     return "\n".join([*parts, engine_table(config), "", "# weight update", bucket_plan(config)])
 
@@ -65,8 +57,8 @@ def plan_command(config: RunConfig) -> str:
     words = [
         f"megatron-sglang plan {config.model.hf_path} --nproc {ranks} --engine-tp {config.engine.tp_size or ranks}"
     ]
-    for name in ("tensor-model", "context", "pipeline-model", "expert-model"):
-        if (size := int(config.megatron.get(f"{name}-parallel-size", 1))) > 1:
+    for name in PARALLEL:
+        if (size := parallel_size(config, name)) > 1:
             words.append(f"--{name}-parallel-size {size}")
     if (ep_size := config.sglang.get("ep_size", 1)) > 1:
         words.append(f"--engine-ep {ep_size}")

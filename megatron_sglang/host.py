@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sglang.config import RunConfig
+from megatron_sglang.config_check import parallel_size
 from megatron_sglang.errors import SetupError
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -135,7 +136,7 @@ def _of_run(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Findi
             remedy += f" and, under Ray, {RAY_NOSET}=1"
         observed = f"{len(visible)} devices ({environment['CUDA_VISIBLE_DEVICES']}) for {ranks} trainer ranks"
         yield Finding("bad", "CUDA_VISIBLE_DEVICES", observed, remedy)
-    sizes = {name: _size(config, f"{name}-parallel-size") for name in ("tensor-model", "context")}
+    sizes = {name: parallel_size(config, name) for name in ("tensor-model", "context")}
     if max(sizes.values()) > 1 and environment.get(CONNECTIONS) != "1":
         observed = f"{environment.get(CONNECTIONS, 'not set')} with TP {sizes['tensor-model']}, CP {sizes['context']}"
         remedy = f"before Blackwell Megatron needs 1 there to overlap: export {CONNECTIONS}=1"
@@ -189,10 +190,6 @@ def _visible(environment: Mapping[str, str]) -> list[str] | None:
     entries = [entry.strip() for entry in environment["CUDA_VISIBLE_DEVICES"].split(",")]
     unread = next((i for i, entry in enumerate(entries) if entry in ("", "-1", "NoDevFiles")), len(entries))
     return entries[:unread]
-
-
-def _size(config: RunConfig, name: str) -> int:
-    return int(config.megatron.get(name, 1))
 
 
 def _is_segments(item: str) -> bool:

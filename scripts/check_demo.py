@@ -9,6 +9,7 @@ before the first step must be 0.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def main(folder: str, least_gain: str = "0.15", largest_gap: str = "1e-5") -> in
     if len(rates) < 2 or not gaps:
         print(f"{folder}: {len(rates)} evaluations and {len(gaps)} train steps; expected at least 2 and 1")
         return 1
-    gain, gap, first_kl = rates[-1] - rates[0], max(gaps), abs(float(records[0].get("train/kl_ref", "nan")))
+    gap = max(gaps, key=lambda gap: (math.isnan(gap), gap))  # max alone passes over a NaN that is not the first
+    gain, first_kl = rates[-1] - rates[0], abs(float(records[0].get("train/kl_ref", "nan")))
     print(f"held-out pass rate {rates[0]:.3f} -> {rates[-1]:.3f} ({gain:+.3f}, wanted {least_gain} or more); ", end="")
     print(f"largest logprob gap {gap:.1e} over {len(gaps)} steps (wanted {largest_gap} or less)")
     print(f"KL to the base before the first step {first_kl:.1e} (wanted below 1e-9)")

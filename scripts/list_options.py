@@ -30,19 +30,23 @@ def megatron_flags() -> dict[str, str]:
 
 
 def sglang_fields() -> dict[str, str]:
-    """Field of ServerArgs -> number of values."""
+    """Field of ServerArgs -> number of values, and "str" where they are texts."""
     from sglang.srt.server_args import ServerArgs
 
     def count(annotation: str) -> str:
         declared = annotation.removeprefix("A[").split(",")[0]
-        return "0" if "bool" in declared else "*" if "List" in declared or "list" in declared else "1"
+        number = "0" if "bool" in declared else "*" if "List" in declared or "list" in declared else "1"
+        bare = declared.removeprefix("Optional[").removeprefix("List[").strip("]")
+        return f"{number} str" if bare == "str" or bare.startswith(("Literal['", "Literal[None")) else number
 
     return {item.name: count(str(item.type)) for item in dataclasses.fields(typing.cast("typing.Any", ServerArgs))}
 
 
 def write(path: Path, origin: str, options: dict[str, str]) -> None:
     lines = [f"{name} {count}" for name, count in sorted(options.items())]
-    path.write_text("\n".join([f"# {origin}: name, number of values. Made by scripts/list_options.py", *lines, ""]))
+    path.write_text(
+        "\n".join([f"# {origin}: name, number of values, kind of texts. Made by scripts/list_options.py", *lines, ""])
+    )
     print(f"{path.name}: {len(lines)} options of {origin}")
 
 

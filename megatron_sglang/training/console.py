@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,13 @@ from megatron_sglang.errors import ConfigError
 @contextlib.contextmanager
 def quiet(log: Path) -> Iterator[Callable[[str], None]]:
     """Send this process's Python output, log records, warnings, and the traceback of an error to `log`; yields a print
-    to the real console. `ConfigError` if the file cannot be written."""
+    to the real console. What an earlier run of the folder wrote stays above a line. `ConfigError` if the file cannot be
+    written."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        file = log.open("w", buffering=1)
+        file = log.open("a", buffering=1)
+        if file.tell():
+            file.write(f"\n======== started again {time.strftime('%Y-%m-%d %H:%M:%S')} ========\n")
     except OSError as error:
         raise ConfigError(
             f"log.run_dir={log.parent} cannot be written to: {error.strerror}; name another folder"

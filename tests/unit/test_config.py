@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from megatron_sglang import host
 from megatron_sglang.config import DataConfig, LoraConfig, ModelConfig, RunConfig
 from megatron_sglang.config_argv import FLAGS
 from megatron_sglang.config_check import MEGATRON_RL, field_types, known_options
-from megatron_sglang.config_docs import help_text, markdown
+from megatron_sglang.config_docs import help_text, markdown, options, sections
 from megatron_sglang.config_load import Invocation, dump, load_config, split_argv
+from megatron_sglang.dry_run import describe
 from megatron_sglang.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +92,15 @@ def test_megatron_gets_what_follows_from_our_own_options() -> None:
     )
 
 
+def test_a_null_leaves_an_argument_of_megatron_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does for Megatron's parser: what follows from other options stays, and --dry-run shows it."""
+    config = parse("megatron.tensor-model-parallel-size=null", "megatron.global-batch-size=null").config
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    assert "global-batch-size: 64" in describe(config)
+    assert host.judge(load_config(None, [*MINIMAL, "megatron.context-parallel-size=null"]), {}) == []
+
+
 def test_a_budget_of_tokens_takes_the_place_of_the_micro_batch_size() -> None:
     """Megatron would refuse a batch that does not divide by a size that nothing uses."""
     for flag in ("--max-seqlen-per-dp-cp-rank", "--max-tokens-per-gpu"):
@@ -118,6 +129,45 @@ def test_stop_texts_are_taken_as_they_stand() -> None:
     assert parse().config.rollout.stop == parse("rollout.stop=[]").config.rollout.stop == ()
 
 
+TEXTS = ("2026_11_20", "007", "12:30", "1e3", "off", "a # b", "a: b", "", "[x")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_stays_the_text_that_was_given(tmp_path: Path, text: str) -> None:
+    """YAML takes each of them for something else: a folder under another name, a model that nobody finds."""
+    config = parse(
+        f"log.run_dir={text}", "--sglang-served-model-name", text, "--input-key", text, "--rollout-stop", text or "x"
+    ).config
+    assert (config.log.run_dir, config.sglang["served_model_name"], config.data.columns["prompt"]) == (text, text, text)
+    assert config.rollout.stop == (text or "x",)
+    (tmp_path / "c.yaml").write_text(dump(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_what_is_read_of_a_text() -> None:
+    """Quotes around it, null, and a list of texts."""
+    assert parse("log.run_dir='a b'", "data.eval=null").config.log.run_dir == "a b"
+    assert parse("data.eval=null").config.data.eval == ""
+    assert parse("rollout.stop=null").config.rollout.stop == ("null",)
+    assert parse("rollout.stop=[007, off]").config.rollout.stop == ("007", "off")
+    external = ("http://a:1", "http://b:2")
+    assert parse("engine.external=http://a:1, http://b:2").config.engine.external == external
+    assert parse("engine.external=[http://a:1,http://b:2]").config.engine.external == external
+
+
+def test_values_of_sglang_keep_their_kind() -> None:
+    """Numbers in a list were texts, and JSON that SGLang reads itself was read before."""
+    words = ["--sglang-cuda-graph-bs-decode", "1", "2", "4", "--sglang-json-model-override-args", '{"a": 1}']
+    texts = ["--sglang-encoder-urls", "http://a:1", "007", "--sglang-log-level", "off", "sglang.log-level-http=off"]
+    assert parse(*words, *texts).config.sglang == {
+        "cuda_graph_bs_decode": [1, 2, 4],
+        "json_model_override_args": '{"a": 1}',
+        "encoder_urls": ["http://a:1", "007"],
+        "log_level": "off",
+        "log_level_http": "off",
+    }
+
+
 WRONG = {
     "a flag": (["--lora-rnak", "4"], "did you mean --lora-rank"),
     "megatron flag": (["--expert-model-paralel-size", "2"], "did you mean --expert-model-parallel-size"),
@@ -128,6 +178,8 @@ WRONG = {
     "section": (["rolout.top_k=1"], "did you mean rollout"),
     "megatron key": (["megatron.learning=1"], "megatron.learning is not an option of the pinned megatron"),
     "sglang key": (["sglang.mem_fracton=1"], "not an option of the pinned sglang"),
+    "short for what is ours": (["sglang.tp=2"], "pinned sglang; did you mean engine.tp_size?"),
+    "flag short for what is ours": (["--sglang-tp", "2"], "did you mean --engine.tp_size?"),
     "bare word": (["rollout"], "neither a --flag nor section.field=value"),
     "missing value": (["--lora-rank"], "--lora-rank got 0 values; expected 1"),
     "missing value before a flag": (["--lr", "--bf16"], "--lr got 0 values"),
@@ -156,10 +208,6 @@ WRONG = {
         "engine.ep_size is not an option; it is SGLang's own: sglang.ep_",
     ),
     "no stop text": (["rollout.stop=['', x]"], "stop text '' cannot end a completion"),
-    "a stop text that YAML takes for nothing": (
-        ["--rollout-stop", "#"],
-        "rollout.stop=None; expected a list, [a, b]; ",
-    ),
     "a number for a list": (["lora.targets=3"], "lora.targets=3; expected a list"),
     "stop texts with routing replay": (
         ["rollout.stop=x", "--moe-enable-routing-replay"],
@@ -177,6 +225,8 @@ WRONG = {
     "switch as text": (["megatron.sequence-parallel=yes please"], "expected true or false"),
     "word as switch": (["megatron.lr-decay-style=on"], "quote words"),
     "evaluation without data": (["rollout.eval_interval=5"], "set --eval-prompt-data"),
+    "parallel size as a word": (["--tensor-model-parallel-size", "two"], "'two'; expected a whole number"),
+    "parallel size of nothing": (["--pipeline-model-parallel-size=0"], "-parallel-size=0; expected 1 or above"),
     "no file": (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read"),
 }
 
@@ -229,6 +279,8 @@ def test_every_field_is_documented_and_docs_are_current() -> None:
     """docs/configuration.md is made by `make docs`; an option nobody explained is an option nobody uses."""
     assert (ROOT / "docs" / "configuration.md").read_text() == markdown(), "run `make docs`"
     assert all(path in help_text() for path in field_types())
+    required = {option.path for section in sections() for option in options(section) if option.default == "required"}
+    assert required == {"model.hf_path", "data.train"}
 
 
 def test_configs_are_immutable() -> None:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
@@ -104,6 +106,21 @@ def test_grpos_clip_range_with_gspo_is_warned_of(tmp_path: Path) -> None:
     config = OmegaConf.create(done.stdout.partition("# ranks\n")[0].removeprefix("# configuration\n"))
     assert value(config, "rollout.batches") == 10 * (1440 // 32), "as many passes, in other batches"
     assert "warning: algo.clip_low=0.2, algo.clip_high=0.28 suit the ratios of tokens (GRPO)" in done.stderr
+
+
+def test_passes_over_parquet_are_counted_too(tmp_path: Path) -> None:
+    """Or the run has the 30 batches of its configuration, whatever was asked for."""
+    data = tmp_path / "train.parquet"
+    rows = [{"id": str(number), "prompt": "a", "label": "b"} for number in range(130)]
+    pq.write_table(pa.Table.from_pylist(rows), data)
+    done = run(tmp_path, "--dry-run", DATA=str(data), EPOCHS="3")
+    assert done.returncode == 0, done.stderr
+    config = OmegaConf.create(done.stdout.partition("# ranks\n")[0].removeprefix("# configuration\n"))
+    assert value(config, "rollout.batches") == 3 * (130 // 64)
+    data.write_text("not parquet")
+    done = run(tmp_path, "--dry-run", DATA=str(data), EPOCHS="3")
+    assert done.returncode == 1
+    assert f"EPOCHS=3, but the rows of DATA={data} cannot be counted" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,17 @@ def test_lock_is_plain_complete_and_of_the_pins() -> None:
         assert version in ("", locked[name])
 
 
+def test_lock_finds_the_uv_of_setup_and_leaves_nothing_half_made(machine: Machine) -> None:
+    """Where set-up had to get uv itself it is in no PATH; and a resolution that fails must not leave a file in git."""
+    shutil.copy(ROOT / "scripts" / "lock", machine.folder / "scripts" / "lock")
+    (machine.folder / ".venv-uv" / "bin").mkdir(parents=True)
+    (machine.bin / "uv").rename(machine.folder / ".venv-uv" / "bin" / "uv")
+    environment = machine.env | {"UV_FAILS_AT": "pip"}
+    done = subprocess.run([machine.folder / "scripts" / "lock"], env=environment, capture_output=True, check=False)
+    assert (done.returncode, machine.called) == (2, ["pip compile"])
+    assert not (machine.folder / "requirements" / "lock.new").exists()
+
+
 def test_the_gpu_lock_is_of_the_pins_and_goes_on_top() -> None:
     """What the doctor asks for, what the extra pins and what is installed must be one; torch stays the lock's."""
     lines = [line for line in LOCK.with_name("gpu.txt").read_text().splitlines() if not line.startswith("#")]
