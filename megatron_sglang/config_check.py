@@ -143,14 +143,15 @@ def resolve(config: RunConfig, *, local_world_size: int) -> RunConfig:
     )
 
 
-def check(config: RunConfig, *, local_world_size: int | None = None) -> tuple[str, ...]:
-    """Raise `ConfigError` for what cannot work; the warnings otherwise. Engine sizes need `local_world_size`."""
+def check(config: RunConfig, *, local_world_size: int | None = None, trains: bool = True) -> tuple[str, ...]:
+    """Raise `ConfigError` for what cannot work; the warnings otherwise. Engine sizes need `local_world_size`. trains:
+    False where weights are read and written, and nothing computed."""
     _check_ranges(config)
     checked_lora(config.lora)
     _check_pass_through(config)
     for kind in PARALLEL:
         parallel_size(config, kind)
-    _check_adapters(config)
+    _check_adapters(config, trains)
     _check_router(config)
     _check_stop(config)
     _check_batches(config)
@@ -227,14 +228,14 @@ def _check_pass_through(config: RunConfig) -> None:
             raise ConfigError(f"megatron.{name}={given!r}; expected {wanted}")
 
 
-def _check_adapters(config: RunConfig) -> None:
+def _check_adapters(config: RunConfig, trains: bool) -> None:
     """What Megatron-Bridge 0.6.2 gets wrong without a word."""
     if (size := _megatron_int(config, "expert-tensor-parallel-size", 1)) != 1:
         raise ConfigError(
             f"expert-tensor-parallel-size={size}: adapters of experts are wrong above 1 in Megatron-Bridge 0.6.2; set "
             "it to 1 and raise expert-model-parallel-size instead"
         )
-    if "router" in config.lora.targets and (size := parallel_size(config, "tensor-model")) != 1:
+    if trains and "router" in config.lora.targets and (size := parallel_size(config, "tensor-model")) != 1:
         raise ConfigError(
             f"tensor-model-parallel-size={size} with router among lora.targets: above 1 its adapter in Megatron-Bridge "
             "0.6.2 mixes tokens of different ranks; leave one of the two out"

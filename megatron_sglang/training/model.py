@@ -59,8 +59,14 @@ _IF_ASKED = [
     "moe_router_dtype",
 ]
 """How to run it, too, but Megatron's default must not replace what Bridge chose for the model."""
-_OF_THE_LOOP = {"seq_length", "vocab_size", "make_vocab_size_divisible_by", "transformer_impl"}
-"""Named alike in a provider, which does not use it here."""
+_NOT_THE_MODELS = {
+    "seq_length",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "transformer_impl",
+    "max_seqlen_per_dp_cp_rank",
+}
+"""Fields of a provider that it does not use here: the flags have another effect, or none by design."""
 _RENAMED = {"fp8_format": "fp8", "fp4_format": "fp4"}
 
 
@@ -162,7 +168,7 @@ class ModelRecipe:
             self.provider.apply_overrides_and_finalize(dtype=args.params_dtype, overrides=known)
         except (AssertionError, ValueError) as error:
             raise ConfigError(f"Megatron refuses these arguments for {self.config.model.hf_path}: {error}") from error
-        self._refuse_without_effect(asked - overrides.keys() - _OF_THE_LOOP)
+        self._refuse_without_effect(asked - overrides.keys() - _NOT_THE_MODELS)
 
     def _refuse_without_effect(self, names: set[str]) -> None:
         """ConfigError for a flag that says other than the model is: it would be as if it had not been given."""

@@ -187,7 +187,7 @@ def _config(
         rollout=RolloutConfig(max_new_tokens=64, prompts_per_batch=world, samples_per_prompt=2, batches=1),
         megatron=megatron,
     )
-    check(config, local_world_size=1)
+    check(config, local_world_size=1, trains=False)
     return resolve(config, local_world_size=1)
 
 
