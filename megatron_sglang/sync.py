@@ -214,14 +214,15 @@ class DirectPath:
     def _end_stream(self, seen: MegatronSglangError | None) -> None:
         """What an engine rank found wrong comes before what its trainer rank saw of it. An engine that has died or does
         not answer cannot say which of its ranks it was, and after which delivery: the line can."""
-        if torch.cuda.is_initialized():
-            torch.cuda.ipc_collect()  # every rank has lent memory, and has it back
         try:
             self.comm.from_leader(lambda: _lead(self.engine).end_stream(gave_up=seen is not None))
         except WeightSyncError as verdict:
             if seen is None:
                 raise
             raise WeightSyncError(f"{verdict}; as the trainer saw it: {seen}") from seen
+        finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.ipc_collect()  # every rank has lent memory; the engine has answered, and given it back
 
     def _hand_over(self, lines: Mapping[int, Line]) -> MegatronSglangError | None:
         """Send all deliveries; what went wrong on this rank. Its lines rest then, but it takes part in the exchanges
