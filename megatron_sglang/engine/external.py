@@ -215,8 +215,7 @@ class ExternalEngine(HttpEngine):
         self.stale, self._updating = f"an update to version {version} is under way", None
         with self._failing_as(f"weight version {version}, begin"):
             self._quiesce()
-            if "weights" in self._released:
-                self._memory("resume", "weights")
+            self._take_weights_back()
         self._stock.begin()
         self._updating = version
 

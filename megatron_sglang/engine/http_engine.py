@@ -117,8 +117,7 @@ class HttpEngine(Controls):
         self._updating, self._streamed = None, [] if direct else None
         with self._failing_as(what := f"weight version {version}, begin"):
             self._quiesce()
-            if "weights" in self._released:
-                self._memory("resume", "weights")
+            self._take_weights_back()
             if not direct:
                 self._message(what, {"command": command, "version": version})
         self._updating = version
@@ -187,8 +186,7 @@ class HttpEngine(Controls):
         """
         message = {"command": "layout", "dtype": self.options.dtype, "shapes": dict(shapes)}
         with self._failing_as("layout"):
-            if "weights" in self._released:
-                self._memory("resume", "weights")
+            self._take_weights_back()
             replies = self._message("layout", message)
         return [RankLayout.from_json(reply["layout"]) for reply in replies]
 
@@ -198,14 +196,18 @@ class HttpEngine(Controls):
         bucket = pack(0, 0, list(weights.items()))
         with self._failing_as("self-test"):
             self._quiesce()
-            if "weights" in self._released:
-                self._memory("resume", "weights")
+            self._take_weights_back()
             replies = self._message("self-test", {"command": "self_test", "bucket": bucket.header()}, bucket.data)
         self.fail_update("a self-test has overwritten the weights")
         wire.collect_ipc()
         return [reply["report"] for reply in replies]
 
     # ---- steps ----
+
+    def _take_weights_back(self) -> None:
+        """Their memory, if it was released; it holds nothing yet."""
+        if "weights" in self._released:
+            self._memory("resume", "weights")
 
     def _publish(self, version: int) -> None:
         timeout = self.options.update_timeout_s
