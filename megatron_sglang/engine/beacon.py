@@ -206,6 +206,10 @@ class Announced:
         self._stale = reason
         self._on_change()
 
+    def note_update(self, version: int) -> None:
+        """An update begins: stale until it has ended well."""
+        self.stale = f"an update to version {version} is under way"
+
     def announce(self, path: str | Path) -> None:
         """Tell in `path` (`engine.json` in a run's folder) from now until close() where the engine is and whether it
         may be used. Call it after start(). `EngineError` if the file cannot be written."""

@@ -212,7 +212,8 @@ class ExternalEngine(HttpEngine):
             raise self._unable("the direct path")
         if command != "begin":
             raise self._unable(f"the method behind loader command {command!r}")
-        self.stale, self._updating = f"an update to version {version} is under way", None
+        self.note_update(version)
+        self._updating = None
         with self._failing_as(f"weight version {version}, begin"):
             self._quiesce()
             self._take_weights_back()

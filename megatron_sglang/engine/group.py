@@ -178,7 +178,7 @@ class EngineGroup(Announced):
     # ---- weights ----
 
     def begin_update(self, version: int, *, direct: bool = False) -> None:
-        self.stale = f"an update to version {version} is under way"
+        self.note_update(version)
         with self._as_one():
             self._each(lambda _, engine: engine.begin_update(version, direct=direct))
 

@@ -113,7 +113,7 @@ class HttpEngine(Controls):
     def begin_update(self, version: int, *, command: str = "begin", direct: bool = False) -> None:
         """Abort running requests, empty the caches and open `version` on every engine rank; stale from here on.
         command: how the loader opens it. direct: by a stream, whose own message does."""
-        self.stale = f"an update to version {version} is under way"
+        self.note_update(version)
         self._updating, self._streamed = None, [] if direct else None
         with self._failing_as(what := f"weight version {version}, begin"):
             self._quiesce()

@@ -86,7 +86,7 @@ class MethodCalls:
 
     def begin_merge(self, version: int) -> None:
         """As `begin_update`, but only what will be merged is poisoned."""
-        self.engine.stale = f"an update to version {version} is under way"
+        self.engine.note_update(version)
         self._each(lambda one: one.begin_update(version, command="merge_begin"))
 
     def merge(self, bucket: Bucket, factors: Sequence[tuple[str, str, str]], scale: float) -> None:
@@ -122,7 +122,7 @@ class MethodCalls:
         loaded anew as `name`."""
 
         def begin(one: HttpEngine) -> None:
-            one.stale = f"an update to version {version} is under way"
+            one.note_update(version)
             with one._failing_as(f"weight version {version}, begin"):
                 one._quiesce()
                 for loaded in _loaded(one):
@@ -130,7 +130,7 @@ class MethodCalls:
                         one.unload_adapter(loaded)
             one._updating = version
 
-        self.engine.stale = f"an update to version {version} is under way"
+        self.engine.note_update(version)
         self._each(begin)
 
     def load_adapter(self, version: int, name: str, folder: str) -> None:

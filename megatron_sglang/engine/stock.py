@@ -46,7 +46,8 @@ class StockUpdate:
         self._http, self._options, self._host = http, options, host
         self._timeout_s = options.update_timeout_s
         self._group: Group | None = None
-        self._own, self._groups = secrets.token_hex(4), 0
+        self._name = ""
+        """Of the group. SGLang forgets none, not one that broke nor one of a trainer that has ended: each is new."""
         self._buckets = 0
         self._embedding: torch.Tensor | None = None
         """Of a version that has no head of its own so far."""
@@ -97,11 +98,6 @@ class StockUpdate:
             self._group.close()
             self._group = None
 
-    @property
-    def _name(self) -> str:
-        """SGLang forgets no group, not one that broke nor one of a trainer that has ended, and wants other names."""
-        return f"{GROUP}-{self._own}-{self._groups}"
-
     def _give(self, named: Mapping[str, torch.Tensor]) -> None:
         if self._group is None:
             self._join()
@@ -116,7 +112,7 @@ class StockUpdate:
         self._meanwhile(answer, lambda: self._send(list(named.values()), answer))
 
     def _join(self) -> None:
-        self._groups += 1
+        self._name = f"{GROUP}-{secrets.token_hex(8)}"
         address = own_address(self._host)
         store, port = open_store(address, self._timeout_s)
         size = 1 + self._options.tp_size

@@ -15,8 +15,9 @@ path that sends all of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,11 +90,8 @@ class SharedCycle(Cycle):
     def collect(self, step: int) -> list[TrainSample]:
         """As `Cycle.collect`; afterwards it is the trainer's turn."""
         samples = super().collect(step)
-        before = self.ledger.free() if self.ledger is not None else 0
-        with self.span("release"):
+        with _releasing(self):
             self.comm.from_leader(lambda: self._lead.engine.release())
-        if self.ledger is not None:
-            self.ledger.note_room(before)
         with self.span("reload"):
             self._bring_back()
         return samples
@@ -123,13 +121,20 @@ class ReleasingCycle(Cycle):
     def collect(self, step: int) -> list[TrainSample]:
         """As `Cycle.collect`; afterwards the trainer has the room."""
         samples = super().collect(step)
-        before = self.ledger.free() if self.ledger is not None else 0
-        with self.span("release"):
+        with _releasing(self):
             self._surviving(lambda: self.comm.from_leader(lambda: self._lead.engine.release()), needs_weights=False)
-        if self.ledger is not None:
-            self.ledger.note_room(before)
         self.note_memory("release", same=True)
         return samples
+
+
+@contextlib.contextmanager
+def _releasing(cycle: Cycle) -> Iterator[None]:
+    """Around the engine's release: how long it takes, and how much it gives."""
+    before = cycle.ledger.free() if cycle.ledger is not None else 0
+    with cycle.span("release"):
+        yield
+    if cycle.ledger is not None:
+        cycle.ledger.note_room(before)
 
 
 class SharedPlugin(Plugin):
