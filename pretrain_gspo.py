@@ -45,7 +45,7 @@ def train(argv: list[str]) -> int:
             return 0
         warn([*changed, *invocation.warnings, *host.check(invocation.config, os.environ)])
     except MegatronSglangError as error:  # the same on all ranks
-        return ending.report(error, log=None) if is_leader() else 1
+        return ending.report(error, log=None, shared=not is_leader())
 
     from megatron_sglang.training import run
 

@@ -2,7 +2,8 @@
 
     SIGINT, SIGTERM, SIGHUP   raise `Stopped` in the main thread, so that everything is closed; exit code 128 + signal
     torchrun is killed        the kernel sends SIGHUP
-    an error                  one rank says it on the console and all of them to torchrun, which repeats it at its end
+    an error                  one rank says it on the console and all of them to torchrun, which repeats it at its end;
+                              it ends first, since torchrun ends all of them with the first
 
 A rank that does not end within `GRACE_S` (its main thread may sit in a collective, or a library it imports may have
 swallowed `Stopped`) is ended; its engine and its reward workers notice by themselves. With Megatron's
@@ -30,6 +31,8 @@ GRACE_S = 10.0
 FOLLOWS_S = 2.0
 """Within which the kernel's signal follows what it did before: of a torchrun that was killed it closes the connections,
 and a rank may find its store gone before it hears why."""
+CLOSES_S = 30.0
+"""Within which a rank with an error has closed its engine and said why, so that the others may end."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 _came: list[int] = []
@@ -58,18 +61,22 @@ def watch() -> None:
     os.register_at_fork(after_in_child=_unwatch)
 
 
-def report(error: Exception, log: Path | None) -> int:
+def report(error: Exception, log: Path | None, *, shared: bool = False) -> int:
     """Say what ended the run; the exit code. Silent on ranks that only share another one's error.
 
     log: file with the traceback; None: show the traceback of an error that nobody foresaw.
+    shared: another rank reports it; so it is too where the error is of another rank.
 
     Raises:
         Stopped: a signal came before the error, or the end of torchrun is what the error comes from.
     """
     text = f"{type(error).__name__}: {error}"
-    shared, now = is_from_other_rank(error), time.time()
+    shared, now = shared or is_from_other_rank(error), time.time()
     if _came:
         raise Stopped(_came[0]) from error
+    if shared:
+        with contextlib.suppress(Stopped):
+            time.sleep(CLOSES_S)
     _end_undisturbed()  # other ranks may have ended by the same error, and torchrun tells this one
     foreseen = isinstance(error, MegatronSglangError)
     if not foreseen or type(error) is MegatronSglangError:  # the latter: unforeseen, and another rank's

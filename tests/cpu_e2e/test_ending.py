@@ -78,6 +78,27 @@ def test_torchruns_answer_does_not_hide_the_error() -> None:
     assert "the store is gone" in errors
 
 
+def test_a_rank_lets_the_one_with_the_error_end_first(tmp_path: Path) -> None:
+    """That one may still be closing its engine; torchrun, which ends all with the first, would cut it off."""
+    code = """
+from megatron_sglang.errors import EngineDiedError, OnOtherRank
+try:
+    raise EngineDiedError("gone") from OnOtherRank("rank 0 has it")
+except EngineDiedError as error:
+    print("in", flush=True)
+    sys.exit(ending.report(error, None))
+"""
+    process = start(code, TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in\n"
+    time.sleep(1.0)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (1, "")
+    assert "ended with another rank: EngineDiedError: gone" in (tmp_path / "error.json").read_text()
+
+
 def test_a_signal_before_an_error_is_the_reason() -> None:
     """Also where a library has swallowed it: around an optional import there often is a bare `except`."""
     before = "\n".join(8 * " " + line for line in "try: time.sleep(60)\nexcept BaseException: pass".splitlines())
