@@ -7,6 +7,7 @@ session ends is named, ended, and fails the session.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -41,9 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     leftovers = list(_left_running())
-    for process in leftovers:
-        print(f"\nleft running by the tests: {process.pid} {' '.join(process.cmdline())[:160]}")
-        process.kill()
+    for process, command in leftovers:
+        print(f"\nleft running by the tests: {process.pid} {command[:160]}")
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            process.kill()
     if leftovers:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -63,20 +65,21 @@ def _tier(item: pytest.Item) -> str:
     return folder if folder in DEADLINE_S else "unit"
 
 
-def _left_running(patience_s: float = 5.0) -> Iterator[psutil.Process]:
-    """Processes that carry this session's mark and do not end by themselves within `patience_s`."""
+def _left_running(patience_s: float = 5.0) -> Iterator[tuple[psutil.Process, str]]:
+    """Processes and their command lines: those with this session's mark that do not end within `patience_s`."""
     deadline = time.monotonic() + patience_s
     while (found := list(_marked())) and time.monotonic() < deadline:
         time.sleep(0.2)
     yield from found
 
 
-def _marked() -> Iterator[psutil.Process]:
+def _marked() -> Iterator[tuple[psutil.Process, str]]:
     for process in psutil.process_iter():
         try:
             environment = Path(f"/proc/{process.pid}/environ").read_bytes()
-            helper = "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+            command = " ".join(process.cmdline())
+            helper = "multiprocessing.resource_tracker" in command
             if process.pid != os.getpid() and not helper and SESSION_MARK.encode() in environment:
-                yield process
+                yield process, command
         except (OSError, psutil.Error):
             continue  # it has just ended, or is another user's
