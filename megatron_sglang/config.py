@@ -116,7 +116,8 @@ class RewardConfig:
     workers: int = 2
     """Completions scored at the same time."""
     timeout_s: float = 10.0
-    """Longest time for one completion, in seconds; past it the completion scores 0."""
+    """Longest CPU time for one completion's code, in seconds, and a third of its longest time by the clock; past it the
+    completion scores 0. For Lean, and for a function of yours, whose lateness ends the run: by the clock."""
     memory_mb: int = 512
     """Memory one completion's code may use, in MiB."""
     lean_project: str = ""

@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import inspect
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -37,8 +37,8 @@ configuration, which is also written to the run folder.
   (longest prompt plus longest completion), `seed` and `bf16`; the model's architecture comes from `model.hf_path`.
 * `--max-seqlen-per-dp-cp-rank N`, also Megatron's (slime's `--max-tokens-per-gpu`, verl's
   `ppo_max_token_len_per_gpu`), packs the samples of a train step without padding into micro-batches of at most N
-  tokens, N on each context-parallel rank ([algorithm.md](algorithm.md)); `--micro-batch-size` then has no meaning.
-  0 or absent: micro-batches of `--micro-batch-size` samples, padded to the longest.
+  tokens, N on each context-parallel rank ([packing](algorithm.md#packed-micro-batches)); `--micro-batch-size` then has
+  no meaning. 0 or absent: micro-batches of `--micro-batch-size` samples, padded to the longest.
 * SGLang's ServerArgs are reached as `--sglang-log-level info`, or `log_level: info` under `sglang:` in YAML; so is
   `--sglang-router-policy`, for several engines behind sglang-router ([modes.md](modes.md)).
 * Values are YAML, but an override or flag whose option is a text is taken as it stands (`0123`, `off`, `a # b`): only
@@ -65,7 +65,9 @@ def options(section: type) -> Iterator[Option]:
     for item in dataclasses.fields(section):
         path = prefix + item.name
         if path in field_types():
-            flags = tuple(f"--{flag}" for flag, target in FLAGS.items() if target.split("=")[0] == path)
+            flags = tuple(
+                f"--{flag}" for flag, target in FLAGS.items() if f"{target.split('=')[0]}.".startswith(f"{path}.")
+            )
             yield Option(path, _kind(field_types()[path]), _default(item), texts[item.name], flags)
 
 
@@ -121,6 +123,8 @@ def _kind(annotation: Any) -> str:
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         return " | ".join(map(str, arguments))
+    if typing.get_origin(annotation) in (dict, Mapping):
+        return "mapping"
     if typing.get_origin(annotation) is tuple:
         return f"list of {_kind(arguments[0])}"
     if arguments:
