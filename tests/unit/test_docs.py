@@ -40,6 +40,28 @@ def test_links_and_paths_exist(doc: Path) -> None:
     assert missing == []
 
 
+def anchors(page: Path) -> set[str]:
+    """What `page.md#...` may end in: its headings as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_doc
+def test_anchors_exist(doc: Path) -> None:
+    """A link to a heading that was renamed: it opens the page at its top, and nobody is told."""
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]*\.md#[^)\s]+|#[^)\s]+)\)", doc.read_text())]
+    missing = [f"{page}#{name}" for page, _, name in links if name not in anchors(doc.parent / page if page else doc)]
+    assert missing == []
+
+
+@every_doc
+def test_tables_are_whole(doc: Path) -> None:
+    """A blank line in a table: what follows is shown as text with bars in it."""
+    text = re.sub(r"^```.*?^```", "", doc.read_text(), flags=re.M | re.S)
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    assert [table for table in tables if not re.match(r".*\n\|(-+\|)+\n", table)] == []
+
+
 WITH_FLAGS = ("plan", "serve", "bench", "scripts", "benchmarks", ".ci", "weights", "rewards", "box")
 """Folders whose programs have flags of their own."""
 
