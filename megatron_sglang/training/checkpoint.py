@@ -14,6 +14,7 @@ import queue
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any, NoReturn
 
 import torch
@@ -112,6 +113,14 @@ def reading(load: str | None) -> Iterator[None]:
         raise ConfigError(
             f"the checkpoint in {load} has another schedule: {error}; give --override-opt-param-scheduler to take "
             "that of this command line, --use-checkpoint-opt-param-scheduler to keep the checkpoint's"
+        ) from error
+    except KeyError as error:
+        # With EP Megatron's optimizer is a chain of two, without it one, and neither reads the other's state.
+        if not {"load_checkpoint", "load_state_dict"} <= {frame.name for frame in extract_tb(error.__traceback__)}:
+            raise
+        raise ConfigError(
+            f"the checkpoint in {load} has the optimizer of another layout (no {error}); give the "
+            "--expert-model-parallel-size that it was saved with, or --no-load-optim to begin with a fresh optimizer"
         ) from error
 
 

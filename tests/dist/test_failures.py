@@ -243,6 +243,13 @@ def test_longer_run_from_a_checkpoint(run_ranks, tmp_path, checkpoint):
     assert "--override-opt-param-scheduler" in text
 
 
+def test_checkpoint_of_another_expert_parallel_size(run_ranks, tmp_path, checkpoint):
+    more = ["--override-opt-param-scheduler", "--expert-model-parallel-size=1"]
+    text = fails(run_ranks, tmp_path / "run", f"--load={checkpoint}", *more)
+    assert f"ConfigError: the checkpoint in {checkpoint} has the optimizer of another layout" in text
+    assert "--no-load-optim" in text
+
+
 @pytest.fixture(scope="module")
 def checkpoint(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """After one rollout batch."""
