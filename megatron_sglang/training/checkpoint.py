@@ -114,13 +114,16 @@ def reading(load: str | None) -> Iterator[None]:
             f"the checkpoint in {load} has another schedule: {error}; give --override-opt-param-scheduler to take "
             "that of this command line, --use-checkpoint-opt-param-scheduler to keep the checkpoint's"
         ) from error
-    except KeyError as error:
-        # With EP Megatron's optimizer is a chain of two, without it one, and neither reads the other's state.
-        if not {"load_checkpoint", "load_state_dict"} <= {frame.name for frame in extract_tb(error.__traceback__)}:
+    except (KeyError, RuntimeError) as error:
+        # Where experts are spread otherwise than the rest, Megatron's optimizer is a chain of two, which does not read
+        # the state of a single one, nor is it read by one.
+        frames = extract_tb(error.__traceback__)
+        found = any(frame.name == "load_state_dict" and "optimizer" in Path(frame.filename).stem for frame in frames)
+        if not found or type(error) not in (KeyError, RuntimeError):  # out of memory is another RuntimeError
             raise
         raise ConfigError(
-            f"the checkpoint in {load} has the optimizer of another layout (no {error}); give the "
-            "--expert-model-parallel-size that it was saved with, or --no-load-optim to begin with a fresh optimizer"
+            f"the checkpoint in {load} has the optimizer of another layout ({type(error).__name__}: {error}); give the "
+            "parallel sizes that it was saved with, or --no-load-optim to begin with a fresh optimizer"
         ) from error
 
 
