@@ -1,9 +1,9 @@
 """How ranks act as one: a value from the leader, a value from each, an error for all. JSON over gloo, no pickle;
-what is large comes as bytes.
+what is large goes as bytes.
 
 One failure, one way to die: whatever one rank raises inside `from_leader` or hands to `agree` is raised on every
-rank, as the same class with the same message, so that no rank is left waiting in a collective. Outside of them a
-`Board` does it.
+rank, as the same class with the same message, so that no rank is left waiting in a collective (`TorchComm`). An error
+that comes anywhere else is posted on a `Board`, where the ranks that fail as a consequence find the cause.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron_sglang.errors import MegatronSglangError, OnOtherRank, SetupError, from_text, is_from_other_rank
 
 STORE_TIMEOUT_S = 10.0
+"""For one question to the rendezvous' store, which answers at once if it is there."""
 
 
 class TorchComm:
@@ -37,22 +38,22 @@ class TorchComm:
 
     def from_leader(self, produce: Callable[[], Any]) -> Any:
         """Run `produce` on rank 0 and give its JSON-able value to all; its error is raised on all ranks."""
-        reply: dict[str, Any] = {}
+        data = None
         if self.rank == 0:
             try:
-                reply = {"value": produce()}
+                data = _encode({"value": produce()})  # inside, because a value that is no JSON is an error for all, too
             except BaseException as error:
                 with contextlib.suppress(RuntimeError):  # ranks that are gone need no word
-                    self._broadcast({"error": _describe(error)})
+                    self._broadcast(_encode({"error": _describe(error)}))
                 raise
-        reply = self._broadcast(reply)
+        reply = self._broadcast(data)
         if "error" in reply:
             raise _of_rank(0, *reply["error"])
         return reply["value"]
 
     def bytes_from_leader(self, parts: Sequence[bytes], sizes: Sequence[int]) -> list[bytes]:
-        """Rank 0's `parts`, whose sizes every rank knows, on every rank. One at a time, so that no rank needs room for
-        all of them twice."""
+        """Give rank 0's `parts` to every rank. sizes: of each in bytes, which every rank must know already. They go one
+        at a time, so that no rank needs room for all of them twice."""
         if self.rank == 0:
             assert [len(part) for part in parts] == list(sizes), "the ranks were told other sizes"
         found = []
@@ -64,7 +65,7 @@ class TorchComm:
         return found
 
     def agree(self, error: BaseException | None) -> None:
-        """Raise on every rank if any rank has an error; the lowest such rank's, with its number in the message."""
+        """Raise on every rank if any rank has an error: that of the lowest such rank, which the message names."""
         errors = self.gather(_describe(error) if error is not None else None)
         for rank, found in enumerate(errors):
             if found is None:
@@ -79,27 +80,28 @@ class TorchComm:
         mine = _encode(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([mine.numel()]), group=self._group)
-        longest = max(int(size) for size in sizes)
+        longest = max(int(size) for size in sizes)  # all_gather takes equal shapes only
         padded = torch.nn.functional.pad(mine, (0, longest - mine.numel()))
         parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         dist.all_gather(parts, padded, group=self._group)
         return [_decode(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
 
-    def _broadcast(self, value: Any) -> Any:
-        data = _encode(value) if self.rank == 0 else torch.zeros(0, dtype=torch.uint8)
-        size = torch.tensor([data.numel()])
+    def _broadcast(self, data: torch.Tensor | None) -> Any:
+        """What rank 0 has encoded in `data`, decoded on every rank; None on the others."""
+        size = torch.tensor([data.numel() if data is not None else 0])
         dist.broadcast(size, 0, group=self._group)
-        if self.rank != 0:
+        if data is None:
             data = torch.zeros(int(size), dtype=torch.uint8)
         dist.broadcast(data, 0, group=self._group)
         return _decode(data)
 
 
 class Board:
-    """What ranks tell each other before process groups exist and after one of them broke.
+    """Where ranks meet before process groups exist, and where the first error is posted when ranks fail.
 
-    Two keys in the store of the rendezvous, which lives as long as torchrun (without torchrun: as rank 0). Every rank
-    must construct it. Raises `SetupError` where there is no rendezvous.
+    Two keys in the store of torchrun's rendezvous: "arrived", a count, and "failure", [rank, class, message] of the
+    rank that failed first. The store lives as long as torchrun does, or without torchrun as rank 0. Every rank must
+    construct a board. Raises `SetupError` where there is no rendezvous.
     """
 
     def __init__(self, timeout_s: float = 300.0) -> None:
@@ -147,7 +149,7 @@ class Board:
 
     @contextlib.contextmanager
     def one_error(self) -> Iterator[None]:
-        """Whatever ranks raise inside, each of them raises the first of it, as the error it was."""
+        """Whatever ranks raise inside, all of them raise the first of these errors, in its class and with its text."""
         try:
             yield
         except Exception as error:
@@ -155,13 +157,14 @@ class Board:
             if first is error:
                 raise
             assert first.__cause__ is not None
-            first.__cause__.__cause__ = error
+            first.__cause__.__cause__ = error  # this rank's own error stays in its traceback, as a consequence
             raise first from first.__cause__
 
     def _first(self, error: Exception) -> Exception:
         """`error` if no rank was faster; else that rank's."""
         mine = json.dumps([self.rank, *_describe(error)])
         try:
+            # Sets the key if nobody has, and gives what it holds then.
             first = self._store.compare_set("failure", "", mine).decode()
         except RuntimeError:  # the store is gone, and with it any other rank's word
             return error
@@ -172,12 +175,14 @@ class Board:
 
 
 def _of_rank(rank: int, kind: str, message: str) -> MegatronSglangError:
+    """Another rank's error, from what `_describe` said of it; its cause marks it as such (`is_from_other_rank`)."""
     error = from_text(kind, message)
     error.__cause__ = OnOtherRank(f"rank {rank} has it; see its log")
     return error
 
 
 def _describe(error: BaseException) -> tuple[str, str]:
+    """Class and message, as they travel. What is not of our own errors' tree travels as its root."""
     if isinstance(error, MegatronSglangError):
         return type(error).__name__, str(error)
     return "MegatronSglangError", f"{type(error).__name__}: {error}"

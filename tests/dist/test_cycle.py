@@ -271,7 +271,7 @@ def _restarted(folder: Path) -> Any:
             found.append(cycle._publish(cycle.version).engine_digest)
             sent.append("|")
         cycle.path, cycle.make_direct = cycle._at_start = None, lambda: Planned(cycle, plans.pop(0), sent)
-        cycle._compared = None
+        cycle._proved_plan = None
         found.append(cycle._publish(cycle.version).engine_digest)
         return [found, sent, cycle.path and cycle.path.name]
     finally:
@@ -313,22 +313,28 @@ def _errors(_folder: Path) -> Any:
     def fails() -> None:
         raise WeightSyncError("version 7, bucket 3: broken")
 
-    for action in (lambda: comm.from_leader(fails), lambda: comm.agree(ValueError("odd") if comm.rank else None)):
+    for action in (
+        lambda: comm.from_leader(fails),
+        lambda: comm.agree(ValueError("odd") if comm.rank else None),
+        lambda: comm.from_leader(lambda: {1}),
+    ):
         try:
             action()
         except MegatronSglangError as error:
             found.append(f"{type(error).__name__}: {error}")
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             found.append(f"own {error}")
     found.append(comm.from_leader(lambda: {"pi": 3.141592653589793, "list": [1, None]}))
     return [*found, comm.gather("x" * (comm.rank * 1000))]
 
 
 def test_values_and_errors_travel_between_ranks(tmp_path: Path) -> None:
-    """The same class and text on every rank; floats unchanged; parts of any length."""
+    """The same class and text on every rank, and for a value that is no JSON; floats unchanged; parts of any length."""
     first, second = two_ranks(_errors, tmp_path)
     assert first[0] == second[0] == "WeightSyncError: version 7, bucket 3: broken"
     assert first[1] == "MegatronSglangError: rank 1: ValueError: odd"
     assert second[1] == "own odd"
-    assert first[2] == second[2] == {"pi": 3.141592653589793, "list": [1, None]}
-    assert [len(part) for part in first[3]] == [0, 1000]
+    assert first[2] == "own Object of type set is not JSON serializable"
+    assert second[2] == "MegatronSglangError: TypeError: Object of type set is not JSON serializable"
+    assert first[3] == second[3] == {"pi": 3.141592653589793, "list": [1, None]}
+    assert [len(part) for part in first[4]] == [0, 1000]
