@@ -18,7 +18,8 @@ from megatron_sglang.training import ending
 
 
 def main() -> int:
-    ending.watch()
+    """The exit code of this rank: that of `train`, or 128 + the number of the signal that stopped it."""
+    ending.watch()  # first, because the imports of `train` take half a minute, and a signal may come meanwhile
     try:
         return train(sys.argv[1:])
     except ending.Stopped as stopped:
@@ -28,7 +29,10 @@ def main() -> int:
 
 
 def train(argv: list[str]) -> int:
-    """Run the command line as one of torchrun's ranks; the exit code."""
+    """Run the command line as one of torchrun's ranks; the exit code.
+
+    What is heavy is imported inside: `host.prepare` must come before torch, and a dry run needs no Megatron.
+    """
     from megatron_sglang import host
 
     changed = host.prepare(os.environ)  # torch reads the variables when it is imported

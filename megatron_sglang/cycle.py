@@ -49,10 +49,10 @@ MAX_DEATHS = 3
 class Cycle:
     """One rollout batch after another; `version` is the last published weight version.
 
-    path: how weights travel; None: by the direct path alone. make_direct: tried once, after an engine's first version;
-    None: keep to `path`.
+    path: how weights travel. None: by the direct path alone. make_direct: makes the direct path, which is tried with
+    each engine's first version and, if it proves right, replaces `path` (`_first_version`). None: keep to `path`.
 
-    An engine that dies is started anew, gets the version that it held, proves it, and what it died in is done again.
+    An engine that dies is started anew and given the version that it held; then the call that it died in is repeated.
     """
 
     def __init__(
@@ -67,8 +67,9 @@ class Cycle:
         assert (leader is not None) == (comm.rank == 0), "exactly rank 0 leads"
         self.comm, self.path, self.leader, self.make_direct = comm, path, leader, make_direct
         self._at_start = (path, make_direct)
-        self._compared: Any = None
-        """The plan by which the direct path has left the same bits as `path`."""
+        """For an engine that is started again, with which the direct path must be made again."""
+        self._proved_plan: Any = None
+        """The plan by which the direct path has left the same bits in the engine as `path`."""
         self._deaths = 0
         self.algo, self.seed = algo, seed
         self.version = 0
@@ -85,7 +86,7 @@ class Cycle:
             if self.make_direct is None:
                 report = self._send(self.path, version)
             else:
-                report = self._establish(self.make_direct, version)
+                report = self._first_version(self.make_direct, version)
                 self.make_direct = None
         self.version = version
         self.add({f"sync/{name}": metrics.Last(number) for name, number in _numbers(report).items()})
@@ -98,33 +99,35 @@ class Cycle:
         assert path is not None, "without another path the direct one is made with the first version"
         return publish(self.comm, self._engine, path, version)
 
-    def _establish(self, make_direct: Callable[[], DirectPath], version: int) -> SyncReport:
-        """An engine's first version: by `path` and again by the direct one, which is kept to if the engine then holds
-        the same bits. For an engine that was started again the plan by which it did so once is enough."""
+    def _first_version(self, make_direct: Callable[[], DirectPath], version: int) -> SyncReport:
+        """Send an engine's first version by `path`, then again by the direct path, and stay with the latter if both
+        leave the same bits. An engine that is started again, and for which the plan comes out as the one that was
+        compared so, need not be sent to twice."""
         if self.path is None:
-            return self._keep_to(make_direct(), version)
-        whole = self._send(self.path, version) if self._compared is None else None
+            return self._adopt(make_direct(), version)
+        reference = self._send(self.path, version) if self._proved_plan is None else None
         try:
             direct = make_direct()
-            if whole is None and direct.plan is not self._compared:
-                whole = self._send(self.path, version)
-            return self._keep_to(direct, version, whole)
+            if reference is None and direct.plan is not self._proved_plan:
+                reference = self._send(self.path, version)
+            return self._adopt(direct, version, reference)
         except WeightSyncError as error:
             if self.leader is not None:
                 self.leader.log.say(f"weight sync: the generic path, because the direct one does not apply: {error}")
             return self._send(self.path, version)
 
-    def _keep_to(self, direct: DirectPath, version: int, whole: SyncReport | None = None) -> SyncReport:
-        """Send by the direct path, now and from now on. whole: what must come of it."""
+    def _adopt(self, direct: DirectPath, version: int, reference: SyncReport | None = None) -> SyncReport:
+        """Send by the direct path, now and from now on. reference: the same version's report by the generic path; the
+        engine digests must be equal."""
         report = self._send(direct, version)
-        if whole is not None and report.engine_digest != whole.engine_digest:
+        if reference is not None and report.engine_digest != reference.engine_digest:
             raise WeightSyncError(
-                f"its engine digest {report.engine_digest} is not that of the generic path, {whole.engine_digest}"
+                f"its engine digest {report.engine_digest} is not that of the generic path, {reference.engine_digest}"
             )
-        if whole is not None:
-            self._compared, how = direct.plan, "as by the generic path"
+        if reference is not None:
+            self._proved_plan, how = direct.plan, "as by the generic path"
         else:
-            how = "not compared with the generic path" if self._compared is None else "by the plan that was compared"
+            how = "not compared with the generic path" if self._proved_plan is None else "by the plan that was compared"
         if self.leader is not None:
             self.leader.log.say(
                 f"weight sync: the direct path, {report.buckets} buckets, {report.bytes:,} bytes; "
@@ -141,7 +144,7 @@ class Cycle:
         return samples
 
     def learning_rate(self) -> float | None:
-        """What came with the last rollout batch, on every rank; None: Megatron's schedule."""
+        """The one that came with the last rollout batch (`feed/`), on every rank; None: Megatron's schedule decides."""
         return self.comm.from_leader(lambda: getattr(self._lead.rollout, "learning_rate", None))
 
     def evaluate(self) -> dict[str, float]:
@@ -149,7 +152,8 @@ class Cycle:
         return self._surviving(lambda: self.comm.from_leader(self._evaluate))
 
     def _surviving[T](self, work: Callable[[], T], *, needs_weights: bool = True) -> T:
-        """What `work` gives, on every rank; done again where the engine died in it."""
+        """What `work` gives, on every rank. If the engine dies in it, start the engine anew and do `work` again.
+        needs_weights: publish the last version again before that."""
         revived = False
         while True:
             try:
@@ -170,7 +174,7 @@ class Cycle:
             self.leader.log.say(f"engine: starting it again ({self._deaths} of {MAX_DEATHS}), because {error}")
         with self.span("restart"):
             self.comm.from_leader(lambda: self._lead.engine.restart())
-        self.path, self.make_direct = self._at_start  # what the dead one was told is lost
+        self.path, self.make_direct = self._at_start  # the plan that was installed died with the engine
 
     def span(self, name: str) -> Any:
         """Context manager that times a phase of this rollout batch."""
@@ -216,7 +220,7 @@ class Cycle:
         return self.leader
 
     def _samples(self, step: int) -> list[TrainSample]:
-        """Those of `_rollout`; when it fails, neither prompts nor begun rollouts are used up."""
+        """`_rollout`; if that fails, prompts and begun rollouts are put back first, so that it can be repeated."""
         prompts, begun = self._lead.prompts.state(), self._lead.rollout.state()
         try:
             return self._rollout(step)
@@ -253,7 +257,7 @@ class Cycle:
 
 
 def _numbers(report: SyncReport) -> dict[str, float]:
-    """What a sync reports, by name."""
+    """The report as the numbers that are logged as sync/<name>."""
     found = report.fidelity
     numbers = {"version": report.version, "bytes": report.bytes}
     numbers |= {"update_norm": found.update_norm, "cast_loss": found.cast_loss, "changed": found.changed}

@@ -11,7 +11,6 @@ from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.errors import ConfigError, DataError
 from megatron_sglang.training import arguments, checkpoint, lora
 
-# How to run the model: Megatron's flags decide. What the model is: config.json decides (through Bridge).
 _EXECUTION_FIELDS = [
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -48,7 +47,9 @@ _EXECUTION_FIELDS = [
     "overlap_p2p_comm_warmup_flush",
     "microbatch_group_size_per_vp_stage",
 ]
-_IF_ASKED = [
+"""Fields of the provider that say how the model runs: Megatron's flags decide. What the model is, config.json decides,
+through Bridge."""
+_EXECUTION_FIELDS_IF_GIVEN = [
     "attention_softmax_in_fp32",
     "cp_comm_type",
     "cpu_offloading_num_layers",
@@ -58,16 +59,17 @@ _IF_ASKED = [
     "moe_flex_dispatcher_backend",
     "moe_router_dtype",
 ]
-"""How to run it, too, but Megatron's default must not replace what Bridge chose for the model."""
-_NOT_THE_MODELS = {
+"""Such fields, too, but only where the flag was given: its default must not replace what Bridge chose for the model."""
+_UNUSED_BY_PROVIDER = {
     "seq_length",
     "vocab_size",
     "make_vocab_size_divisible_by",
     "transformer_impl",
     "max_seqlen_per_dp_cp_rank",
 }
-"""Fields of a provider that it does not use here: the flags have another effect, or none by design."""
+"""Fields that a provider has but does not use here, so that it does not matter if the flag says something else."""
 _RENAMED = {"fp8_format": "fp8", "fp4_format": "fp4"}
+"""Megatron's flag -> field of the provider, where the two have different names."""
 
 
 class ModelRecipe:
@@ -83,7 +85,7 @@ class ModelRecipe:
         self.provider = self.bridge.to_megatron_provider(load_weights=False)
         self.args = arguments.parse(config, self.provider)
         self._chunks: list[torch.nn.Module] = []
-        """Those of this rank that wait for the last one."""
+        """Model chunks of this rank that were built and wait for the last one to be loaded with it."""
         self._configure()
 
     def model_provider(
@@ -94,10 +96,11 @@ class ModelRecipe:
         config: Any = None,
         pg_collection: Any = None,
     ) -> torch.nn.Module:
-        """What `pretrain` calls for each model chunk of this rank: base weights, fresh adapters, saved without base.
+        """Build one model chunk of this rank; `pretrain` calls it. The chunk gets base weights and fresh adapters, and
+        will be saved without the base.
 
-        Of several chunks (virtual pipeline stages) the first ones are given out as they are made; their weights and
-        adapters come with the last."""
+        Where a rank has several chunks (virtual pipeline stages), they are returned as they are built, and all of them
+        get weights and adapters when the last one is."""
         self.provider._pg_collection = pg_collection
         chunks = self.provider.virtual_pipeline_model_parallel_size or 1
         if self.config.model.random_weights:
@@ -107,17 +110,17 @@ class ModelRecipe:
 
             stage = mpu.get_pipeline_model_parallel_rank()
             stage += mpu.get_pipeline_model_parallel_world_size() * (vp_stage or 0)
-            torch.manual_seed(self.config.seed + 100 * stage)
+            torch.manual_seed(self.config.seed + 100 * stage)  # apart by as much as Megatron's own seeds of stages are
         model = self.provider.provide(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
         self._chunks.append(model)
         if len(self._chunks) == chunks:
-            self._equip(self._chunks)
+            self._load_and_adapt(self._chunks)
             self._chunks = []
         return model
 
-    def _equip(self, chunks: list[torch.nn.Module]) -> None:
-        """Weights for all chunks at once: Bridge learns the names of the whole model from the first that it loads, and
-        the last stage's output layer, which may be the embedding of the first, is in its last chunk only."""
+    def _load_and_adapt(self, chunks: list[torch.nn.Module]) -> None:
+        """Base weights, then adapters, for all chunks at once: Bridge learns the names of the whole model from the
+        first call, and the last stage's output layer, which may be tied to the embedding, is in its last chunk only."""
         if not self.config.model.random_weights:
             self._load(chunks)
         for chunk in chunks:
@@ -140,10 +143,10 @@ class ModelRecipe:
             ) from error
 
     def _configure(self) -> None:
-        """Give the provider Megatron's run-time choices."""
+        """Copy what Megatron's flags say about execution into the provider, and finalize it."""
         args = self.args
         asked = {_RENAMED.get(name, name) for name in (flag.replace("-", "_") for flag in self.config.megatron)}
-        names = [*_EXECUTION_FIELDS, *(name for name in _IF_ASKED if name in asked)]
+        names = [*_EXECUTION_FIELDS, *(name for name in _EXECUTION_FIELDS_IF_GIVEN if name in asked)]
         overrides = {name: getattr(args, name) for name in names if hasattr(args, name)}
         if isinstance(kinds := overrides.get("cp_comm_type"), list) and len(kinds) == 1:
             overrides["cp_comm_type"] = kinds[0]
@@ -168,10 +171,10 @@ class ModelRecipe:
             self.provider.apply_overrides_and_finalize(dtype=args.params_dtype, overrides=known)
         except (AssertionError, ValueError) as error:
             raise ConfigError(f"Megatron refuses these arguments for {self.config.model.hf_path}: {error}") from error
-        self._refuse_without_effect(asked - overrides.keys() - _NOT_THE_MODELS)
+        self._refuse_without_effect(asked - overrides.keys() - _UNUSED_BY_PROVIDER)
 
     def _refuse_without_effect(self, names: set[str]) -> None:
-        """ConfigError for a flag that says other than the model is: it would be as if it had not been given."""
+        """ConfigError for a given flag that contradicts the model: it would silently have no effect."""
         for name in sorted(names):
             wanted, found = getattr(self.args, name, None), getattr(self.provider, name, None)
             if hasattr(self.args, name) and hasattr(self.provider, name) and wanted != found:

@@ -1,10 +1,12 @@
 """The plugin in Megatron's loop. All contact with `megatron.training` that is not a public argument is in this file.
 
-`megatron.training.pretrain` (0.19.2) has no callbacks. `register` replaces two of its module globals, once:
+`megatron.training.pretrain` (0.19.2) has no callbacks. `register` replaces three of its module globals, once:
 
-    training.train_step        a new rollout batch when the last is used up, then the original with our micro-batches
-    training.save_checkpoint   our state first, then the original
-    initialize._compile_dependencies   nothing: it runs `make` in a folder that the wheel ships without a Makefile
+    training.train_step        collects a new rollout batch when the last one is used up, then calls the original with
+                               our micro-batches
+    training.save_checkpoint   writes our state, then calls the original
+    initialize._compile_dependencies
+                               does nothing: the original runs `make`, and the wheel has no Makefile
 
 Rollouts never happen in the data iterator: with PP > 1 the first stage would wait in a collective for a last stage
 that waits for the first one's activations.
@@ -42,6 +44,9 @@ _EXPECTED = {
     ),
     "save_checkpoint": "iteration model optimizer opt_param_scheduler num_floating_point_operations_so_far",
 }
+"""The first parameters of the functions that are replaced. They are passed on by position, so they must be these."""
+_GRAD_NORM = 5
+"""Where the gradient norm stands in what Megatron's train_step returns; None there if the step was skipped."""
 
 
 MakeCycle = Callable[[list[Any], int | None], Cycle]
@@ -51,9 +56,9 @@ WithMerged = Callable[[list[Any]], contextlib.AbstractContextManager[None]]
 class Plugin:
     """One run's rollouts inside Megatron's loop.
 
-    make_cycle: called once, when model and process groups exist, with the model chunks and the last rollout batch that
-    the loaded checkpoint has seen (None: a new run); gives the pipeline. with_merged: makes the model one with merged
-    weights for a while.
+    make_cycle: gives the pipeline. Called once, when model and process groups exist, with the model chunks and the
+    number of the last rollout batch that the loaded checkpoint has seen (None: a new run). with_merged: a context in
+    which the model has merged weights, as the engine does.
     """
 
     def __init__(self, config: RunConfig, step: PolicyStep, make_cycle: MakeCycle, with_merged: WithMerged) -> None:
@@ -64,13 +69,14 @@ class Plugin:
         self.rollout_step = 0
         """Rollout batches collected so far."""
         self.learning_rate: float | None = None
-        """That came with the current rollout batch; None: Megatron's schedule."""
+        """The one that came with the current rollout batch (`feed/`); None: Megatron's schedule decides."""
         self.pending: list[list[MicroBatch]] = []
         """Micro-batches of the train steps that the current rollout batch still feeds."""
-        self.trained = 0
-        """Its train steps that were done, here or before the checkpoint that was loaded."""
-        self.before: dict[str, Any] = {}
-        """What a checkpoint says of the rollouts while the current batch is in use: that it is still to come."""
+        self.steps_done = 0
+        """Train steps done on the current rollout batch, also those before the checkpoint that was loaded."""
+        self.state_before_batch: dict[str, Any] = {}
+        """`_rollout_state` before the current batch was collected. A checkpoint within a batch holds this one, so that
+        a resumed run collects the batch again."""
 
     def register(self) -> None:
         """Put the plugin into Megatron's loop. SetupError when Megatron is not the one this was written for."""
@@ -122,7 +128,7 @@ class Plugin:
     ) -> Any:
         cycle = self.cycle or self._start(model, optimizer, iteration)
         if not self.pending:
-            self.before = self._rollout_state(cycle)
+            self.state_before_batch = self._rollout_state(cycle)
             self.pending = self._next_rollout(cycle)
             self.learning_rate = cycle.learning_rate()
         if self.learning_rate is not None:
@@ -146,16 +152,17 @@ class Plugin:
         leftovers.drop(model)
         if self.step.replay is not None:
             self.step.replay.clear()
-        self._note_training(cycle, grad_norm=result[5])
+        self._note_training(cycle, grad_norm=result[_GRAD_NORM])
         cycle.note_memory("train")
-        self.trained += 1
+        self.steps_done += 1
         if not self.pending:
             cycle.close_step(self.rollout_step - 1)
-            self.trained = 0
+            self.steps_done = 0
         self.guard.check()
         return result
 
     def _start(self, model: list[Any], optimizer: Any, iteration: int) -> Cycle:
+        """Before the first train step, when everything is built; goes on where the loaded checkpoint stands."""
         self.model = model
         self.guard = FiniteGuard(optimizer, self.config.algo.max_bad_steps)
         self.step.replay = RoutingReplay.install(model)
@@ -163,7 +170,7 @@ class Plugin:
             self.cycle = self.make_cycle(model, None)
         else:
             state = checkpoint.read_state(get_args().load, iteration)
-            self.rollout_step, self.trained = state["rollout_step"], state.get("trained", 0)
+            self.rollout_step, self.steps_done = state["rollout_step"], state.get("trained", 0)
             self.cycle = self.make_cycle(model, self.rollout_step - 1)
             self.cycle.restore(state["cycle"])
         self.cycle.note_memory("build")
@@ -172,8 +179,8 @@ class Plugin:
     def _next_rollout(self, cycle: Cycle) -> list[list[MicroBatch]]:
         """Publish, sample, score: this rank's micro-batches by train step.
 
-        Of a batch that a checkpoint was saved in the prompts are sampled again, by the weights that its first train
-        steps have made, and feed those that are left.
+        If the loaded checkpoint was saved within a batch, the prompts of that batch are sampled again, by the weights
+        that its first train steps have made, and feed only the train steps that are left.
         """
         cycle.publish()
         interval = self.config.rollout.eval_interval
@@ -183,7 +190,7 @@ class Plugin:
         self.rollout_step += 1
         cycle.add({"train/tokens": metrics.Sum(float(sum(sample.length for sample in samples)))})
         with cycle.span("batches"):
-            batches = micro_batches.of_this_rank(samples, get_args())[self.trained :]
+            batches = micro_batches.of_this_rank(samples, get_args())[self.steps_done :]
         del samples  # with the experts of other ranks' tokens
         with cycle.span("logprobs"):
             batches = self._with_logprobs(cycle, batches)
@@ -191,16 +198,20 @@ class Plugin:
         return batches
 
     def _with_logprobs(self, cycle: Cycle, by_step: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
-        """Old logprobs for all train steps but the first, for which they are the policy's own, or for all of them where
-        those of the merged weights are wanted; reference ones where the KL is, by the base's own routing. Only the last
-        pipeline stage holds them, and only there the loss is computed."""
+        """Add the logprobs that the loss compares the policy with, on the last pipeline stage, where it is computed.
+
+        Old ones: in the first train step the policy still is the one that sampled, so its own logprobs are the old ones
+        (`MicroBatch.loss_inputs`), and only later steps need a forward pass. With algo.old_logprobs=merged all steps
+        get them, by the model as the engine has it. Reference ones, where there is a KL: by the model without adapters,
+        whose own routers choose the experts.
+        """
         flat = [batch for step in by_step for batch in step]
         temperature, merged = self.config.rollout.temperature, self.config.algo.old_logprobs == "merged"
-        fresh = 0 if merged else len(by_step[0])
-        if later := flat[fresh:]:
+        first = 0 if merged else len(by_step[0])
+        if scored := flat[first:]:
             with cycle.span("old"), self.with_merged(self.model) if merged else contextlib.nullcontext():
-                old = logprobs.score(self.model, later, temperature, self.step.replay)
-            flat[fresh:] = [batch.with_logprobs(old=old[i]) if old else batch for i, batch in enumerate(later)]
+                old = logprobs.score(self.model, scored, temperature, self.step.replay)
+            flat[first:] = [batch.with_logprobs(old=old[i]) if old else batch for i, batch in enumerate(scored)]
         if self.config.algo.kl_coef is not None:
             with cycle.span("reference"), lora.disabled(self.model):
                 ref = logprobs.score(self.model, flat, temperature)
@@ -209,9 +220,9 @@ class Plugin:
         return [list(islice(rest, len(step))) for step in by_step]
 
     def _note_training(self, cycle: Cycle, grad_norm: float | None) -> None:
-        """Metrics of all micro-batches of all data-parallel ranks, added up on the leader."""
+        """Metrics of all micro-batches of all data-parallel ranks, added up; every rank computes the same sums."""
         parts = self.step.take_metrics()  # on all ranks, or they would pile up
-        if mpu.get_tensor_model_parallel_rank():
+        if mpu.get_tensor_model_parallel_rank():  # ranks of a TP group have the same ones, which count once
             parts = []
         if self.step.replay is not None:  # each rank has layers or tokens of its own
             parts.append(self.step.replay.take_metrics())
@@ -227,10 +238,11 @@ class Plugin:
         return {"rollout_step": self.rollout_step, "cycle": cycle.state()}
 
     def _save_state(self, iteration: int) -> None:
+        """Write our part of the checkpoint: `rollout_state.json` (`checkpoint.write_state`)."""
         assert self.cycle is not None
         args = get_args()
-        state = (self.before if self.pending else self._rollout_state(self.cycle)) | {
-            "trained": self.trained,
+        state = (self.state_before_batch if self.pending else self._rollout_state(self.cycle)) | {
+            "trained": self.steps_done,
             "lora": dataclasses.asdict(self.config.lora),  # for `megatron-sglang convert`, with dtype
             "dtype": self.config.model.dtype,
         }
@@ -238,5 +250,6 @@ class Plugin:
 
 
 def _rerunnable(model: list[Any], batches: list[MicroBatch]) -> Any:
+    """As `logprobs.iterators`, in the class that Megatron wants, since it may run a train step twice."""
     iterators = [RerunDataIterator(iter(batches)) for _ in model]
     return iterators if len(iterators) > 1 else iterators[0]

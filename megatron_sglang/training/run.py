@@ -33,14 +33,14 @@ from megatron_sglang.trace import METRICS, RunLog, read_lines
 from megatron_sglang.training import console, hf_folder, modes
 from megatron_sglang.types import Prompt, SamplingParams
 
-SIZES = {
+ENGINE_FIELDS = {
     "ep_size": "ep_size",
     "mem_fraction_static": "mem_fraction",
     "max_total_tokens": "max_total_tokens",
     "max_running_requests": "max_running_requests",
     "context_length": "context_length",
 }
-"""SGLang's options that the engine room knows by a name of its own."""
+"""SGLang's option -> the field of `EngineOptions` that stands for it; all other options go into `extra`."""
 
 
 def train(config: RunConfig) -> None:
@@ -51,9 +51,9 @@ def train(config: RunConfig) -> None:
         board = Board()
         with contextlib.ExitStack() as cleanup, board.one_error():
             hf_folder.check(config.model.hf_path, weights=not config.model.random_weights)
-            station = Station.open(config, cleanup, show) if rank == 0 else None
-            cpu_room.enter()
-            _train(config, station, board)
+            setup = LeaderSetup.open(config, cleanup, show) if rank == 0 else None
+            cpu_room.enter()  # before anything of Megatron is imported
+            _train(config, setup, board)
 
 
 def log_file(config: RunConfig) -> Path | None:
@@ -61,7 +61,8 @@ def log_file(config: RunConfig) -> Path | None:
     return Path(config.log.run_dir, f"rank{os.environ.get('RANK', '0')}.log") if config.log.quiet else None
 
 
-def _train(config: RunConfig, station: Station | None, board: Board) -> None:
+def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
+    """Build the model, put the plugin into Megatron's loop, and run that to its end. setup: on rank 0 only."""
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -78,15 +79,15 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
 
     recipe = ModelRecipe(config)
     shapes, mode = _shapes(config), modes.choose(config).mode
-    modes.releases(config)  # an error in it must not wait for the model
+    modes.releases(config)  # asked here because a mistake in the options must not be found only when the model is built
 
     def make_cycle(model_chunks: list[Any], resume_after: int | None) -> Cycle:
         comm = TorchComm()
-        leader = station.lead(resume_after) if station is not None else None
-        if not modes.engine_first(config):  # else it has been up, and has made room
-            comm.from_leader(lambda: station and modes.wait_ready(station.engine, station.show))
-        if station is not None:
-            station.show(f"model and engine ready after {time.monotonic() - station.began:.0f} s")
+        leader = setup.to_leader(resume_after) if setup is not None else None
+        if not modes.engine_first(config):  # otherwise `LeaderSetup.open` has waited for it
+            comm.from_leader(lambda: setup and modes.wait_ready(setup.engine, setup.show))
+        if setup is not None:
+            setup.show(f"model and engine ready after {time.monotonic() - setup.began:.0f} s")
         paths = Paths(
             comm=comm,
             bridge=recipe.bridge,
@@ -106,9 +107,9 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
         if mode == "shared":
             staged: Any = StagedPath(comm, paths.generic().weights, paths.engine)
             return SharedCycle(comm, staged, leader, config.algo, config.seed, None)
-        path, better = paths.of(config.sync.method)
+        path, make_direct = paths.of(config.sync.method)
         make = ReleasingCycle if modes.releases(config) else Cycle
-        return make(comm, path, leader, config.algo, config.seed, better)
+        return make(comm, path, leader, config.algo, config.seed, make_direct)
 
     options = LossOptions.of(config.algo, config.rollout.max_new_tokens)
     step = PolicyStep(config.algo.loss, options, config.rollout.temperature)
@@ -129,7 +130,8 @@ def _train(config: RunConfig, station: Station | None, board: Board) -> None:
 
 
 def _import_trainer() -> None:
-    """What `_train` imports: half a minute with Bridge and Transformer Engine. On a CPU its room comes first."""
+    """What `_train` imports, before it does: half a minute with Bridge and Transformer Engine, which pass while the
+    engine starts. Not on a CPU, where `cpu_room.enter` must come before Megatron's import."""
     if cpu_room.needed():
         return
 
@@ -139,7 +141,8 @@ def _import_trainer() -> None:
 
 
 def _shapes(config: RunConfig) -> dict[str, tuple[int, ...]] | None:
-    """Of all tensors that the engine must get; None for random weights of a model that transformers does not know."""
+    """HF name -> shape of every tensor that the engine must get. None where nothing tells them: random weights of a
+    model that transformers does not know."""
     from megatron_sglang.hf_files import tensor_shapes
     from megatron_sglang.plan.shapes import hub_shapes
 
@@ -159,8 +162,9 @@ _no_dataset.is_distributed = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
-class Station:
-    """What rank 0 has besides a model: engine under way, data loaded, reward ready. All is closed with `cleanup`."""
+class LeaderSetup:
+    """What rank 0 prepares before it has a model: the engine is started, data loaded, the reward ready. All of it is
+    closed with `cleanup`. `to_leader` makes it the leader's part of the cycle."""
 
     config: RunConfig
     cleanup: contextlib.ExitStack
@@ -171,10 +175,10 @@ class Station:
     show: Callable[[str], None]
     """Prints a line on the console."""
     began: float
-    """Before the engine was started, on the monotonic clock."""
+    """Seconds on the monotonic clock, before the engine was started."""
 
     @staticmethod
-    def open(config: RunConfig, cleanup: contextlib.ExitStack, show: Callable[[str], None]) -> Station:
+    def open(config: RunConfig, cleanup: contextlib.ExitStack, show: Callable[[str], None]) -> LeaderSetup:
         began = time.monotonic()
         if not (fed := Feed.asked_for(config)):
             agents.Environments.of(config.rollout.environment)  # an error there must not wait for an engine
@@ -190,7 +194,7 @@ class Station:
             feed: Any = Feed.open(config, engine, tokenizer.decode)
             cleanup.callback(feed.door.close)
             show(f"{config.model.hf_path}: batches come through {feed.door.path}")
-            return Station(config, cleanup, engine, feed, feed, (), show, began)
+            return LeaderSetup(config, cleanup, engine, feed, feed, (), show, began)
         train, held_out = (_prompts(config, path, tokenizer) for path in (config.data.train, config.data.eval))
         held_out = held_out[: config.rollout.eval_samples or None]
         reward = rewards.create_reward(
@@ -232,9 +236,9 @@ class Station:
         prompts = source.PromptSource(
             train, config.rollout.prompts_per_batch, seed=config.seed, shuffle=config.data.shuffle
         )
-        return Station(config, cleanup, engine, sampler, prompts, held_out, show, began)
+        return LeaderSetup(config, cleanup, engine, sampler, prompts, held_out, show, began)
 
-    def lead(self, resume_after: int | None) -> Leader:
+    def to_leader(self, resume_after: int | None) -> Leader:
         """The leader's part of the cycle, with its log; `resume_after`: see `RunLog`."""
         log = RunLog(
             self.config.log.run_dir,
@@ -264,9 +268,11 @@ class Station:
 
 
 def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]:
+    """The prompts of one data file; none without a path."""
     if not path:
         return ()
-    named = "" if config.reward.name == "auto" else config.reward.name  # scores every row, whatever its data source
+    # A reward that is named scores every row, whatever data source the row names.
+    named = "" if config.reward.name == "auto" else config.reward.name
     keys = source.Keys(**config.data.columns, data_source=named)
     loaded = source.load_prompts(
         path, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens, too_long=config.data.overlong, keys=keys
@@ -274,17 +280,17 @@ def _prompts(config: RunConfig, path: str, tokenizer: Any) -> tuple[Prompt, ...]
     return loaded.prompts
 
 
-def stop_tokens(tokenizers: int, hf_path: str) -> tuple[int, ...]:
-    """All tokens that end a completion in SGLang, the tokenizer's first: models name several (Qwen3: <|im_end|> and
+def stop_tokens(tokenizer_eos: int, hf_path: str) -> tuple[int, ...]:
+    """All tokens that end a completion in SGLang, the tokenizer's own first: models name several (Qwen3: <|im_end|> and
     <|endoftext|>), and one that is not known here would stay in the text that is scored."""
-    return tuple(dict.fromkeys((tokenizers, *eos_token_ids(hf_path))))
+    return tuple(dict.fromkeys((tokenizer_eos, *eos_token_ids(hf_path))))
 
 
 def engine_options(config: RunConfig) -> EngineOptions:
-    """How the first engine is started for `config`; `create_engines` derives the others."""
+    """How an engine is started for `config`; where there are several, `engine.group.spread` gives each its devices."""
     extra = modes.extra_of(config) | config.sglang | modes.lora_of(config)
     extra.pop(ROUTER, None)
-    sizes = {ours: extra.pop(theirs) for theirs, ours in SIZES.items() if theirs in extra}
+    sizes = {ours: extra.pop(theirs) for theirs, ours in ENGINE_FIELDS.items() if theirs in extra}
     return EngineOptions(
         model_path=config.model.hf_path,
         kind=config.rollout.engine,
