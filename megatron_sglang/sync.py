@@ -30,7 +30,7 @@ from megatron_sglang.types import MergeFidelity, SyncReport
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What one version took."""
+    """What was sent of one version: HF tensors, buckets, bytes."""
 
     tensors: int
     buckets: int
@@ -144,13 +144,12 @@ class Line(Protocol):
 
 
 class DirectPath:
-    """Each trainer rank hands over what its engine ranks need, on a line to each of them.
+    """Each trainer rank hands over what its engine ranks need, on a line to each of them (words: `transfer.py`).
 
-    The lines are pipelined: while the engine copies one delivery, the trainer makes the next one in its other buffer.
-    The message that starts them is the only one: it opens the version in each engine rank, which proves what it holds
-    after its last delivery, and answers with that.
-    open_line: (the engine's call, engine rank) -> a line, of the engine room. hosts: trainer ranks that have lines, the
-    first ones (`transfer.host_of`); None: all.
+    While an engine rank writes one delivery, the trainer merges the next. SGLang gets one message for all of a version:
+    each engine rank then connects to its line, and after the last delivery answers with digests of its parameters.
+    open_line: (what `open_stream` gave, engine rank) -> a line. hosts: how many trainer ranks, the first ones, have
+    lines (`transfer.host_of`); None: all.
     """
 
     name = "direct"
@@ -205,15 +204,17 @@ class DirectPath:
                 self.comm.from_leader(lambda: _lead(self.engine).start_stream(call))
                 self.comm.agree(self._hand_over(lines))
         except MegatronSglangError as error:
-            # All ranks have it. One that nobody foresaw is one rank's: with this step to take together it would wait.
+            # Every rank has this error, by `agree` or `from_leader`, so all of them can take the next step together. An
+            # unforeseen error of one rank is not caught, since that rank would wait for the others here.
             self._end_stream(error)
             raise
         self._end_stream(None)
         return self._sent
 
     def _end_stream(self, seen: MegatronSglangError | None) -> None:
-        """What an engine rank found wrong comes before what its trainer rank saw of it. An engine that has died or does
-        not answer cannot say which of its ranks it was, and after which delivery: the line can."""
+        """Collect the engine's verdict. seen: the error that the trainer has already. Where both failed the engine's
+        reason comes first, since the trainer may only have seen the line break; but only the trainer knows at which
+        delivery, if the engine died."""
         try:
             self.comm.from_leader(lambda: _lead(self.engine).end_stream(gave_up=seen is not None))
         except WeightSyncError as verdict:
@@ -225,8 +226,8 @@ class DirectPath:
                 torch.cuda.ipc_collect()  # every rank has lent memory; the engine has answered, and given it back
 
     def _hand_over(self, lines: Mapping[int, Line]) -> MegatronSglangError | None:
-        """Send all deliveries; what went wrong on this rank. Its lines rest then, but it takes part in the exchanges
-        until all ranks end together: each exchange tells them, so that no message of its own is needed."""
+        """Send all deliveries; what went wrong on this rank. After an error its lines rest, but it still takes part in
+        the all-to-alls, which would hang without it and tell all ranks, so that these stop after the same one."""
         dtype = str(self.sender.dtype).removeprefix("torch.")
         failures: list[MegatronSglangError] = []
 
@@ -274,7 +275,7 @@ def publish(comm: Comm, engine: Engine | None, path: Path, version: int) -> Sync
 
 @contextlib.contextmanager
 def _whole_or_stale(engine: Engine | None, version: int) -> Iterator[None]:
-    """What goes wrong is a failed update, also of an engine that has not noticed."""
+    """Whatever goes wrong inside fails the update, even if the engine itself has not noticed."""
     try:
         yield
     except MegatronSglangError as error:
@@ -285,12 +286,13 @@ def _whole_or_stale(engine: Engine | None, version: int) -> Iterator[None]:
 
 WITNESS_GAP = {torch.float32: 0.05, torch.bfloat16: 0.5}
 """Largest believable mean |trainer's logprob - engine's logprob| of tokens just sampled. Measured: 2e-7 (fp32 on a CPU)
-and 1e-4 (fp32 with TF32 products). It tells another function, not last step's weights, which is the digests' task."""
+and 1e-4 (fp32 with TF32 products). Meant to catch an engine that computes another function of the same weights; that it
+has these weights, not those of the last step, is what the digests prove."""
 
 
 def require_agreement(gap: float, dtype: torch.dtype) -> None:
-    """The witness that a version was delivered and means the same to both: tokens that the engine has just sampled are
-    the probe. `WeightSyncError` if their logprobs (gap: mean difference) do not follow the trainer's."""
+    """Raise `WeightSyncError` if trainer and engine compute different functions. gap: the mean difference of their
+    logprobs of tokens that the engine has just sampled."""
     if gap > WITNESS_GAP[dtype]:
         raise WeightSyncError(
             f"the engine's logprobs of its own tokens differ from the trainer's by {gap:.3g} on average, expected at "
@@ -303,14 +305,14 @@ type Buckets = list[list[transfer.Piece]]
 
 
 class Plans:
-    """The last plan, by all that it depends on: an engine that is started again is laid out as before, and a model of
-    18,000 tensors on 8 ranks takes seconds to plan."""
+    """Keeps the last plan, with a hash of all that it depends on: an engine that is started again is usually laid out
+    as before, and a model of 18,000 tensors on 8 ranks takes seconds to plan."""
 
     def __init__(self) -> None:
         self._key, self._buckets = "", []
 
     def of(self, inputs: Sequence[Any], make: Callable[[], Buckets]) -> Buckets:
-        """What `make` gave for these inputs (JSON values), or gives now."""
+        """The plan for these inputs (JSON values): the kept one, or what `make` gives."""
         key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
         if key != self._key:
             self._key, self._buckets = key, make()
@@ -327,10 +329,10 @@ def plan_for(
     hosts: int | None = None,
     plans: Plans | None = None,
 ) -> Buckets:
-    """The transfer plan, installed in the engine; the same on all ranks. plans: where one may be already.
+    """Make the transfer plan and install it in the engine; the same on all ranks. plans: keeps it for the next time.
 
-    find_shards: this rank's shards. limit: elements that an engine rank may receive in one delivery. hosts: trainer
-    ranks that can hand over, the first ones; None: all.
+    find_shards: this rank's shards. limit: elements that an engine rank may receive in one delivery. hosts: how many
+    trainer ranks, the first ones, can hand over; None: all.
     Raises `WeightSyncError` on all ranks where the direct path does not apply, with the reason.
     """
     texts = comm.from_leader(lambda: [found.to_json() for found in _lead(engine).layout(shapes)])

@@ -1,9 +1,15 @@
 """The direct path's plan: which trainer rank sends which rectangle of which tensor to which engine rank. Pure.
 
-Two descriptions of the same Hugging Face tensors meet here. A shard says where a rectangle of one lies in a trainer
-rank's merged weights; a slot says where a rectangle of one belongs in an engine rank's parameters (learned by tracing
-the engine's own loader, `layout.py`). Their intersections are the `Piece`s that travel. The plan depends on placement
-alone, so it is made once and used for every weight version.
+Two descriptions of the same Hugging Face tensors meet here, and their intersections travel. The plan depends on
+placement alone, so it is made once and used for every weight version. The words of the direct path:
+
+    shard      where a rectangle of an HF tensor lies in a trainer rank's merged weights (`weights/shards.py`)
+    slot       where a rectangle of an HF tensor belongs in an engine rank's parameters, learned by tracing the engine's
+               own loader (`layout.py`); also the number of a buffer that deliveries take in turns (`SLOTS`)
+    piece      what a shard and a slot have in common: the rectangle that travels
+    bucket     pieces that travel together
+    host       the trainer rank that hands over to an engine rank (`host_of`); it may serve several, in rounds
+    delivery   all that one engine rank gets of a bucket: a flat segment from each trainer rank, in rank order
 
 All tensors are seen as matrices [rows, cols]; one with a single dimension has one column. Offsets and strides count
 elements.
@@ -29,7 +35,7 @@ in the same memory, and is merged while the engine takes the one before. Measure
 trainer and engine take turns on a GPU anyhow, and each bucket costs a turn (docs/weight_sync.md)."""
 
 LITTLE = 4
-"""Less than this part of a bucket is little room: a layer begins the next one rather than be cut for it."""
+"""Where less than 1/LITTLE of a bucket is left, a layer that fits into a bucket begins the next one, uncut."""
 
 CHUNK_BYTES = 32 << 20
 """Without a kernel of ours, each of a merge's half dozen fp32 temporaries holds at most this much, or one expert."""
@@ -146,12 +152,13 @@ def host_of(target: int, hosts: int) -> int:
 def make_plan(
     shards: Iterable[Region], slots: Sequence[Region], hosts: int | None = None, machines: Sequence[int] = ()
 ) -> list[Piece]:
-    """Every element of every slot from exactly one source, in `transfer_order`, then by target.
+    """Pieces that bring every element of every slot from exactly one source; in `transfer_order`, then by target.
 
-    Of several replicas the one that hands over to the target itself is taken (`host_of`; hosts None: the same rank),
-    else of those on its machine, or of all where it has none, the one that sends least so far. machines: that of each
-    trainer rank; empty: there is one. Raises `WeightSyncError` for a slot whose elements no trainer rank, or more than
-    one kind of shard, holds.
+    Where several trainer ranks hold a shard, the target's own host sends it if it is one of them (nothing travels
+    between GPUs then); else the rank that sends least so far, of those on the host's machine if there are any.
+    hosts: how many trainer ranks hand over (`host_of`); None: engine rank k has trainer rank k. machines: the number of
+    each trainer rank's machine; empty: there is only one. Raises `WeightSyncError` for a slot of which an element is
+    held by no trainer rank, or by shards that overlap.
     """
     holders: defaultdict[str, defaultdict[Box, dict[int, Place]]] = defaultdict(lambda: defaultdict(dict))
     for shard in shards:
@@ -180,11 +187,12 @@ def make_plan(
 
 
 def cut(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
-    """Buckets: runs of pieces of which no target receives more than `limit` elements (one row of a tensor may).
+    """Cut the plan into buckets, of each of which no target receives more than `limit` elements (or one row, if that is
+    more).
 
-    A decoder layer, one of each pipeline stage at a time, stays whole, so that its grouped experts are merged once, if
-    it fits, or begins the next bucket if little room is left. Else it is spread over its buckets evenly: each keeps all
-    who send and all who receive of the layer equally busy.
+    A decoder layer (with pipeline stages: one layer of each) stays in one bucket if it fits there, so that its grouped
+    experts are merged once. One that does not fit is spread over several buckets evenly, so that in each of them all
+    ranks that send and receive of this layer have equally much to do.
     """
     buckets: list[list[Piece]] = [[]]
     filled: Counter[int] = Counter()
@@ -208,9 +216,10 @@ def cut(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
 
 
 def _layers(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """What is outside the layers, then the first layers of all pipeline stages together, and so on: else the ranks of
-    one stage would send all that is received, from send buffers as much larger, and the others wait. Layers of a stage
-    have senders in common, those of two have none."""
+    """What is outside the layers, then the first layers of all pipeline stages together, then the second ones, and so
+    on. Layer by layer, the ranks of one stage would send everything while all others wait, and need send buffers as
+    much larger. Stages are told apart by their senders: layers of one stage have some in common, those of two have
+    none."""
     stages: list[tuple[set[int], list[list[Piece]]]] = []
     for number, found in itertools.groupby(pieces, key=lambda piece: transfer_order(piece.name)[0]):
         layer = list(found)
@@ -227,8 +236,8 @@ def _layers(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _interleaved(layer: Iterable[Piece]) -> list[list[Piece]]:
-    """The layer's tensors, those that fuse together: the trainer merges them in one go. What the same ranks send to the
-    same ranks is spread over the whole layer."""
+    """The layer's pieces by group of tensors that fuse (the trainer merges a group in one go), in an order that spreads
+    the groups which the same ranks send to the same ranks evenly over the layer."""
     groups: defaultdict[str, list[Piece]] = defaultdict(list)
     for piece in layer:
         groups[fusion_key(piece.name)].append(piece)
@@ -239,7 +248,7 @@ def _interleaved(layer: Iterable[Piece]) -> list[list[Piece]]:
     for keys in alike.values():
         sizes = [sum(piece.size for piece in groups[key]) for key in keys]
         ends = itertools.accumulate(sizes)
-        # Of its kind's elements, the share that lies before its middle.
+        # A group's place in the order, 0 to 1: the share of its kind's elements that comes before its middle.
         places |= {key: (end - size / 2) / sum(sizes) for key, size, end in zip(keys, sizes, ends, strict=True)}
     return [groups[key] for key in sorted(groups, key=lambda key: (places[key], key))]
 

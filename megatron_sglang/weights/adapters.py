@@ -25,14 +25,15 @@ from megatron_sglang.weights.disk import FolderHome
 from megatron_sglang.weights.peft_format import CONFIG, WEIGHTS, AdapterWriter, Shapes
 from megatron_sglang.weights.sites import Site, find_sites
 
-Factors = Mapping[str, Sequence[torch.Tensor]]
-"""Module name -> A [r, in] and B [out, r]."""
+FactorsByModule = Mapping[str, Sequence[torch.Tensor]]
+"""HF module name -> A [r, in] and B [out, r]."""
 
 
 class Gathered:
-    """Which rank holds which adapters, and their factors by layer. Made and used by all ranks together.
+    """Brings the adapters of all ranks to the leader, a layer at a time. Made and used by all ranks together.
 
-    shapes: of every adapted module, all ranks'. DataError on all ranks: an adapter that cannot be converted by itself.
+    shapes: HF module name -> shapes of A and B, of every adapted module of the model. Raises DataError on all ranks for
+    an adapter that has no counterpart in the HF model.
     """
 
     def __init__(self, bridge: Any, model_chunks: list[torch.nn.Module], comm: Comm, dtype: torch.dtype) -> None:
@@ -43,16 +44,17 @@ class Gathered:
             for layer, sites in self._sites.items()
         }
         self._listed = comm.gather(own)
+        """By rank: layer -> module -> shapes, of what that rank sends to the leader."""
         self._layers = sorted({layer for of_rank in self._listed for layer in of_rank}, key=_natural)
         by_layer = (of_rank.get(layer, {}) for layer in self._layers for of_rank in self._listed)
         self.shapes: dict[str, Shapes] = {name: pair for found in by_layer for name, pair in found.items()}
 
-    def layers(self) -> Iterator[Factors]:
+    def layers(self) -> Iterator[FactorsByModule]:
         """The factors of one decoder layer at a time: on the leader all of them, on other ranks only their own."""
         for layer in self._layers:
             yield self._to_leader(self._sites.get(layer, []), [of_rank.get(layer, {}) for of_rank in self._listed])
 
-    def _to_leader(self, sites: Sequence[Site], listed: Sequence[Mapping[str, Any]]) -> Factors:
+    def _to_leader(self, sites: Sequence[Site], listed: Sequence[Mapping[str, Any]]) -> FactorsByModule:
         held: dict[str, Sequence[torch.Tensor]] = {}
         for site in sites:
             factors = site.read()
@@ -110,7 +112,8 @@ class AdapterStream:
 
     @torch.no_grad()
     def buckets(self, version: int) -> Iterator[list[tuple[Bucket, list[tuple[str, str, str]]]]]:
-        """Of one layer at a time, at most `bucket_bytes` each (one fused group at least); none but on the leader."""
+        """The buckets of one layer at a time, each with (weight, A, B) by name; on other ranks than the leader always
+        none. A bucket has at most `bucket_bytes`, or one group of weights that fuse, if that is more."""
         index = 0
         for held in self._gathered.layers():
             if self.comm.rank != 0:
@@ -137,7 +140,7 @@ class AdapterStream:
                 AdapterWriter(Path(folder), shapes, self._dtype, rank=lora.rank, alpha=lora.alpha, base=self.base)
             )
 
-        def put(held: Factors) -> None:
+        def put(held: FactorsByModule) -> None:
             writers[0].extend(held)
             for module, (down, up) in held.items():
                 names = (f"base_model.model.{module}.lora_{factor}.weight" for factor in "AB")
@@ -157,15 +160,16 @@ class AdapterStream:
         return Folder(done["path"], done["proof"], tensors=len(done["proof"]), files=1, bytes=done["bytes"])
 
     def fidelity(self) -> MergeFidelity:
-        """Of the adapters last written: SGLang adds B (A x) to what the base gives, so no weight is rounded. changed:
-        the share of elements whose weight has an adapter that is not zero. Collective."""
+        """Of the adapters last written. SGLang adds B (A x) to what the base gives, so no weight is rounded and the
+        cast loses nothing. changed: the share of elements whose weight has an adapter that is not zero. Collective."""
         found = self.comm.from_leader(lambda: [sorted(self._norms.items()), self._changed, self._elements])
         squares, changed, elements = found
         layers = {layer: (square**0.5, 0.0) for layer, square in squares if layer >= 0}
         return MergeFidelity(sum(square for _, square in squares) ** 0.5, 0.0, changed / max(elements, 1), layers)
 
     def _count(self, module: str, down: torch.Tensor, up: torch.Tensor) -> None:
-        """|scale B A|^2 = scale^2 tr((B'B)(AA')), without the product."""
+        """Add one adapter to the sums of `fidelity`: |scale B A|^2 = scale^2 tr((B'B) (A A')), in which both factors
+        are only [r, r], while B A would be as large as the weight."""
         up, down = up.double(), down.double()
         square = float(((up.T @ up) * (down @ down.T)).sum()) * self.scale**2
         layer, size = int(kind_of(f"{module}.weight").split(".")[0]), up.shape[0] * down.shape[1]
@@ -186,7 +190,7 @@ def _packed(version: int, index: int, part: Sequence[tuple[str, Sequence[torch.T
 
 
 def _idle(path: Path, known: Mapping[str, int]) -> dict[str, int]:
-    """Digests of tensors of the file that were never put: adapters of nothing (`peft_format`)."""
+    """Digests of the file's other tensors, which are zeros: placeholders that peft needs (`peft_format._idle_down`)."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -194,6 +198,7 @@ def _idle(path: Path, known: Mapping[str, int]) -> dict[str, int]:
 
 
 def _writing(folder: str, work: Any) -> Any:
+    """Do `work`; if the disk fails, remove the folder and say so."""
     try:
         return work()
     except OSError as error:
@@ -206,5 +211,5 @@ def _in_order(item: tuple[str, Any]) -> tuple[int, str, str]:
 
 
 def _natural(name: str) -> list[int | str]:
-    """Sort key: numbers by their value."""
+    """Sort key that takes numbers by their value, so that layer 10 comes after layer 9."""
     return [int(part) if part.isdigit() else part for part in name.split(".")]

@@ -266,14 +266,14 @@ def _from_folder(model: Model, adapter: AdapterFolder, options: LoraConfig, dtyp
 
 def _source(hf_model: Path, stored: Stored) -> dict[str, str]:
     """What a folder of merged weights is made of, for telling one conversion from another."""
-    from megatron_sglang.weights.shard_folder import files_of
+    from megatron_sglang.weights.shard_folder import state_of_files
 
     return {
         "model": str(hf_model.resolve()),
         "checkpoint": str(stored.folder.resolve()),
         "dtype": stored.dtype,
-        "state of the model's files": files_of(hf_model),
-        "state of the checkpoint's files": files_of(stored.folder),
+        "state of the model's files": state_of_files(hf_model),
+        "state of the checkpoint's files": state_of_files(stored.folder),
     }
 
 

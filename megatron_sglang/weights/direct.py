@@ -1,9 +1,11 @@
 """The direct path's sending side: merge what is owned, pack what travels, one all-to-all for each bucket and round.
 
-After it, trainer rank k holds exactly the bytes that engine rank k needs, in one flat tensor, on the device they share
-if they share one. Where there are more engine ranks than trainer ranks beside them (`hosts`), round j is for engine
-ranks j * hosts .. j * hosts + hosts - 1. Every element travels once, and no rank ever holds a full tensor that it does
-not own. The plan depends on placement alone, so what each rank does with each bucket is worked out once (`_Part`).
+After the all-to-all, trainer rank k holds exactly the bytes that engine rank k needs, in one flat tensor, on the device
+that they share if they share one. Where there are more engine ranks than trainer ranks beside them (`hosts`), there are
+several rounds: round j is for engine ranks j * hosts .. j * hosts + hosts - 1. Every element travels once, and no rank
+ever holds a full tensor that it does not own. The plan depends on placement alone, so what each rank does with each
+bucket is worked out once (`_Part`). The words (piece, bucket, delivery, slot) are explained in `transfer.py`; a unit is
+what is merged in one go (`merge.Unit`).
 """
 
 from __future__ import annotations
@@ -48,25 +50,27 @@ class _Part:
     """This rank's part of one bucket. Sizes are in elements, by round and trainer rank."""
 
     units: dict[int, list[Copy]]
-    """Number of a unit to be merged -> copies from its merged weights into the send buffer; in an order that all ranks
-    of a TP group share."""
+    """Number of a unit that torch merges -> copies from its merged weights into the send buffer. All ranks of a TP
+    group have the same order, since merging may be collective over them."""
     fused: list[int]
-    """Units whose merged weights go straight into the send buffer; in such an order too."""
+    """Units that the kernel merges straight into the send buffer, in such an order too: it needs their gathered
+    factors."""
     launch: Any
-    """What does that (`merge_kernel.Launch`); None: nothing of `fused` is sent from here."""
+    """The kernel's work (`merge_kernel.Launch`); None: nothing of `fused` is sent from here."""
     send_sizes: list[list[int]]
     receive_sizes: list[list[int]]
 
-    def sent(self, rounds: int) -> int:
-        """Elements in the send buffer before those of round `rounds`."""
-        return sum(sum(sizes) for sizes in self.send_sizes[:rounds])
+    def offset_of_round(self, number: int) -> int:
+        """Elements in the send buffer before those of round `number`."""
+        return sum(sum(sizes) for sizes in self.send_sizes[:number])
 
 
 class DirectSender:
     """Sends weight versions by a plan. Collective: all ranks iterate together.
 
-    buckets: the plan, cut; the same on all ranks. shapes: of the HF tensors. hosts: trainer ranks that hand over, the
-    first ones; None: all. slots: buffers of each kind (`transfer.SLOTS`); may be set anew between two versions.
+    buckets: the plan as `transfer.cut` gives it; the same on all ranks. shapes: of the HF tensors. hosts: how many
+    trainer ranks, the first ones, hand over; None: all. slots: how many buffers there are to send from, and as many to
+    receive into for each round (`transfer.SLOTS`); may be set anew between two versions.
     """
 
     def __init__(
@@ -88,11 +92,13 @@ class DirectSender:
         self._where = {
             name: (number, at) for number, unit in enumerate(self._units) for at, name in enumerate(unit.names)
         }
+        """Bridge's parameter name -> number of its unit, and which of the unit's weights it is."""
         self._device = self._units[0].bases[0].device
         sources: defaultdict[str, set[int]] = defaultdict(set)
         for piece in (piece for bucket in buckets for piece in bucket):
             sources[piece.here.tensor].add(piece.source)
         self._beside = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        """For the exchange of digests, see `_tell`."""
         self._shares = [
             torch.tensor(self._share(unit, sources), dtype=torch.float64, device=self._device) for unit in self._units
         ]
@@ -100,7 +106,8 @@ class DirectSender:
         self._kernel, self._fused = self._fusable()
         self._parts = [self._part(bucket) for bucket in buckets]
         self._segments: dict[tuple[int, int], Any] = {}
-        """By bucket and round, laid out at the first version: the parts of what is sent; None: digested one by one."""
+        """By bucket and round: `digest_kernel.Segments` of what is sent, which digests all parts in one launch; None
+        where they are digested one by one. Made with the first version."""
 
     @torch.no_grad()
     def deliveries(self, free: Callable[[int], None], failed: Callable[[], bool]) -> Iterator[Delivery]:
@@ -110,13 +117,14 @@ class DirectSender:
         failed: has this rank an error? Each exchange carries the answer, and all ranks end after the same one.
         """
         self.stats = MergeStats()
-        largest = max(part.sent(len(self.rounds)) for part in self._parts)
+        largest = max(part.offset_of_round(len(self.rounds)) for part in self._parts)
         sends = [self._buffer(largest) for _ in range(min(self.slots, len(self._parts)))]
         slots = [
             [self._buffer(max(sum(part.receive_sizes[number]) for part in self._parts)) for _ in range(self.slots)]
             for number in self.rounds
         ]
-        # Merging what is split over TP gathers factors, and two groups' collectives at a time may block each other.
+        # Working ahead: the next bucket is merged while this one's all-to-all runs. Not where merging gathers factors
+        # over TP, because two groups' collectives at a time may block each other.
         ahead = len(sends) > 1 and not any(unit.is_collective for unit in self._units)
         counted: set[int] = set()
         kept: dict[int, torch.Tensor] = {}
@@ -132,8 +140,8 @@ class DirectSender:
                 self._tell(under_way, failed())
                 for exchange in under_way:
                     exchange.before_next()
-            # A GPU is given its next work before this one's digests are waited for; working ahead, before they are
-            # exchanged: where all streams share one queue, what waits there would hold up the merge.
+            # The GPU is given the next merge before the host waits for this bucket's digests. Working ahead, it gets it
+            # even before the digests are exchanged: where all streams share one queue, that wait would hold it up.
             if index + 1 < len(self._parts):
                 self._merge_part(index + 1, sends[(index + 1) % len(sends)], counted, kept)
             if ahead:
@@ -152,12 +160,14 @@ class DirectSender:
         return torch.empty(elements, dtype=self.dtype, device=self._device)
 
     def _share(self, unit: Unit, sources: dict[str, set[int]]) -> list[float]:
-        """How much of each weight's change this rank counts: all who merge it for sending count equal parts."""
+        """How much of each weight's change this rank counts (`MergeStats.add`): the ranks that merge a weight count
+        equal parts of it. sources: parameter name -> ranks that send of it."""
         if unit.is_collective:
             return [1 / unit.replicas] * len(unit.names)
         return [1 / len(sources[name]) if self.rank in sources[name] else 0.0 for name in unit.names]
 
     def _part(self, bucket: Sequence[Piece]) -> _Part:
+        """What this rank merges, sends and receives of a bucket."""
         mine = transfer.outgoing(bucket, self.rank)
         rectangles = []
         for piece in mine:
@@ -173,7 +183,7 @@ class DirectSender:
             send_sizes[piece.target] += piece.size
         for piece in bucket:
             receive_sizes[piece.target, piece.source] += piece.size
-        # The factors of a dense layer are gathered over TP: all who hold it take part, whoever sends.
+        # The factors of a dense layer are gathered over TP, so all who hold it merge it, whoever of them sends.
         touched = {self._where[piece.here.tensor][0] for piece in bucket if piece.here.tensor in self._where}
         joint = {number for number in touched if self._units[number].is_collective}
         by_torch = self._in_order(copies.keys() | (joint - self._fused))
@@ -191,10 +201,12 @@ class DirectSender:
         )
 
     def _in_order(self, numbers: Iterable[int]) -> list[int]:
+        """By name: an order that all ranks of a TP group share."""
         return sorted(numbers, key=lambda number: self._units[number].names)
 
     def _fusable(self) -> tuple[Any, set[int]]:
-        """A kernel that merges straight into the send buffer, and the units that it can take together."""
+        """The module of the kernel that merges straight into the send buffer, and the numbers of the units that it
+        takes: those with the dtypes of the first one, since a launch has one dtype for all weights."""
         kernels = {number: kernel_for(unit) for number, unit in enumerate(self._units)}
         found = {number: self._units[number].dtypes for number, kernel in kernels.items() if kernel is not None}
         if not found:
@@ -203,25 +215,27 @@ class DirectSender:
         return kernels[next(iter(found))], {number for number, dtypes in found.items() if dtypes == common}
 
     def _launch(self, mine: Sequence[Piece], fused: Sequence[int]) -> Any:
-        firsts, lines, flat, jobs = {}, 0, 0, []
+        """One kernel job for each piece of a unit in `fused`, in the order of the send buffer; None: there is none."""
+        first_weight, weights, flat, jobs = {}, 0, 0, []
         for number in fused:
-            firsts[number] = lines
-            lines += len(self._units[number].bases)
+            first_weight[number] = weights
+            weights += len(self._units[number].bases)
         for piece in mine:
             number, at = self._where[piece.here.tensor]
-            if number in firsts:
+            if number in first_weight:
                 unit, here = self._units[number], piece.here
                 width = unit.bases[0].shape[1]
                 assert (here.row_stride, here.col_stride) == (width, 1), "a shard lies row by row (shards.py)"
                 row, col = divmod(here.offset, width)
-                place = (firsts[number] + at, row, col, piece.rows, piece.cols, flat)
+                place = (first_weight[number] + at, row, col, piece.rows, piece.cols, flat)
                 share = 1 / self._times[piece.name]
                 jobs.append(self._kernel.Job(*place, width, unit.rank, unit.scale, unit.layer, share))
             flat += piece.size
         return self._kernel.Launch(jobs, self._device) if jobs else None
 
     def _merge_part(self, index: int, send: torch.Tensor, counted: set[int], kept: dict[int, torch.Tensor]) -> None:
-        """Fill the send buffer. kept: merged weights of the part before that are needed again."""
+        """Merge what this rank sends of a bucket into the send buffer. counted: units whose change `stats` has. kept:
+        merged weights of the bucket before that are needed again."""
         part = self._parts[index]
         later = self._parts[index + 1].units if index + 1 < len(self._parts) else {}
         for number, copies in part.units.items():
@@ -246,9 +260,11 @@ class DirectSender:
         return merged(self._units[number], self.dtype, stats, self._shares[number]).contiguous().view(-1)
 
     def _exchange(self, index: int, number: int, send: torch.Tensor, memory: torch.Tensor) -> _Exchange:
+        """Begin the all-to-all of a bucket's round `number`, and the digests of what goes out in it."""
         part = self._parts[index]
         send_sizes, receive_sizes = part.send_sizes[number], part.receive_sizes[number]
-        outgoing, incoming = send[part.sent(number) : part.sent(number + 1)], memory[: sum(receive_sizes)]
+        outgoing = send[part.offset_of_round(number) : part.offset_of_round(number + 1)]
+        incoming = memory[: sum(receive_sizes)]
         work = dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes, async_op=True)
         key = index, number
         if key not in self._segments:
@@ -259,8 +275,8 @@ class DirectSender:
         return _Exchange(place, memory, incoming, tuple(receive_sizes), work, digests)
 
     def _tell(self, under_way: Sequence[_Exchange], failed: bool) -> None:
-        """After all all-to-alls of a bucket, since a group of ranks must not run two collectives side by side: in a
-        stream that waits for them but not for this rank's next merge."""
+        """Exchange the digests, after all all-to-alls of the bucket, because a group must not run two collectives side
+        by side. In a stream of its own, which waits for those but not for this rank's next merge."""
         with torch.cuda.stream(self._beside) if self._beside is not None else contextlib.nullcontext():
             for exchange in under_way:
                 exchange.wait()
@@ -269,8 +285,11 @@ class DirectSender:
 
 
 class _Exchange:
-    """An all-to-all under way. work: torch's; digests: int64 [ranks], of the segments that this rank sends, begun but
-    not waited for."""
+    """An all-to-all under way. Used in this order: `wait`, `tell`, maybe `before_next`, `delivery`.
+
+    place: target, bucket and slot of the delivery. work: torch's handle of the all-to-all. digests: int64 [ranks], of
+    the segments that this rank sends, begun but not waited for.
+    """
 
     def __init__(
         self,

@@ -38,8 +38,8 @@ class FolderHome:
     prefix: of the names that are its own; others in the same place are never touched.
     """
 
-    def __init__(self, home: Path, prefix: str, kept: int = KEPT) -> None:
-        self.home, self.prefix, self.kept = home, prefix, kept
+    def __init__(self, home: Path, prefix: str) -> None:
+        self.home, self.prefix = home, prefix
 
     def open(self, name: str) -> Path:
         """An empty folder that becomes `name` in `close`; what an earlier run left unfinished goes."""
@@ -52,7 +52,7 @@ class FolderHome:
             return partial
 
     def close(self, name: str) -> Path:
-        """Everything on the disk, then under its name; older folders than the last `kept` are removed."""
+        """Everything on the disk, then under its name; older folders than the last `KEPT` are removed."""
         partial, target = self._partial(name), self.home / name
         with self._failing_as(name):
             for path in (*partial.iterdir(), partial):
@@ -61,15 +61,16 @@ class FolderHome:
                 shutil.rmtree(target)
             partial.rename(target)
             _to_disk(self.home)
-            for old in self._finished()[: -self.kept]:
+            for old in self._finished()[:-KEPT]:
                 shutil.rmtree(old)
         return target
 
     def give_up(self, name: str) -> None:
+        """Remove what was written since `open`."""
         shutil.rmtree(self._partial(name), ignore_errors=True)
 
     def _finished(self) -> list[Path]:
-        """Oldest first."""
+        """Its complete folders, oldest first."""
         own = (path for path in self.home.glob(f"{self.prefix}*") if path.is_dir())
         return sorted(own, key=lambda path: path.stat().st_mtime_ns)
 
@@ -87,9 +88,9 @@ class FolderHome:
 
 
 class DiskWriter:
-    """`sync_methods.FolderWriter`. All ranks call together.
+    """Writes versions as folders in `home` (`sync_methods.FolderWriter`). All ranks call together.
 
-    source: folder of the base model, for configuration and tokenizer. name: of a version's folder.
+    source: folder of the base model, for configuration and tokenizer. name: of a version's folder, to be formatted.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ def _write(bucket: Bucket, path: Path) -> int:
 
 
 def _without_gaps(bucket: Bucket) -> Bucket:
-    """With the tensors' places in the file, which has no room between them."""
+    """The bucket with the offsets that its tensors have in the file, where nothing is aligned to 16 bytes."""
     specs: list[Any] = []
     end = 0
     for spec in bucket.specs:
@@ -172,6 +173,7 @@ def _without_gaps(bucket: Bucket) -> Bucket:
 
 
 def _to_disk(path: Path) -> None:
+    """Return when a file, or the names in a folder, would outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -24,9 +24,8 @@ from megatron_sglang.weights.merge import MergeStats, Unit, merged, units_of
 class MergedWeights:
     """`interfaces.Weights`: merged weights as buckets of at most `bucket_bytes`, checked to be complete.
 
-    expected: HF name -> shape of everything the engine must get (`hf_files.tensor_shapes`); None: not checked against
-    a folder.
-    stats: what merging changed in the last version, of this rank's shards. merge: False gives the base alone.
+    expected: HF name -> shape of everything the engine must get (`hf_files.tensor_shapes`); None: not checked.
+    merge: False gives the base alone. `stats`: what merging changed in the last version, of this rank's shards.
     """
 
     def __init__(
@@ -116,8 +115,11 @@ def exported(
 def _with_merged(
     tasks: Sequence[Any], units: Sequence[Unit], dtype: torch.dtype | None, stats: MergeStats | None
 ) -> Iterator[Any]:
-    """Bridge takes a task when the tensors of the one before were taken, so a merged shard lives that long; those of
-    grouped experts, which are merged in one go and come mixed with others, until the last of them was taken."""
+    """The tasks, with merged weights in place of those that have an adapter, merged when their turn comes.
+
+    Bridge asks for a task only after it has exported the one before, so a merged shard lives no longer than its export.
+    Grouped experts are merged in one go, and their tasks come mixed with others: these live until the last one's.
+    """
     by_weight = {id(weight): unit for unit in units if unit.wrapper is not None for weight in unit.bases}
     of_task = [by_weight.get(id(task.param_weight)) if task.param_weight is not None else None for task in tasks]
     left = Counter(unit.names for unit in of_task if unit is not None)

@@ -1,4 +1,5 @@
-"""What weights are merged from: shared by both ways of merging them. Torch only."""
+"""What merged weights are made from, for both ways of merging: by torch (`merge.py`) and by kernel (`merge_kernel.py`).
+Torch only."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ import torch
 
 
 class Factored(NamedTuple):
-    """Weights W of one shape that are adapted together, with their factors; n of them, one but for grouped experts."""
+    """n weights W of one shape and their factors: W + (alpha/r) B A. n is 1, or the number of grouped experts."""
 
     bases: tuple[torch.Tensor, ...]
-    """[out, in] each, of the shard."""
+    """W: [out, in] each, this rank's shard."""
     down: torch.Tensor
     """A: [n, r, in]."""
     up: torch.Tensor

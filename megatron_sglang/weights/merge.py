@@ -43,7 +43,7 @@ class Unit:
 
     @property
     def rank(self) -> int:
-        """r of its adapter. B is split by its rows only."""
+        """r of its adapter. Read from B, which is split by its rows only, so that each shard has all r columns."""
         assert self.wrapper is not None
         return self.wrapper.adapter.linear_out.weight.shape[-1]
 
@@ -66,14 +66,18 @@ class Unit:
 
     @property
     def replicas(self) -> int:
-        """How many ranks hold the same shard."""
+        """How many ranks hold the same shard: those of the data-parallel group, for experts of the expert one."""
         if getattr(self.bases[0], "allreduce", True):  # Megatron's mark: False for parameters split over EP
             return mpu.get_data_parallel_world_size(with_context_parallel=True)
         return mpu.get_expert_data_parallel_world_size()
 
 
 class MergeStats:
-    """What merging changed, summed over the shards of this rank, by decoder layer. Stays on the device until asked."""
+    """What merging changed, summed over the shards of this rank, by decoder layer. Stays on the device until
+    `fidelity`.
+
+    Four sums for each layer: |delta|^2, |what the cast lost|^2, elements that changed, elements.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[int, torch.Tensor] = {}
@@ -96,8 +100,8 @@ class MergeStats:
         self._sums[layer] = self._sums[layer] + found if layer in self._sums else found
 
     def add_sums(self, layers: Sequence[int], sums: torch.Tensor, elements: Sequence[float]) -> None:
-        """The same summed already, by layer, each with its share: sums [layers, 3] float64, squares of the update and
-        of what the cast lost, and elements changed; elements: how many there are."""
+        """Add what a kernel has summed, shares applied: sums [layers, 3] float64 on the device, the first three of the
+        four sums for each of `layers`; elements: the fourth."""
         counted = torch.tensor(elements, dtype=torch.float64).to(sums.device)
         for layer, found in zip(layers, torch.cat([sums, counted[:, None]], 1), strict=True):
             self._sums[layer] = self._sums[layer] + found if layer in self._sums else found
@@ -117,6 +121,7 @@ class MergeStats:
 
 
 def _norms(update: float, lost: float) -> tuple[float, float]:
+    """(update_norm, cast_loss) as in `MergeFidelity`, from the two sums of squares."""
     return math.sqrt(update), math.sqrt(lost / update) if update else 0.0
 
 
@@ -157,10 +162,10 @@ def adapted_weights(model_chunks: list[torch.nn.Module]) -> dict[int, tuple[Adap
 def merged(
     unit: Unit, dtype: torch.dtype, stats: MergeStats | None, shares: Sequence[float] | torch.Tensor
 ) -> torch.Tensor:
-    """The effective weights of a unit, [n, out, in] in `dtype`; fresh memory if it has an adapter.
+    """The merged weights of a unit, [n, out, in] in `dtype`; fresh memory if it has an adapter.
 
-    stats: where the change is counted (None: it was already), each weight with its share (see `MergeStats.add`; shares
-    that are on the device already spare a copy for which the host waits).
+    stats: where the change is added up; None: it is not counted. shares: of each weight, see `MergeStats.add`; as a
+    tensor on the device, torch's way of merging need not wait for a copy of them.
     Collective over the adapter's TP group: both factors are sharded, and each rank needs one of them whole.
     """
     if unit.wrapper is None:
@@ -199,6 +204,7 @@ def kernel_for(unit: Unit) -> Any:
 
 
 def _is_on_gpu(tensor: torch.Tensor) -> bool:
+    """By itself so that tests can run the kernel on a CPU, by Triton's interpreter."""
     return tensor.is_cuda
 
 
@@ -209,7 +215,7 @@ def _merge_by_torch(
     stats: MergeStats | None,
     shares: Sequence[float] | torch.Tensor,
 ) -> None:
-    """Into `result` [n, out, in], in temporaries of `CHUNK_BYTES`."""
+    """Fill `result` [n, out, in], so many weights at a time that an fp32 temporary stays within `CHUNK_BYTES`."""
     weights = torch.as_tensor(shares, dtype=torch.float64, device=result.device)
     step = max(1, CHUNK_BYTES // (unit.bases[0].numel() * 4))
     for start in range(0, len(unit.bases), step):
@@ -225,8 +231,9 @@ def _merge_by_torch(
 
 @contextlib.contextmanager
 def in_place(bridge: Any, model_chunks: list[torch.nn.Module]) -> Iterator[None]:
-    """The model with its adapters merged into its weights, in the weights' own dtype: what the engine serves. Adapters
-    are off meanwhile; afterwards the untouched base is back. Takes the memory of the adapted weights. Collective."""
+    """Inside, the model computes what the engine serves: adapters are merged into the weights, in the weights' own
+    dtype, and switched off. Afterwards the untouched base is back. Needs memory for a second copy of the adapted
+    weights. Collective."""
     units = [unit for unit in units_of(bridge, model_chunks) if unit.wrapper is not None]
     before = [(base, base.data) for unit in units for base in unit.bases]
     wrappers: Any = {id(unit.wrapper): unit.wrapper for unit in units}

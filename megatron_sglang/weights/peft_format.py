@@ -46,12 +46,12 @@ _TARGETS = {
     "down_proj": "linear_fc2",
     "gate": "router",
 }
-"""Last part of a module's name, fused as Megatron fuses -> Megatron's name."""
-_ABSENT = (
+"""Last part of an HF module's name, with q, k, v and gate, up fused as in Megatron -> Megatron's name of that layer."""
+_NOT_A_DELTA = (
     *("modules_to_save", "layer_replication", "trainable_token_indices"),
     *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
-"""Options of PEFT that make of the factors something else than a delta of every token."""
+"""Options of PEFT with which the adapter is more than W + scale B A for every token; refused if they are set."""
 _KEEP_THE_BASE = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that start on the base as it is (peft 0.21). The others (pissa, olora, corda, loftq,
 lora_ga) take something out of it, which the factors then hold: on the base itself they are another model."""
@@ -69,10 +69,10 @@ class Factors:
 
 
 def join(parts: Sequence[Factors], scale: float) -> Factors:
-    """The adapter of a fused layer: its delta is the parts' deltas, one below the other, exactly.
+    """One adapter for a fused layer, whose delta is the deltas of its parts stacked: exactly, not by approximation.
 
-    Rows of A that parts share are kept once, so parts with a common A keep their rank; the rank of the result is the
-    number of different rows. A part's up is scaled where its scale is not `scale`.
+    Its A has all rows of the parts' A, those that they share once, so its rank is the number of different rows. Its
+    scale is `scale`: the B of a part with another one is multiplied accordingly.
     """
     count, columns = _distinct_rows(parts)
     first = parts[0]
@@ -110,10 +110,7 @@ class AdapterWriter:
     def __init__(
         self, folder: Path, shapes: Mapping[str, Shapes], dtype: torch.dtype, *, rank: int, alpha: float, base: str
     ) -> None:
-        every = {
-            **shapes,
-            **_idle_down(shapes),
-        }  # idle ones are never added: their place in the file is zeros
+        every = {**shapes, **_idle_down(shapes)}  # placeholders are never put, and so stay zeros (`TensorFile`)
         self._file = TensorFile(
             folder / WEIGHTS,
             {name: shape for module, pair in every.items() for name, shape in zip(_keys(module), pair, strict=True)},
@@ -151,9 +148,9 @@ def _keys(module: str) -> tuple[str, str]:
 
 
 def _idle_down(shapes: Mapping[str, Shapes]) -> dict[str, Shapes]:
-    """Adapters of nothing for the down_proj of experts where only gate and up are adapted.
+    """Shapes of placeholders, adapters of zeros, for the down_proj of experts where only gate and up are adapted.
 
-    Without them peft 0.21 looks for gate_up_proj under another name than it has itself made of it, and loads nothing.
+    Without them peft 0.21 looks for gate_up_proj under another name than it has itself given to it, and loads nothing.
     """
     idle: dict[str, Shapes] = {}
     for module, ((rank, hidden), (out, _)) in shapes.items():
@@ -213,7 +210,7 @@ class AdapterFolder:
         return list(self._readers)
 
     def factors(self, module: str) -> Factors | None:
-        """None where `module` has no adapter."""
+        """Read one adapter from disk; None where `module` has none."""
         reader = self._readers.get(module)
         return reader() if reader is not None else None
 
@@ -269,6 +266,7 @@ class AdapterFolder:
         return Factors(down, up, self._scale(module, len(down)))
 
     def _of_stack(self, module: str, name: str, expert: int, half: int | None) -> Factors:
+        """One expert out of a stack. name: PEFT's of the parameter, for its scale. half: 0 gate, 1 up, None: all."""
         slice_a = self._file.get_slice(f"{_PREFIX}{module}.lora_A.weight")
         rank = slice_a.get_shape()[0] // self.experts
         down = slice_a[expert * rank : (expert + 1) * rank]
@@ -304,7 +302,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: peft_type is {config.get('peft_type')}; only LORA can be converted")
     given = {name: config.get(name) or plain for name, plain in _PLAIN.items()}
     odd = {name: value for name, value in given.items() if value != _PLAIN[name]}
-    odd |= {name: config[name] for name in _ABSENT if config.get(name)}
+    odd |= {name: config[name] for name in _NOT_A_DELTA if config.get(name)}
     if odd:
         name, value = next(iter(odd.items()))
         raise DataError(f"{path}: {name}={value} has no counterpart in Megatron's LoRA; train the adapter without it")

@@ -43,7 +43,7 @@ class Shard:
     sha256: str
 
 
-def files_of(folder: Path) -> str:
+def state_of_files(folder: Path) -> str:
     """A digest of names, sizes and times of the files in a folder: changes when one of them is written again."""
     found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()]
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()

@@ -1,8 +1,8 @@
 """Where the rectangles of each Hugging Face tensor lie in this rank's weights: the trainer's half of the direct path.
 
-Megatron fuses q, k, v (by query group) and gate, up, and splits over TP by rows or columns. What Bridge's mapping of a
-parameter does to rows is found by sending row numbers through Bridge's own function. A mapping that is not one of
-those below makes the model one for the generic path.
+Megatron fuses q, k, v (by query group) and gate, up, and splits over TP by rows or columns. How the rows of q, k and v
+are mixed is found by sending row numbers through Bridge's own function. A model with a parameter whose mapping is none
+of those below goes by the generic path.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class _Local:
     tp_rank: int
 
     def shard(self, rank: int, hf_name: str, hf_row: int, row: int, rows: int, hf_col: int = 0) -> Region:
+        """`rows` of its rows from `row` on, in full width, are those of the HF tensor from (hf_row, hf_col) on."""
         place = Place(self.name, row * self.cols, self.cols, 1)
         return Region(rank, hf_name, Box(hf_row, hf_col, rows, self.cols), place)
 
@@ -88,7 +89,8 @@ def _plain(local: _Local, rank: int, name: str, shapes: Shapes) -> Region:
 
 
 def _qkv(local: _Local, rank: int, names: Mapping[str, str], config: Any) -> Iterator[Region]:
-    """Runs of rows that are neighbours in the HF tensor and in this rank's part of the interleaved one."""
+    """A region for each run of rows that are neighbours both in the HF tensor and in this rank's part of the fused one,
+    where the query groups follow each other: q, q, k, v, then those of the next group."""
     first = local.tp_rank * local.rows
     every = torch.arange(local.rows * local.tp_size)
     parts = split_qkv_weights(config, every[:, None], feature_dim=1)

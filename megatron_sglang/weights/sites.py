@@ -1,4 +1,4 @@
-"""Where this rank holds which adapter, what it is called in the Hugging Face model, and its factors as a whole.
+"""This rank's adapters: where each sits, what it is called in the Hugging Face model, reading and writing its factors.
 
 Megatron fuses q, k and v (by query group) and gate and up, splits them over TP, and adapts the fused layer. In the
 Hugging Face model that is one A that q, k and v share, and for each of them the rows of B that are its own: which rows
@@ -41,7 +41,7 @@ class Site:
 
     @property
     def is_first_copy(self) -> bool:
-        """True on exactly one of the ranks that would send the same factors after `read`."""
+        """True on exactly one of the ranks that have the same factors after `read`; that one sends them."""
         if self.wrapper.adapter.is_expert:
             return mpu.get_expert_data_parallel_rank() == 0
         replica = mpu.get_data_parallel_rank(with_context_parallel=True)
@@ -64,9 +64,10 @@ class Site:
         return {name: (down, up[rows[part].to(up.device)]) for part, name in self.modules.items()}
 
     def write(self, parts: Mapping[str, Factors], scale: float) -> None:
-        """Set this rank's shard; a part that is not given gets B = 0. Collective over `group`.
+        """Set this rank's shard to `parts` joined, at `scale`. Collective over `group`.
 
-        Ranks of the model that the parts together do not need keep their A and get B = 0: they add nothing, and train.
+        B is 0 for a part that is not given, and in the columns that the parts together do not fill because the model's
+        rank is higher. The A of those keeps its values, so that they add nothing now but can be trained.
         """
         down, up = self._shards()
         size = 1 if self.group is None else torch.distributed.get_world_size(self.group)

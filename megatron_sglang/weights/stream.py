@@ -32,7 +32,7 @@ def merged_tensors(
     """
     tasks = [task for task in bridge.get_conversion_tasks(model_chunks) if task is not None]
     if done:
-        tasks = _without(tasks, comm, expected, done)
+        tasks = _unfinished(tasks, comm, expected, done)
     missing = set(expected)
     for name, tensor in exported(bridge, model_chunks, tasks, units_of(bridge, model_chunks)):
         if expected.get(name) != tuple(tensor.shape):
@@ -53,22 +53,24 @@ def merged_tensors(
         )
 
 
-def _without(tasks: list[Any], comm: TorchComm, expected: Mapping[str, Any], done: Collection[str]) -> list[Any]:
-    """`tasks` less those of which every name is done, the same choice on all ranks.
+def _unfinished(tasks: list[Any], comm: TorchComm, expected: Mapping[str, Any], done: Collection[str]) -> list[Any]:
+    """The tasks that still have something to write on any rank; all ranks leave out the same ones.
 
-    An expert's task has other names on each rank. Where the tasks do not name all that Bridge will export (it adds
-    tensors to some architectures), none is left out: they are computed again, and not written again.
+    The ranks must agree, because an expert's task has another name on each of them. If the tasks of all ranks together
+    do not name all of `expected` (for some architectures Bridge adds tensors), none is left out: then everything is
+    computed again, though not written again.
     """
     names = [_names(task) for task in tasks]
     mine = set().union(*names)
-    order = sorted(expected)
-    foretold = comm.gather("".join("01"[name in mine] for name in order))
-    if not all("1" in column for column in zip(*foretold, strict=True)):
+    # One character for each tensor, and below for each task, since there may be thousands of them.
+    named_by_rank = comm.gather("".join("01"[name in mine] for name in sorted(expected)))
+    if not all("1" in ranks for ranks in zip(*named_by_rank, strict=True)):
         return tasks
-    finished = comm.gather("".join("01"[all(name in done for name in of_task)] for of_task in names))
-    return [task for task, column in zip(tasks, zip(*finished, strict=True), strict=True) if "0" in column]
+    done_by_rank = comm.gather("".join("01"[all(name in done for name in of_task)] for of_task in names))
+    return [task for task, ranks in zip(tasks, zip(*done_by_rank, strict=True), strict=True) if "0" in ranks]
 
 
 def _names(task: Any) -> list[str]:
+    """HF names of what a task exports."""
     names = task.mapping.hf_param
     return [names] if isinstance(names, str) else list(names.values())

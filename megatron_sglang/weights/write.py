@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from megatron_sglang.errors import DataError
 
 RECORD = ".conversion.json"
-"""In a folder that is being written by `shard_folder.ShardFolder`: what of it is finished."""
+"""File of `shard_folder.ShardFolder` in a folder that it has not completed: says which shards are finished."""
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _COPIED = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".py"}
@@ -102,7 +102,8 @@ def _clear(folder: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """One safetensors file, readable by whom its folder is; safetensors itself makes it the owner's alone."""
+    """Write one safetensors file, with the read and write permissions of its folder: safetensors gives them to the
+    owner alone."""
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)
 

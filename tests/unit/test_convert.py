@@ -24,7 +24,7 @@ from megatron_sglang.errors import DataError
 from megatron_sglang.weights import write
 from megatron_sglang.weights.peft_format import CONFIG, WEIGHTS, AdapterFolder, AdapterWriter, Factors, join
 from megatron_sglang.weights.progress import progress
-from megatron_sglang.weights.shard_folder import INDEX, continued, files_of, require_continuable
+from megatron_sglang.weights.shard_folder import INDEX, continued, require_continuable, state_of_files
 from megatron_sglang.weights.write import RECORD, partial_name
 
 SOURCE = {"model": "base", "checkpoint": "iter_0000003"}
@@ -317,11 +317,11 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
 def test_files_that_were_written_again_are_another_source(tmp_path: Path) -> None:
     """A run that saves the same iteration anew: same path, other weights."""
     (tmp_path / "weights").write_text("one")
-    before = files_of(tmp_path)
-    assert files_of(tmp_path) == before
+    before = state_of_files(tmp_path)
+    assert state_of_files(tmp_path) == before
     (tmp_path / "weights").write_text("two")
     os.utime(tmp_path / "weights", ns=(1, 1))
-    assert files_of(tmp_path) != before
+    assert state_of_files(tmp_path) != before
 
 
 def test_progress_tells_bytes_and_rate(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
