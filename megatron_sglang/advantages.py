@@ -2,8 +2,8 @@
 
     baseline        std_normalization   A
     mean            yes                 (r - mean) / (std + eps), std unbiased    GRPO, Shao et al. 2024, 2402.03300
-    mean            no                   r - mean                                 Dr. GRPO, Liu et al. 2025, 2503.20783
-    leave_one_out   no                   r - mean of the others                   RLOO, Ahmadian et al. 2024, 2402.14740
+    mean            no                  r - mean                                  Dr. GRPO, Liu et al. 2025, 2503.20783
+    leave_one_out   no                  r - mean of the others                    RLOO, Ahmadian et al. 2024, 2402.14740
 
 (numbers: arXiv; leave_one_out is G / (G - 1) times mean, with either normalisation). A group whose rewards are all
 equal teaches nothing: its advantages are exactly 0, not rounding noise over eps.

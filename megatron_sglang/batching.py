@@ -130,8 +130,9 @@ class MicroBatch:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def loss_inputs(self, logprobs: Tensor, entropy: Tensor | None = None) -> LossInputs:
-        """Inputs of the loss for the policy's logprobs [B, S]; without old ones the policy is taken as the sampler's
-        (the first step on the batch: ratios are 1)."""
+        """Inputs of the loss for the policy's logprobs [B, S]. Where the batch has no old logprobs the policy's own
+        stand for them, without gradient: in the first step on the batch it is the policy that sampled, and all ratios
+        are 1."""
         old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
         return LossInputs(
             logprobs=logprobs,
@@ -147,8 +148,8 @@ class MicroBatch:
 def collate(
     samples: Sequence[TrainSample], multiple_of: int = 1, seq_length: int | None = None, packed: bool = False
 ) -> MicroBatch:
-    """Pad samples to `seq_length`, or else to the longest of them rounded up to `multiple_of`. packed: the model gets
-    each of them rounded up by itself.
+    """Pad samples to `seq_length`, or if it is None to the longest of them rounded up to `multiple_of`. packed: the
+    model will get them as one sequence, in which each is rounded up by itself.
 
     Raises `ConfigError` for a sample longer than `seq_length`; nothing is ever cut off.
     """
@@ -184,12 +185,14 @@ def collate(
 
 
 def expert_numbers(routed: RoutedExperts) -> Tensor:
-    """uint8 or int16 [tokens, layers x top_k]."""
+    """The engine's bytes as a tensor, uint8 or int16 [tokens, layers x top_k]."""
     dtype = torch.uint8 if routed.width == 1 else torch.int16
     return torch.frombuffer(bytearray(routed.data), dtype=dtype).view(routed.tokens, -1)
 
 
 def _routed(samples: Sequence[TrainSample], width: int) -> Tensor | None:
+    """`MicroBatch.routed_experts`; None where no sample has them. `EngineError` where only some have, or they
+    differ."""
     told = [expert_numbers(sample.routed_experts) for sample in samples if sample.routed_experts is not None]
     if len(told) < len(samples) or not told:
         if told:
@@ -234,8 +237,9 @@ def split_by_tokens(
     dp_size: int,
     run: int = 1,
 ) -> list[list[list[TrainSample]]]:
-    """This rank's samples by train step and micro-batch of at most `budget` tokens, each sample rounded up to
-    `multiple_of`, in multiples of `run`; see `packing.micro_batches`. Raises `ConfigError` as `split` does."""
+    """This rank's samples by train step and micro-batch; a micro-batch has at most `budget` tokens, with each sample
+    rounded up to `multiple_of`. run: the number of micro-batches is a multiple of it (`packing.micro_batches`). Raises
+    `ConfigError` as `split` does."""
     split(samples, global_batch=global_batch, micro_batch=run, dp_rank=dp_rank, dp_size=dp_size)
     found = []
     for step in batched(samples, global_batch):

@@ -263,7 +263,8 @@ def _check_stop(config: RunConfig) -> None:
 
 
 def parallel_size(config: RunConfig, kind: str) -> int:
-    """Of tensor-model, context, pipeline-model or expert-model; 1 where it is not given."""
+    """Megatron's parallel size of a kind (tensor-model, context, pipeline-model, expert-model); 1 where it is not
+    given."""
     name = f"{kind}-parallel-size"
     if (size := _megatron_int(config, name, 1)) < 1:
         raise ConfigError(f"megatron.{name}={size}; expected 1 or above")

@@ -24,18 +24,18 @@ CHUNK_WORDS = 1 << 20
 
 
 def digest(tensor: torch.Tensor) -> int:
-    """Of a tensor's bytes in logical (row-major) order; any one changed bit changes it. Waits for the device."""
+    """Digest of a tensor's bytes in logical (row-major) order; any one changed bit changes it. Waits for the device."""
     return int(digests_of([tensor]).item())
 
 
 def digests(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """The same for many tensors of one device, waiting once."""
+    """`digest` of many tensors of one device, waiting once."""
     found = list(tensors)
     return digests_of(found).tolist() if found else []
 
 
 def digests_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The same as int64 [len(tensors)] on the tensors' device, in one kernel on a GPU."""
+    """`digest` of each tensor as int64 [len(tensors)] on their device, not waited for; in one kernel on a GPU."""
     if is_on_gpu(tensors[0]) and (kernel := _kernel()) is not None:
         return _by_kernel(kernel, tensors, look=False)[0]
     words = [_words(tensor) for tensor in tensors]
@@ -74,7 +74,7 @@ class Finite:
         return _places(tensors) == self._places
 
     def of(self, tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[bool]]:
-        """Of tensors that fit."""
+        """Digests of tensors that fit, and whether each of them is finite."""
         return finite_digests(tensors) if self._sums is None else _read(self._sums.run())
 
 

@@ -166,7 +166,7 @@ class Coverage:
 
 
 def coverage(params: Mapping[str, Param], writes: Iterable[Write]) -> Coverage:
-    """Exact, by cutting each write's boxes out of what is left of its parameter."""
+    """Find out what is not written, and what twice; exactly, by cutting the box of each write out of what is left."""
     by_param: dict[str, list[Write]] = {name: [] for name in params}
     for write in writes:
         by_param[write.param].append(write)

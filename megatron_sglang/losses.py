@@ -18,9 +18,10 @@ Every loss is a clipped surrogate per token, aggregated to (loss_sum, denominato
 
 KL_t estimates KL(policy || reference), x = ref_logp - logp: k1 = -x, k2 = x^2 / 2, k3 = e^x - 1 - x (Schulman 2020,
 "Approximating KL divergence"). As a loss k1 has gradient 0 in expectation; take k2 or k3.
-w_t corrects for an engine whose probabilities differ from the trainer's (Yao et al. 2025, "Your efficient RL framework
-secretly brings you off-policy RL training"), without gradient: min(exp(old_logp - rollout_logp), C) per "token" or, as
-the product over tokens, per "sequence"; "masked" is per token, 0 outside [1/C, C] instead of capped.
+w_t (`tis`, truncated importance sampling, C = `tis_cap`) corrects for an engine whose probabilities differ from the
+trainer's (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"), without gradient:
+min(exp(old_logp - rollout_logp), C) per "token" or, as the product over tokens, per "sequence"; "masked" is per token,
+0 outside [1/C, C] instead of capped.
 
 NaN policy: whatever stands at masked positions never reaches the loss, a metric or a gradient. A non-finite value at a
 response position, a non-finite advantage of a sequence with a response, or a ratio that overflows makes loss and
@@ -200,6 +201,8 @@ def _grpo_ratio(x: LossInputs, length_B: Tensor, sum_over_context: SumOverContex
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
+    """What makes a named loss: its ratio r_t, its clips, and the aggregations that make sense with it."""
+
     ratio: Callable[[LossInputs, Tensor, SumOverContext], Tensor]
     clip_low: float
     clip_high: float
@@ -228,6 +231,7 @@ def _rule(name: str, options: LossOptions, inputs: LossInputs) -> _Rule:
 
 
 def _clips(rule: _Rule, options: LossOptions) -> tuple[float, float]:
+    """(clip_low, clip_high). Where only the low one is given, the clip is symmetric."""
     low, high = options.clip_low, options.clip_high
     if high is None:
         high = rule.clip_high if low is None else low
@@ -259,6 +263,7 @@ def _without_masked(inputs: LossInputs) -> LossInputs:
 def _aggregate(
     token_loss_BT: Tensor, mask_BT: Tensor, length_B: Tensor, options: LossOptions, sum_over_context: SumOverContext
 ) -> tuple[Tensor, Tensor]:
+    """(loss_sum, denominator) by the table in the module's docstring."""
     if options.aggregation == "token_mean":
         return token_loss_BT.sum(), mask_BT.sum().long()
     divisor_B = length_B.clamp(min=1) if options.aggregation == "sequence_mean" else options.longest_response
@@ -266,6 +271,7 @@ def _aggregate(
 
 
 def _engine_correction(x: LossInputs, options: LossOptions, sum_over_context: SumOverContext) -> Tensor:
+    """w_t [B, T]."""
     if options.tis == "off":
         return torch.ones_like(x.mask)
     assert x.rollout_logprobs is not None
@@ -280,6 +286,7 @@ def _engine_correction(x: LossInputs, options: LossOptions, sum_over_context: Su
 
 
 def _one_or_nan(x: LossInputs, ratio_BT: Tensor, options: LossOptions) -> Tensor:
+    """1, or NaN if any value that the loss is made of is not finite."""
     used = [x.logprobs, x.old_logprobs, x.advantages[:, None], ratio_BT]
     used += [x.ref_logprobs] if options.kl_coef and x.ref_logprobs is not None else []
     used += [x.rollout_logprobs] if options.tis != "off" and x.rollout_logprobs is not None else []
@@ -307,5 +314,6 @@ def _divergences(x: LossInputs) -> dict[str, Metric]:
 
 
 def _mean(value_BT: Tensor, weight_BT: Tensor) -> Mean:
+    """Weighted mean; what stands where the weight is 0 does not matter, NaN included."""
     weighted_BT = torch.where(weight_BT > 0, value_BT.detach() * weight_BT, 0.0)
     return Mean(weighted_BT.sum(), weight_BT.sum())

@@ -79,7 +79,8 @@ class Placement:
 
 
 def engines(ranks: int, tp_size: int) -> list[range]:
-    """By engine, the trainer ranks that it sits beside: runs of `tp_size` out of the `ranks` of the leader's node."""
+    """For each engine the trainer ranks that it sits beside: runs of `tp_size` out of the `ranks` of the leader's
+    node."""
     if ranks % tp_size:
         divisors = [str(size) for size in range(1, ranks + 1) if ranks % size == 0]
         raise ConfigError(

@@ -21,6 +21,7 @@ import torch
 from megatron_sglang.errors import EngineError, EngineStaleError, RewardError
 from megatron_sglang.interfaces import Engine, Reward
 from megatron_sglang.metrics import Mean, Metric, Sum
+from megatron_sglang.stops import Decode
 from megatron_sglang.types import (
     Completion,
     GenerateRequest,
@@ -30,8 +31,6 @@ from megatron_sglang.types import (
     Score,
     TrainSample,
 )
-
-Decode = Callable[[Sequence[int]], str]
 
 
 class Source(Protocol):
@@ -56,7 +55,7 @@ class Sampler(Protocol):
     def evaluate(self, prompts: Sequence[Prompt]) -> tuple[tuple[RolloutGroup, ...], dict[str, Metric]]: ...
 
     def metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
-        """Of the last batch, which gave `groups`."""
+        """Metrics of the last batch, which gave `groups`."""
         ...
 
     def state(self) -> dict[str, Any]:

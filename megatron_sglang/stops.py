@@ -29,6 +29,7 @@ WINDOW = 64
 """Tokens decoded again at most, where a decoder gives no finished character for so long."""
 
 Decode = Callable[[Sequence[int]], str]
+"""Token ids to text."""
 
 
 class TextStream:

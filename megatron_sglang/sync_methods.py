@@ -304,7 +304,8 @@ class AdapterPath:
 
 
 def adapter_name(version: int) -> str:
-    """Of a version in the engine; SGLang's cached prefixes belong to one load of one name."""
+    """The name of a version's adapter in the engine. Each version has its own, since SGLang's cached prefixes belong to
+    one load of one name."""
     return f"policy-v{version}"
 
 

@@ -72,7 +72,7 @@ class Place:
     col_stride: int
 
     def part(self, whole: Box, box: Box) -> Place:
-        """Where `box`, a part of `whole`, lies, if `whole` lies here."""
+        """The place of `box`, a part of `whole`, if `whole` lies here."""
         down, right = box.row - whole.row, box.col - whole.col
         offset = self.offset + down * self.row_stride + right * self.col_stride
         return Place(self.tensor, offset, self.row_stride, self.col_stride)

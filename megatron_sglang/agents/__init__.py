@@ -29,17 +29,18 @@ def create_rollout(
     say: Callable[[str], None],
     routing: bool = False,
 ) -> Rollout | AgentRollout:
-    """`Rollout` where a completion is one turn, a batch is what was started, and nothing wants single requests: stop
-    texts, which are watched for in each, and a router, which passes on no others. `AgentRollout` for all else.
+    """`Rollout`, which sends a whole batch in one call, if that is enough; else `AgentRollout`, which sends one request
+    for each completion. The latter is needed for environments, for over-sampling and dynamic sampling, for stop texts
+    (watched for in each completion), and behind a router (which passes on single requests only).
 
     engine: `interfaces.Engine` with `client()`. routing: ask it for the experts that processed each token.
     Raises `ConfigError` for an environment that does not exist.
     """
-    single = bool(sampling.stop) or getattr(engine, "router", None) is not None
-    if not config.environment and config.over_sampling == 1 and not config.dynamic_sampling and not single:
+    one_by_one = bool(sampling.stop) or getattr(engine, "router", None) is not None
+    if not config.environment and config.over_sampling == 1 and not config.dynamic_sampling and not one_by_one:
         return Rollout(engine, reward, tokenizer.decode, sampling, config.samples_per_prompt, seed, routing=routing)
     connect, decode = engine.client, tokenizer.decode
-    if sampling.stop:  # text that is out must not change with what follows
+    if sampling.stop:  # stop texts are matched as tokens arrive, so text must not change with what follows (`stops.py`)
         decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
         connect = partial(engine.client, decode)
     return AgentRollout(

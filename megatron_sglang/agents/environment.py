@@ -80,7 +80,7 @@ class Environment(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Of the loop, for every environment; tokens of a whole trajectory are bounded by rollout.max_new_tokens."""
+    """What the loop grants any environment. The tokens of a whole trajectory are bounded by rollout.max_new_tokens."""
 
     max_turns: int = 1
     """Turns of the model."""

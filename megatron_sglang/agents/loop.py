@@ -28,8 +28,8 @@ from megatron_sglang.agents.bounded import Bounded
 from megatron_sglang.agents.environment import Environment, Limits, Observation, Services
 from megatron_sglang.errors import ConfigError, EngineError, RewardError
 from megatron_sglang.interfaces import AsyncEngine
-from megatron_sglang.rollout import Decode, request_seed
-from megatron_sglang.stops import StopMatcher
+from megatron_sglang.rollout import request_seed
+from megatron_sglang.stops import Decode, StopMatcher
 from megatron_sglang.types import (
     Completion,
     FinishReason,
@@ -91,13 +91,13 @@ class Trajectory:
 
     @property
     def session_id(self) -> str:
-        """Of the whole group, whose members have the prompt in common: so a slow engine delays the groups that it has,
-        and not a member of every group."""
+        """The same for all members of a group, so that one engine serves them: it has their common prompt in its cache,
+        and a slow engine delays whole groups instead of one member of every group."""
         key = "\0".join((self.step, self.prompt.id))
         return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
 
     def seed(self, run_seed: int) -> int:
-        """Of the next request."""
+        """Seed of the next request: of turn 0, part 0 that of `rollout.Rollout`."""
         step = f"{self.step}/{len(self.turns)}/{self.part}" if self.turns or self.part else self.step
         return request_seed(run_seed, step, self.prompt.id, self.member)
 
@@ -133,7 +133,7 @@ class Trajectory:
         )
 
     def completion(self, decode: Decode, sampling: SamplingParams, *, trained: Callable[[int], bool]) -> Completion:
-        """The whole, done. trained: whether the loss may count a token of that weight version."""
+        """The finished trajectory as one completion. trained: may the loss count tokens of this weight version?"""
         assert self.finish_reason is not None, "it is still going on"
         last_turn = self.ids[self.turns[-1].start :]
         ended_by = len(decode(last_turn)) - len(_text(last_turn, decode, sampling))
@@ -212,7 +212,8 @@ class Agent:
             await environment.step(trajectory.turn(span, self.decode, self.sampling))
 
     async def _sample(self, trajectory: Trajectory, history: tuple[int, ...]) -> tuple[Turn | None, tuple[int, ...]]:
-        """One request after `history`; the turn if that completed it, and all tokens there are now."""
+        """Send one request for what follows `history`. Returns the turn, or None if the request was aborted before its
+        end, and the history with what was sampled."""
         done = len(trajectory.ids) - trajectory.turn_start
         budget = self.sampling.max_new_tokens - len(trajectory.ids)
         if self.limits.max_turn_tokens:
@@ -287,7 +288,7 @@ class Agent:
 
 
 def _text(ids: Sequence[int], decode: Decode, sampling: SamplingParams) -> str:
-    """Of a turn, without the token or the text that ended it."""
+    """The text of a turn, without the token or the text that ended it."""
     if ids and ids[-1] in sampling.stop_token_ids:
         return decode(ids[:-1])
     matcher = StopMatcher(sampling.stop, decode)

@@ -30,20 +30,21 @@ from megatron_sglang.agents.scoring import Scorer
 from megatron_sglang.errors import EngineError, EngineStaleError, RewardError
 from megatron_sglang.interfaces import AsyncEngine, Reward
 from megatron_sglang.metrics import Mean, Metric, Sum
-from megatron_sglang.rollout import Decode, Source, evaluation_metrics, rollout_metrics
+from megatron_sglang.rollout import Source, evaluation_metrics, rollout_metrics
+from megatron_sglang.stops import Decode
 from megatron_sglang.types import Prompt, RolloutGroup, SamplingParams
 
 Stragglers = Literal["abort", "resume", "resume_masked"]
 
 MAX_DRAWS = 8
-"""Dynamic sampling draws at most so many times the prompts of a batch."""
+"""Dynamic sampling draws at most this many times as many prompts as a batch has."""
 ABORT_AGAIN_S = 1.0
 """A request that was on its way when the engine was told to abort is found by the next call."""
 
 
 @dataclass(slots=True)
 class Group:
-    """The trajectories of one prompt; those of a group that was stopped stand where they were."""
+    """The trajectories of one prompt. If the group was stopped, each stands where it was then."""
 
     trajectories: list[Trajectory]
 
@@ -92,7 +93,8 @@ class AgentRollout:
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     buffer: list[Group] = field(default_factory=list)
     """Groups to be continued, oldest first."""
-    _found: dict[str, Metric] = field(init=False, default_factory=dict)
+    _counted: dict[str, Metric] = field(init=False, default_factory=dict)
+    """Of the last batch, see `_counters`."""
 
     def batch(self, source: Source, step: int) -> tuple[RolloutGroup, ...]:
         """`source.prompts_per_batch` complete groups, oldest first, then in the order of the prompts.
@@ -112,11 +114,11 @@ class AgentRollout:
         return finished, evaluation_metrics(finished) | found
 
     def metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
-        """Of the last batch, which gave `groups`."""
-        return rollout_metrics(groups) | self._found
+        """Metrics of the last batch, which gave `groups`."""
+        return rollout_metrics(groups) | self._counted
 
     def state(self) -> dict[str, Any]:
-        """What is to be continued, in JSON values; of a checkpoint."""
+        """The groups that are to be continued, in JSON values, for a checkpoint."""
         return {"groups": [asdict(group, dict_factory=routing.json_values) for group in self.buffer]}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -137,7 +139,7 @@ class AgentRollout:
     async def _batch(self, source: Source, step: str) -> tuple[RolloutGroup, ...]:
         wanted = source.prompts_per_batch
         seen: Counter[str] = Counter()
-        standing = self.state()
+        before = self.state()
         resumed, self.buffer = self.buffer, []
 
         def draw(count: int) -> list[Group]:
@@ -158,18 +160,18 @@ class AgentRollout:
                         running.start(more)
                 aborted = await running.stop()
         except BaseException:
-            self.restore(standing)  # what was there before has not grown
+            self.restore(before)  # resumed trajectories have grown since
             raise
         order = {id(group): place for place, group in enumerate(groups)}
         kept.sort(key=lambda group: order[id(group)])
         self._fill(kept, dropped, wanted)
         rest = [group for group in groups if not any(group is other for other in (*kept[:wanted], *dropped))]
         if self.stragglers != "abort":
-            # Trajectories that are complete and old would be masked whole.
+            # Of a complete group no token would be new, so with resume_masked all of it would be masked.
             masked = self.stragglers == "resume_masked"
             self.buffer = [group for group in rest if not (masked and group.complete)]
-        version = _version(agent.versions, kept[:wanted])
-        self._found = self._counters(groups, kept[:wanted], dropped, aborted, resumed, version)
+        version = _sampling_version(agent.versions, kept[:wanted])
+        self._counted = self._counters(groups, kept[:wanted], dropped, aborted, resumed, version)
         return self._finished(kept[:wanted], version)
 
     @contextlib.asynccontextmanager
@@ -195,6 +197,7 @@ class AgentRollout:
         del dropped[:missing]
 
     def _finished(self, groups: Sequence[Group], version: int | None) -> tuple[RolloutGroup, ...]:
+        """As records. version: with resume_masked the loss counts its tokens only; None: all tokens."""
         masked = self.stragglers == "resume_masked" and version is not None
         return tuple(
             RolloutGroup(
@@ -217,6 +220,7 @@ class AgentRollout:
         resumed: Sequence[Group],
         version: int,
     ) -> dict[str, Metric]:
+        """The metrics of a batch beside `rollout_metrics`; tokens_lag_N counts tokens that are N versions older."""
         trajectories = [one for group in kept for one in group.trajectories]
         lags = Counter(version - v for one in trajectories for v, m in zip(one.versions, one.mask, strict=True) if m)
         found: dict[str, Metric] = {
@@ -233,7 +237,7 @@ class AgentRollout:
 
 
 class _Running:
-    """Groups under way, a task for each trajectory. Leaving it by an error ends them all."""
+    """Groups under way, one task for each trajectory. Leaving the context by an error ends them all."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
@@ -260,14 +264,15 @@ class _Running:
                 self._tasks[asyncio.create_task(self._agent.run(trajectory))] = group
 
     async def completed(self) -> list[Group]:
-        """Wait for trajectories to end; the groups that are complete now, not running any more, in their order."""
+        """Wait until at least one trajectory ends. Takes out and returns the groups that are complete now (maybe none),
+        in the order in which they were started."""
         await self._wait(None)
         done = [group for group in self.groups if group.complete]
         self.groups = [group for group in self.groups if not group.complete]
         return done
 
     async def stop(self) -> int:
-        """Let every trajectory stand where it is; how many had not ended."""
+        """Stop every trajectory where it is; the number of those that had not ended."""
         self._agent.stopping = True
         while self._tasks:
             await self._agent.engine.abort()
@@ -280,7 +285,8 @@ class _Running:
             await self._wait(None)
 
     async def _wait(self, timeout_s: float | None) -> None:
-        """Every request and every step has a deadline of its own, so this ends."""
+        """Wait until at least one task is done, and raise its error. Ends without a timeout, too, because every request
+        and every step of an environment has a deadline of its own."""
         done, _ = await asyncio.wait(self._tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             del self._tasks[task]
@@ -295,8 +301,9 @@ def _started(prompts: Sequence[Prompt], step: str, members: int, seen: Counter[s
         yield Group([Trajectory(prompt, step, member) for member in range(first, first + members)])
 
 
-def _version(fresh: Set[int], kept: Sequence[Group]) -> int:
-    """The one that sampled just now; where nothing had to be sampled, the newest there is."""
+def _sampling_version(fresh: Set[int], kept: Sequence[Group]) -> int:
+    """The weight version of a batch. fresh: versions of what was sampled just now, which must be one; if nothing had to
+    be sampled, the newest version in `kept`."""
     if len(fresh) > 1:
         raise EngineStaleError(
             f"one rollout batch was sampled with weight versions {sorted(fresh)}; expected a single one; "

@@ -22,7 +22,8 @@ class _Item:
 
 
 class Scorer:
-    """Of one event loop. `await scorer(prompt, completion)`; raises what the verifier raises."""
+    """Scores completions that end one by one: `await scorer(prompt, completion)`. Those that come while the verifier is
+    busy are given to it together, in its next call. Raises what it raises. For one event loop."""
 
     def __init__(self, reward: Reward) -> None:
         self._reward = reward

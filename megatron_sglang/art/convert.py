@@ -136,7 +136,7 @@ def _sampled(choice: Any, where: str) -> Sampled:
 
 
 def _logprobs(choice: Any) -> list[float]:
-    """Of the sampled tokens, in chat's form or in that of completions."""
+    """Logprobs of the sampled tokens, from chat's form or from that of completions."""
     found = _get(choice, "logprobs")
     if found is None:
         return []

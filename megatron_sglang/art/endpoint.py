@@ -24,7 +24,7 @@ _SAYS = re.compile(r"^serving .* at (http://\S+/v1), API key ", re.MULTILINE)
 
 
 class Endpoint:
-    """Of one run. `launch`, then `ready`, which fills `base_url` and `api_key`."""
+    """The endpoint of one run: `launch`, then `ready`, which fills `base_url` and `api_key`."""
 
     def __init__(self, tree: Tree, run_dir: Path, log: Path, model_name: str, port: int) -> None:
         self.model_name = model_name

@@ -38,7 +38,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 
 
 def folder_of(base_path: str | Path, project: str, name: str) -> Path:
-    """Of a model. `ConfigError` for names that would lead elsewhere."""
+    """The folder of a model. `ConfigError` for names that would lead out of `base_path`."""
     for what, given in (("project", project), ("name", name)):
         if not _NAME.fullmatch(given):
             raise ConfigError(f"{what}={given!r} is no name for a folder; use letters, digits, '_', '-' and '.'")
@@ -55,7 +55,9 @@ class Step:
 
 
 class Live:
-    """Of one event loop. `start`, then `step` after `step`, then `close`, whatever happened."""
+    """The processes that train one model and serve it. For one event loop: `start`, then `step` after `step`, then
+    `close`, whatever happened. timeout_s: for the start, and for each train step. port: the endpoint's; 0: a free
+    one."""
 
     def __init__(
         self, folder: Path, devices: Devices, environment: Mapping[str, str], *, timeout_s: float, port: int
@@ -72,7 +74,7 @@ class Live:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that all others of this model are under."""
+        """Pid of the keeper, under which all other processes of this model are."""
         return self._tree.pid if self._tree is not None else None
 
     async def start(self, config: Mapping[str, Any]) -> None:
@@ -153,7 +155,8 @@ class Live:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor that holds the folder. It is handed down, so that a run that still ends holds it too."""
+    """A descriptor with an exclusive lock. The run's processes inherit it, so that the folder counts as in use until
+    the last of them has ended."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,7 +175,8 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _with_package(environment: Mapping[str, str]) -> dict[str, str]:
-    """With this package on the path, and without the folder one happens to be in."""
+    """The environment with this package on Python's path, and without the working folder, whose files might shadow
+    it."""
     root = str(Path(megatron_sglang.__file__).parents[1])
     path: Sequence[str] = [root, *filter(None, [environment.get("PYTHONPATH")])]
     return {**environment, "PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}

@@ -70,7 +70,7 @@ class TrajectoryGroup:
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """Of one call of `train`."""
+    """Options of one call of `train`."""
 
     learning_rate: float | None = None
     """None: that of the call before, at first `megatron.lr` of the backend's options."""
@@ -91,5 +91,5 @@ class TrainResult:
 
 
 def trajectories_of(group: Any) -> Sequence[Any]:
-    """Of a `TrajectoryGroup`, ART's or ours, or of any sequence of trajectories."""
+    """The trajectories of a `TrajectoryGroup`, ART's or ours, or of any sequence of them."""
     return list(getattr(group, "trajectories", group))

@@ -38,7 +38,7 @@ class Child:
             return file.read().decode(errors="replace")
 
     def why(self, name: str) -> MegatronSglangError:
-        """What it said on its end: a rank's own error where there is one, else the end of its log."""
+        """The error to raise for its end: the one that a rank of it has reported, or else the last lines of its log."""
         text = self.text()
         said = _SAID.search(text)
         if said:
@@ -48,7 +48,8 @@ class Child:
 
 
 class Tree:
-    """Of one event loop. held: descriptors that stay open as long as anything of the tree may run."""
+    """A backend's processes, under one keeper. For one event loop. held: file descriptors (locks) that all of them
+    inherit, so that they stay open as long as any of the processes runs."""
 
     def __init__(self, held: Sequence[int] = ()) -> None:
         self.children: dict[str, Child] = {}
@@ -74,7 +75,7 @@ class Tree:
 
     @property
     def pid(self) -> int | None:
-        """Of the keeper; None before `start` and after `close`."""
+        """Pid of the keeper; None before `start` and after `close`."""
         return self._keeper.pid if self._keeper is not None else None
 
     async def launch(

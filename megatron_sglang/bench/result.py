@@ -151,7 +151,7 @@ def variants(found: Mapping[str, Any]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a number depends on."""
+    """Versions of Python and of the packages that a number depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -160,7 +160,7 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-    """Of this machine."""
+    """Name of the device that a number was measured on."""
     import torch
 
     if torch.cuda.is_available():

@@ -36,8 +36,8 @@ ABORT_AGAIN_S = 0.25
 
 
 EVENT_TOKENS = 8
-"""Tokens in each event of a stream that only `generate` reads: a stop text is seen up to 7 tokens late, and then cut;
-events of single tokens cost SGLang's one tokenizer process more than that."""
+"""Tokens in each event of a stream that only `generate` reads. A stop text is noticed up to 7 tokens late, and these
+are cut off; single tokens in each event would cost SGLang's one tokenizer process more than the 7."""
 
 SESSIONS = 65536
 """Sessions that a client remembers: those that were silent the longest are forgotten."""
@@ -65,13 +65,15 @@ class Piece:
 class EngineClient:
     """For one event loop. Raises `EngineError`, and `EngineStaleError` while the engine must not serve.
 
-    addresses: of the engines, or a function that gives them, where they may be started again elsewhere. decode: token
-    ids -> text; needed for stop texts, and gives `Piece.text` and `Completion.text`. timeout_s: for one HTTP request;
-    waiting for one of the `concurrency` places is not counted. refuse: why the engine must not serve now, "" while it
-    may. why_dead: of the engine at an address, the reason if its process has ended. eos_token_ids: the tokens that end
-    any completion of this model (`controls.eos_token_ids`); needed for min_new_tokens. adapter: which one serves
-    requests that name none. version: of the weights that the engine serves with it, None where that is not known.
-    unloaded: adapters that must not be asked for.
+    addresses      of the engines; or a function that gives them, where they may be started again on other ports
+    decode         token ids -> text; needed for stop texts, and gives `Piece.text` and `Completion.text`
+    timeout_s      for one HTTP request; waiting for one of the `concurrency` places is not counted
+    refuse         why the engine must not serve now, "" while it may
+    why_dead       of the engine at an address, the reason if its process has ended, else None
+    eos_token_ids  tokens that end any completion of this model (`controls.eos_token_ids`); needed for min_new_tokens
+    adapter        name of the one that serves requests which name none; "" for none
+    version        weight version that the engine serves with that adapter; None where it is not known
+    unloaded       names of adapters that must not be asked for
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class EngineClient:
         self._running: set[Running] = set()
         self._https: dict[Address, AsyncHttp] = {}
         self._homes: dict[str, str] = {}
-        """Session -> URL of its engine, the one that was asked last at the end."""
+        """Session -> URL of its engine; the session that was used last is at the end."""
         if not self._locate():
             raise ConfigError("an engine client needs the address of at least one engine")
 
@@ -134,7 +136,8 @@ class EngineClient:
         for one in mine:
             one.abort()
         told: set[str] = set()
-        # One whose caller has the word need only have been told; it ends when the caller comes back.
+        # A stream whose caller is busy elsewhere (`waiting` is None) need only have been told to end in the engine:
+        # here it ends when the caller asks for its next piece.
         while still := [one for one in mine if one in self._running and (one.waiting or one.rid not in told)]:
             if asyncio.get_running_loop().time() > deadline:
                 raise EngineTimeoutError(
@@ -204,7 +207,11 @@ class EngineClient:
             self._running.discard(one)
 
     def _phases(self, sampling: SamplingParams) -> list[tuple[int, frozenset[int]]]:
-        """(tokens, those that must not be drawn) of the HTTP requests that make up one completion."""
+        """The HTTP requests that make up one completion, each as (most tokens, token ids that must not be drawn).
+
+        SGLang refuses min_new_tokens without a tokenizer. So a first request samples that many tokens while all that
+        could end the completion is forbidden, and a second one goes on from there.
+        """
         most, least = sampling.max_new_tokens, sampling.min_new_tokens
         if least <= 0:
             return [(most, frozenset())]
@@ -219,7 +226,7 @@ class EngineClient:
         return [first, (most - least, frozenset())] if most > least else [first]
 
     def _choose(self, session_id: str) -> AsyncHttp:
-        """Where the session is, as long as that engine is there; else the idlest."""
+        """The engine that has the session, as long as it is there; else the one with the fewest requests."""
         https = [self._http(address) for address in self._locate()]
         least = min(http.load for http in https)
         idlest = [http for http in https if http.load == least]
@@ -227,8 +234,8 @@ class EngineClient:
             return idlest[0]
         home = self._homes.pop(session_id, "")
         [*there] = (http for http in https if http.address.url == home)
-        # Of equals the one that rendezvous hashing picks: a later client, of other engines, picks alike.
-        found = there[0] if there else max(idlest, key=lambda http: _weight(session_id, http.address.url))
+        # Of equally idle ones that which rendezvous hashing picks: a later client of the same engines picks it as well.
+        found = there[0] if there else max(idlest, key=lambda http: _rendezvous(session_id, http.address.url))
         self._homes[session_id] = found.address.url
         if len(self._homes) > SESSIONS:
             del self._homes[next(iter(self._homes))]
@@ -244,7 +251,7 @@ class EngineClient:
     async def _answers(
         self, one: Running, http: AsyncHttp, request: GenerateRequest, phases: Sequence[tuple[int, frozenset[int]]]
     ) -> AsyncGenerator[Answer]:
-        """Until the one that has a finish_reason."""
+        """The engine's answers, up to the first one that has a finish_reason."""
         version = None
         if not request.adapter and (adapter := self._adapter()):
             request, version = replace(request, adapter=adapter), self._version()
@@ -271,8 +278,8 @@ class EngineClient:
 
 
 def _require_version(answer: Answer, version: int | None, adapter: str) -> None:
-    """An engine that is paused holds what comes, and says the version that it has later; the adapter is the one that
-    the request came with. `EngineStaleError` where these two do not belong together."""
+    """`EngineStaleError` where adapter and weight version of an answer do not belong together: a paused engine holds a
+    request with the adapter that it came with, and may go on with a later version."""
     if version is not None and answer.token_ids_T and answer.weight_version != version:
         raise EngineStaleError(
             f"the engine held a request until weight version {answer.weight_version} and sampled it by adapter "
@@ -280,11 +287,13 @@ def _require_version(answer: Answer, version: int | None, adapter: str) -> None:
         )
 
 
-def _weight(session_id: str, url: str) -> bytes:
+def _rendezvous(session_id: str, url: str) -> bytes:
+    """An engine's rank for a session: the largest hash of both wins (Thaler and Ravishankar 1998)."""
     return hashlib.blake2b(f"{session_id}\0{url}".encode(), digest_size=8).digest()
 
 
 def _piece(answer: Answer, matcher: StopMatcher | None) -> Piece:
+    """An answer as a piece: decoded, and cut behind the token that completes a stop text."""
     text, matched, keep = "", answer.matched, len(answer.token_ids_T)
     finish = answer.finish_reason
     if matcher is not None:
@@ -307,6 +316,8 @@ def _piece(answer: Answer, matcher: StopMatcher | None) -> Piece:
 
 
 def _joined(pieces: Sequence[Piece]) -> Completion:
+    """All pieces of a completion as one."""
+
     def flat(name: str) -> tuple[Any, ...]:
         return tuple(item for piece in pieces for item in getattr(piece, name))
 

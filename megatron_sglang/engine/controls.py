@@ -1,5 +1,5 @@
-"""What an engine does between weight updates: it serves, sleeps, pauses. The half of `HttpEngine` beside `begin_update`
-to `commit_update`.
+"""What an engine does between weight updates: it serves, sleeps, pauses. One half of `HttpEngine`; the other one, from
+`begin_update` to `commit_update`, is `http_engine.py`.
 
     call                 running requests                        afterwards
     generate, client     their own                               -
@@ -39,11 +39,11 @@ MEMORY_TAGS = ("kv_cache", "weights")
 """What an engine's memory holds, in the order in which it is released."""
 
 FLUSH_S = 10.0
-"""The longest that SGLang is asked to wait for running requests at a time."""
+"""The longest that one /flush_cache asks SGLang to wait for running requests."""
 ANSWER_S = 1.0
-"""That much longer at most its answer is waited for."""
+"""How much longer than that we wait for its answer, at most."""
 LAST_S = 0.2
-"""With less time left a refusal is not asked about again: the answer would hardly come."""
+"""With less time left than this a refused flush is not tried again: the answer would hardly come in time."""
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -75,11 +75,12 @@ class Controls(Announced):
         return [Address(f"http://127.0.0.1:{server.port}", server.api_key, server.admin_key)]
 
     def client(self, decode: Decode | None = None, **more: Any) -> EngineClient:
-        """For many requests at once, in an event loop; refuses while the engine is stale. more: of `EngineClient`."""
+        """A client for many requests at once, in an event loop; it refuses while the engine is stale. more: further
+        arguments of `EngineClient`."""
         return client_of([self], lambda: self.stale, decode, more)
 
     def on_each[T](self, ask: Callable[[Controls], T]) -> list[T]:
-        """What each engine says, at the same time; as a group of engines does it."""
+        """What `ask` gives for each engine: for this one. A group asks several at the same time."""
         return [ask(self)]
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
@@ -154,22 +155,22 @@ class Controls(Announced):
             self._drain(drain_s, timeout_s)
         deadline = Deadline(timeout_s)
         self._quiesce(deadline)
-        if tags := [tag for tag in wanted if tag not in self._released]:
-            self._memory("release", *tags, timeout_s=deadline.left("/release_memory_occupation"))
+        if held := [tag for tag in wanted if tag not in self._released]:
+            self._memory("release", *held, timeout_s=deadline.left("/release_memory_occupation"))
 
     def wake_up(self, tags: Iterable[str] | None = None, *, timeout_s: float | None = None) -> None:
         """Take back the memory of `tags` that is released. It holds nothing yet: the engine stays stale until the next
-        update is committed, which would also have taken it back."""
-        if tags := [tag for tag in reversed(_memory_tags(tags)) if tag in self._released]:
-            self._memory("resume", *tags, timeout_s=timeout_s)
+        update is committed. (An update takes the memory back by itself, too.)"""
+        if released := [tag for tag in reversed(_memory_tags(tags)) if tag in self._released]:
+            self._memory("resume", *released, timeout_s=timeout_s)
 
     def take_resume_s(self) -> float:
-        """Seconds in which memory was taken back since the last call; part of the updates that did it."""
+        """Seconds that taking memory back has cost since the last call. They are part of the updates' own seconds."""
         taken, self._resume_s = self._resume_s, 0.0
         return taken
 
     def release(self) -> None:
-        """Give back the memory of weights and KV cache (a no-op for bytes on a CPU); stale until the next update."""
+        """Give back the memory of weights and KV cache (on a CPU nothing is freed); stale until the next update."""
         self.sleep()
         self.stale = "its memory is released"
 
@@ -201,14 +202,15 @@ class Controls(Announced):
         return self._http
 
     def _quiesce(self, deadline: Deadline | None = None) -> None:
-        """No request alive, no cached prefix, and none can start until continue_generation."""
+        """End all requests, forget all cached prefixes, and let none start until continue_generation."""
         deadline = deadline or Deadline(self.options.update_timeout_s)
         path = "/pause_generation"
         self._connected.post(path, {"mode": "abort"}, deadline.left(path))
         self._flush(deadline)
 
     def _drain(self, seconds: float, answer_s: float) -> None:
-        """Until no request is alive, or the time is over; an engine that sleeps needs no cached prefixes."""
+        """Wait until no request is alive, or the time is over. By flushing, which an engine that will sleep can
+        spare."""
         ends = time.monotonic() + seconds
         while (left := ends - time.monotonic()) > 0 and self._try_flush(left, left + answer_s).status_code != 200:
             time.sleep(0.05)
@@ -227,18 +229,20 @@ class Controls(Announced):
             time.sleep(0.05)
 
     def _try_flush(self, wait_s: float, timeout_s: float) -> Any:
-        """wait_s: so long SGLang itself waits for the requests to end. It must be less than timeout_s: whoever gives up
-        first learns nothing, and leaves SGLang waiting."""
+        """Ask SGLang once. wait_s: so long it waits itself for the requests to end. That must be less than timeout_s:
+        if we gave up first we would learn nothing, and leave SGLang waiting."""
         return self._connected.get("/flush_cache", timeout_s, admin=True, timeout=min(FLUSH_S, wait_s))
 
-    def _memory(self, action: str, *tags: str, timeout_s: float | None = None) -> None:
+    def _memory(self, action: Literal["release", "resume"], *tags: str, timeout_s: float | None = None) -> None:
+        """Give back or take back the memory of `tags`, and note which tags are released now."""
         timeout_s = timeout_s or self.options.update_timeout_s
         began = time.perf_counter()
         note = self._released.update if action == "release" else self._released.difference_update
         try:
             self._connected.post(f"/{action}_memory_occupation", {"tags": list(tags)}, timeout_s)
         except EngineTimeoutError as error:
-            # SGLang works off in order what it was sent, so whatever follows finds it done. Sent twice it ends SGLang.
+            # SGLang works off in order what it was sent, so what we send next will find it done. It must be noted now,
+            # because SGLang ends if it is told the same twice.
             if was_sent(error):
                 note(tags)
             raise
@@ -250,7 +254,8 @@ class Controls(Announced):
 def client_of(
     engines: Sequence[Controls], refuse: Callable[[], str], decode: Decode | None, more: dict[str, Any]
 ) -> EngineClient:
-    """A client of alike engines, that finds them again when they are restarted."""
+    """A client of engines that are alike, which finds them again when they are restarted. more: arguments of
+    `EngineClient` that win over those from the engines."""
     from megatron_sglang.engine.client import EngineClient
 
     options = engines[0].options
@@ -282,7 +287,7 @@ def require_loaded(adapter: str, unloaded: Collection[str]) -> None:
 
 def eos_token_ids(model_path: str) -> tuple[int, ...]:
     """The tokens that end a completion whatever a request says: those of config.json and generation_config.json, as
-    SGLang takes them (configs/model_config.py, _get_hf_eos_token_id). None for a folder without these files."""
+    SGLang takes them (configs/model_config.py, _get_hf_eos_token_id). Empty for a folder without these files."""
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         path = Path(model_path, name)
@@ -296,7 +301,7 @@ def eos_token_ids(model_path: str) -> tuple[int, ...]:
 
 
 def _memory_tags(tags: Iterable[str] | None) -> list[str]:
-    """In the order of release."""
+    """The tags that are meant (None: all), in the order of release."""
     wanted = set(MEMORY_TAGS if tags is None else tags)
     if unknown := sorted(wanted - set(MEMORY_TAGS)):
         raise ConfigError(f"memory tags {unknown} do not exist; expected some of {', '.join(MEMORY_TAGS)}")

@@ -1,9 +1,10 @@
 """The direct path inside an engine rank: parts of a flat buffer go straight into the parameters.
 
-Torch only; called by `loader.py`. The plan is installed once and checked against the live parameters: every element
-of each must be written exactly once, by a copy or a constant. Of each segment of a delivery two digests are compared
-with the sender's: of what arrived, and of what the parameters hold after. So a version whose deliveries are all there
-has filled the parameters, and they are not poisoned before it.
+Torch only; called by `loader.py`; words in `transfer.py`. The plan is installed once and checked against the live
+parameters: every element of each must be written exactly once, by a copy or a constant. For each segment of a delivery
+two digests are compared with the sender's: of what arrived, and of what the parameters hold afterwards. So a version
+whose deliveries were all taken has filled every parameter, and there is no need to poison them before it, as there is
+on the generic path.
 """
 
 from __future__ import annotations
@@ -22,23 +23,24 @@ from megatron_sglang.engine.live_model import casts, derive, recast, tie_head
 
 @dataclass(slots=True)
 class Plan:
-    """What this rank writes: `buckets` of copies out of each delivery, and constants (padding). The rest is found at
-    the first version, and used again while it holds."""
+    """What this rank writes: for each delivery (`buckets`) the copies out of it, and constants (padding). The other
+    fields are filled with the first version, and used again as long as they fit."""
 
     buckets: tuple[tuple[Copy, ...], ...]
     constants: tuple[tuple[Copy, float], ...]
     geometry: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """(shape, strides, dtype) of each parameter, of which the plan has been proved to write every element."""
     launches: dict[int, Any] = field(default_factory=dict)
-    """By delivery: what its kernel needs (`copy_kernel.Moves`), laid out at its first; None: it goes step by step."""
+    """By number of the delivery: `copy_kernel.Moves`, which does all its copies in one launch; None where they are done
+    one by one."""
     proof: digest_of.Finite | None = None
-    """What digests all parameters."""
+    """Digests all parameters in one launch."""
 
 
 class Live:
-    """A model's parameters, and what follows them, while a version streams in: found once, since each search takes a
-    millisecond. Not kept for the next version: SGLang may replace parameters between two, and this search is made while
-    the trainer merges its first delivery."""
+    """A model's parameters, and the casts that follow them, while a version streams in. They are looked up once for all
+    deliveries, since that takes a millisecond; but anew for each version, since SGLang may replace parameters between
+    two. That costs nothing: the trainer merges its first delivery meanwhile."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -95,10 +97,10 @@ def check(model: Any, message: dict[str, Any]) -> Plan:
 def deliver(live: Live, plan: Plan, index: int, message: dict[str, Any], data: torch.Tensor) -> None:
     """Write delivery `index`. ValueError if its bytes are not those that were sent, or are not in the parameters.
 
-    Step by step, nothing wrong touches a parameter. By kernel, both passes (write, read back) are under way before the
-    first digest is read; a parameter that took wrong bytes keeps them until the next version writes it. So does a
-    parameter of a version that fails between two deliveries: it holds that version or the one before, and nothing of
-    either is served until a whole version is there.
+    Copied one by one, bytes are checked before they touch a parameter. By kernel, writing and reading back are under
+    way before the first digest is read, so a parameter may take wrong bytes and keep them until the next version. That
+    is as harmless as a version that fails between two deliveries, which leaves some parameters new and others old:
+    nothing is served until a whole version has been proved.
     """
     flat = data.view(getattr(torch, message["dtype"]))
     copies = plan.buckets[index]
@@ -125,7 +127,7 @@ def deliver(live: Live, plan: Plan, index: int, message: dict[str, Any], data: t
 
 
 def _moves(live: Live, copies: Sequence[Copy], lengths: Sequence[int], flat: torch.Tensor) -> Any:
-    """`copy_kernel.Moves` of a delivery; None where it has to go step by step."""
+    """`copy_kernel.Moves` of a delivery; None where its copies must be done one by one."""
     if not copies or not digest_of.is_on_gpu(flat):
         return None
     try:
@@ -141,8 +143,8 @@ def _moves(live: Live, copies: Sequence[Copy], lengths: Sequence[int], flat: tor
 
 @torch.no_grad()
 def finish(live: Live, plan: Plan) -> Live:
-    """What no trainer sends: padding, tied weights, and state that the model derives (DeepSeek's w_kc and w_vc).
-    Returns where the parameters are now: a hook that derives may have moved them."""
+    """Fill what no trainer sends: padding, tied weights, and state that the model derives (DeepSeek's w_kc and w_vc).
+    Returns where the parameters are now, because the model's hook that derives may have replaced some."""
     for copy, value in plan.constants:
         copy.of(live.parameters[copy.tensor]).fill_(value)
     tie_head(live.model, live.parameters)
@@ -162,7 +164,7 @@ def prove(live: Live, plan: Plan) -> tuple[list[int], list[bool]]:
 
 
 def _parameters(model: Any) -> dict[str, torch.Tensor]:
-    """By name, so that a parameter has the same number in each version, whatever the model does with its own order."""
+    """Sorted by name, so that a parameter has the same number in each version, whatever order the model has."""
     return {name: parameter.data for name, parameter in sorted(model.named_parameters(), key=lambda one: one[0])}
 
 

@@ -228,14 +228,14 @@ class ExternalEngine(HttpEngine):
             self._stock.load(bucket)
 
     def load_from_disk(self, folder: str) -> None:
-        """By SGLang's stock route, in an update: all weights of an HF folder that the engine can read."""
+        """Load all weights of an HF folder that the engine can read, by SGLang's stock route, within an open update."""
         assert self._updating is not None, "begin_update() first"
         assert self._stock is not None, "an engine with our loader reads folders by the method `disk`"
         with self._failing_as(f"weight version {self._updating}, {folder}"):
             self._stock.read(Path(folder))
 
     def commit_update(self, version: int, buckets: int) -> str:
-        """Of an engine with our loader its digest; else what SGLang's /weights_checker says, where it does."""
+        """As `HttpEngine`; without our loader the digest is what SGLang's /weights_checker says, if it does."""
         if self._stock is None:
             return super().commit_update(version, buckets)
         with self._failing_as(self._in_update(version, "commit")):

@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
 def spread(options: EngineOptions, count: int) -> list[EngineOptions]:
     """Options of `count` engines like `options`, side by side on the GPUs, each with a log file of its own."""
-    return [_number(options, engine) for engine in range(count)]
+    return [_options_of(engine, options) for engine in range(count)]
 
 
-def _number(options: EngineOptions, engine: int) -> EngineOptions:
+def _options_of(engine: int, options: EngineOptions) -> EngineOptions:
+    """Options of engine number `engine`, made from the first one's."""
     if engine == 0:
         return options
     log_path, extra = options.log_path, dict(options.extra)
@@ -67,7 +68,8 @@ def _require_alike(options: Sequence[EngineOptions]) -> None:
 
 
 class EngineGroup(Announced):
-    """One engine for each of `options`, which have the same sizes. Errors name the engine and are of its class."""
+    """One engine for each of `options`, which have the same sizes. Errors keep their class; their text names the
+    engine."""
 
     router: Router | None = None
     """Set before `start`: requests of `client` go through it; it starts and ends with the engines."""
@@ -80,7 +82,8 @@ class EngineGroup(Announced):
 
     @classmethod
     def of(cls, engines: Sequence[HttpEngine]) -> Self:
-        """Of engines that were made already, such as external ones, whose sizes are known when they are connected."""
+        """A group of engines that exist already, such as external ones, whose sizes are known when they are
+        connected."""
         group = cls([engine.options for engine in engines])
         group.engines = list(engines)
         return group
@@ -233,26 +236,26 @@ class EngineGroup(Announced):
         self._each(lambda _, engine: engine.release())
 
     def take_resume_s(self) -> float:
-        """Of the slowest: they do it at the same time."""
+        """Seconds of the slowest engine, since all do it at the same time."""
         return max(engine.take_resume_s() for engine in self.engines)
 
     def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:
-        """By engine rank, counted through."""
+        """See `HttpEngine`; by engine rank, counted through all engines."""
         with self._as_one():
             found = self._each(lambda _, engine: engine.layout(shapes))
         layouts = itertools.chain.from_iterable(found)
         return [dataclasses.replace(layout, rank=rank) for rank, layout in enumerate(layouts)]
 
     def self_test(self, weights: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """By engine rank, counted through."""
+        """See `HttpEngine`; by engine rank, counted through all engines."""
         with self._as_one():
             return list(itertools.chain.from_iterable(self._each(lambda _, engine: engine.self_test(weights))))
 
     # ---- steps ----
 
     def _each[T](self, ask: Callable[[int, HttpEngine], T], *, until_first_error: bool = False) -> list[T]:
-        """What each engine gave, asked at the same time with its number; or the first error by engine, those of engines
-        last that only lost their trainer because another one failed."""
+        """Call `ask` with each engine and its number, all at the same time; what each gave. If some fail, the error of
+        the first of them is raised, but one that is a mere consequence (`_was_cut`) only if there is no other."""
 
         def of(number: int) -> T:
             with self._naming(number):
@@ -267,7 +270,8 @@ class EngineGroup(Announced):
 
     @contextlib.contextmanager
     def _as_one(self) -> Iterator[None]:
-        """A step that took one engine out of service takes all; a caller's mistake, which did not, changes nothing."""
+        """If a step fails and leaves one engine stale, make all stale. An error that leaves none so is a mistake of the
+        caller, and changes nothing."""
         try:
             yield
         except MegatronSglangError as error:
@@ -296,6 +300,7 @@ class EngineGroup(Announced):
 
 
 def _was_cut(error: BaseException) -> bool:
+    """Did this engine fail only because its trainer left, which it did because of another error?"""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, wire.LineCutError):
         cause = cause.__cause__

@@ -24,7 +24,7 @@ _retry_connect = tenacity.retry(
 
 
 class Deadline:
-    """Of a call that takes several messages."""
+    """What is left of the time of a call that takes several messages."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

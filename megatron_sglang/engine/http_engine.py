@@ -1,11 +1,12 @@
 """The `Engine` protocol over HTTP: what the cycle calls, turned into SGLang's routes in an order that is safe.
 
     call           messages (docs/engine.md has the whole table)
-    begin_update   pause(abort), flush until 200, resume(weights) if released, loader "begin"; direct: not that one
+    begin_update   pause(abort), flush until 200, resume(weights) if released, loader "begin" (direct path: no message
+                   to the loader yet)
     load           loader "load"
-    start_stream   loader "stream", in the background until end_stream
-    commit_update  loader "commit" (direct: what the stream has answered), weight version, resume(kv_cache) if released,
-                   continue
+    start_stream   direct path: loader "stream", in the background until end_stream
+    commit_update  loader "commit" (direct path: no message, "stream" has answered the same), weight version,
+                   resume(kv_cache) if released, continue
     release        pause(abort), flush until 200, release(kv_cache, weights)
     wait_ready     with load_format="auto": loader "adopt", weight version 0
     layout         loader "layout"
@@ -40,7 +41,7 @@ class HttpEngine(Controls):
     """One rollout engine, SGLang or the fake; see `interfaces.Engine`. Raises `EngineError` and `WeightSyncError`."""
 
     unproved = ""
-    """What is not proved of its weights (`external.py`)."""
+    """What is not proved of its weights, for people to read; empty where all is, as always here (see `external.py`)."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
@@ -50,13 +51,15 @@ class HttpEngine(Controls):
         self._http: Http | None = None
         self.stale = "no weights were published yet"
         self._updating: int | None = None
+        """Version of the open update."""
         self._released: set[str] = set()
         self.unloaded: set[str] = set()
         self._message_ids = itertools.count(secrets.randbits(32))
-        """Not from 0: a mailbox of an external engine may still hold what an ended trainer was sent."""
+        """Not from 0: the mailbox of an external engine may still hold answers to a trainer that has ended."""
         self._stream: Background[list[dict[str, Any]]] | None = None
         self._streamed: list[dict[str, Any]] | None = None
-        """Of a direct update: the engine ranks' answers, when they are there; None: the update is none."""
+        """Of a direct update: the engine ranks' answers to "stream", empty until it has ended well. None: the open
+        update is not a direct one."""
 
     # ---- life ----
 
@@ -77,7 +80,7 @@ class HttpEngine(Controls):
         return self.server.why_dead()
 
     def restart(self) -> None:
-        """End what is left of it and start it anew; stale until the next update, which begins from nothing."""
+        """End what is left of the engine and start it anew; stale until the next update."""
         self._end()
         self.stale, self._updating, self.version = "it was started again", None, None
         self._released.clear()
@@ -112,7 +115,9 @@ class HttpEngine(Controls):
 
     def begin_update(self, version: int, *, command: str = "begin", direct: bool = False) -> None:
         """Abort running requests, empty the caches and open `version` on every engine rank; stale from here on.
-        command: how the loader opens it. direct: by a stream, whose own message does."""
+
+        command: the loader's that opens it. direct: the direct path follows, and `start_stream` will open it.
+        """
         self.note_update(version)
         self._updating, self._streamed = None, [] if direct else None
         with self._failing_as(what := f"weight version {version}, begin"):
@@ -135,31 +140,36 @@ class HttpEngine(Controls):
             self._message("transfer plan", {"command": "plan"}, each=receipts)
 
     def open_stream(self, version: int) -> dict[str, Any]:
-        """Direct path: what every trainer rank needs to listen for the engine rank beside it (`line.Line`)."""
+        """Direct path: the `call` of this version, JSON values with which every trainer rank listens for the engine
+        rank beside it (`line.Line`). No message to the engine yet."""
         self._in_update(version, "stream")
         folder, timeout_s = str(self.server.mailbox), self.options.update_timeout_s
         return {"id": next(self._message_ids), "version": version, "folder": folder, "timeout_s": timeout_s}
 
     def start_stream(self, call: Mapping[str, Any]) -> None:
-        """Direct path, when all ranks listen: open the version in the engine ranks and let them connect. `end_stream`
-        must follow."""
+        """Direct path, when all trainer ranks listen: open the version in the engine ranks and let them connect.
+        `end_stream` must follow."""
         what = self._in_update(call["version"], "stream")
         payloads = wire.serialize_alike({**call, "command": "stream"}, self.options.tp_size)
         over = self.server.mailbox / line.ended_name(call["id"])
         self._stream = Background(lambda: self._send(what, call["id"], payloads), over)
 
     def end_stream(self, *, gave_up: bool) -> None:
-        """Direct path: the engine ranks' verdict, of all that they were sent and hold now. gave_up: the trainer has cut
-        the lines, and need not be told so; nothing is kept then that could be committed."""
+        """Direct path: wait for the engine ranks' verdict on what they were sent, and keep it for `commit_update`.
+
+        gave_up: the trainer has left its lines after an error of its own. Then engine ranks that only say that the line
+        was cut are no news, other errors are raised, and nothing is kept.
+        """
         stream, self._stream = self._stream, None
-        known = (wire.LineCutError,) if gave_up else ()
-        with self._failing_as("stream"), contextlib.suppress(*known):
+        expected = (wire.LineCutError,) if gave_up else ()
+        with self._failing_as("stream"), contextlib.suppress(*expected):
             if stream is not None:
                 answers = stream.result(self.options.update_timeout_s)
                 self._streamed = [] if gave_up else answers
 
     def commit_update(self, version: int, buckets: int) -> str:
-        """Serve `version`, which every rank has proved to hold whole; digest of all parameters of all ranks."""
+        """Let every rank prove that it holds `version` whole, then serve it. Returns the digest of all parameters of
+        all ranks. buckets: how many were sent; on the direct path, deliveries to each rank."""
         with self._failing_as(what := self._in_update(version, "commit")):
             if self._streamed is None:
                 replies = self._message(what, {"command": "commit", "version": version, "buckets": buckets})
@@ -192,7 +202,8 @@ class HttpEngine(Controls):
 
     def self_test(self, weights: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
         """Prove that the layout says what the loader does: `weights`, all HF tensors or some, are loaded both ways in
-        every rank and must give the same bits. The reports, by rank; `WeightSyncError` if not. Stale afterwards."""
+        every rank and must give the same bits; `WeightSyncError` if they do not. Returns the reports by rank. The
+        engine is stale afterwards."""
         bucket = pack(0, 0, list(weights.items()))
         with self._failing_as("self-test"):
             self._quiesce()
@@ -205,11 +216,12 @@ class HttpEngine(Controls):
     # ---- steps ----
 
     def _take_weights_back(self) -> None:
-        """Their memory, if it was released; it holds nothing yet."""
+        """Take the weights' memory back if it was released. Its content is not the weights."""
         if "weights" in self._released:
             self._memory("resume", "weights")
 
     def _publish(self, version: int) -> None:
+        """Give the engine its version number and let it serve."""
         timeout = self.options.update_timeout_s
         body = {"new_version": str(version), "abort_all_requests": False}
         self._connected.post("/update_weight_version", body, timeout)
@@ -223,12 +235,14 @@ class HttpEngine(Controls):
         data: torch.Tensor | None = None,
         each: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[dict[str, Any]]:
-        """Send one message to every rank's loader; their answers. `what` names it in errors; `each`: more, by rank."""
+        """Send one message to every rank's loader; their answers, by rank. what: names the step in errors. each: more
+        of the message, by rank."""
         identity = next(self._message_ids)
         payloads = wire.serialize_alike({"id": identity, **message}, self.options.tp_size, data, each)
         return self._send(what, identity, payloads)
 
     def _send(self, what: str, identity: int, payloads: list[str]) -> list[dict[str, Any]]:
+        """By SGLang's route for weights, whose own answer says nothing; the loader's answers are in the mailbox."""
         body = {
             "serialized_named_tensors": payloads,
             "load_format": LOADER,

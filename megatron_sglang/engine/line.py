@@ -37,13 +37,15 @@ class LineError(ConnectionError):
 
 
 class CutError(ValueError):
-    """The trainer has left before the end: what this engine rank says of it is a consequence, not the reason."""
+    """Raised in an engine rank whose trainer rank left before the end. The reason is another rank's error; this one is
+    only a consequence, and reported last (`wire.collect`)."""
 
 
 class End:
-    """One end of a connected line.
+    """One end of a connected line. Raises `LineError`.
 
-    timeout_s: for the whole life of it. is_over: asked ten times a second while waiting; True if waiting is in vain.
+    timeout_s: for all that is sent and received on it together. is_over: asked ten times a second while waiting; True
+    if waiting is in vain.
     """
 
     def __init__(self, connection: socket.socket, timeout_s: float, is_over: Callable[[], bool]) -> None:
@@ -57,7 +59,7 @@ class End:
         self._all(body, self._socket.send)
 
     def receive(self, room: Callable[[int], memoryview] | None = None) -> tuple[dict[str, Any], memoryview]:
-        """The next frame. room: gives memory for a body of so many bytes."""
+        """The next frame, as (header, body). room: gives memory for a body of so many bytes; None: it gets its own."""
         header_bytes, body_bytes = _PREFIX.unpack(self._exactly(bytearray(_PREFIX.size)))
         header = json.loads(bytes(self._exactly(bytearray(header_bytes))))
         return header, self._exactly(room(body_bytes) if room is not None and body_bytes else bytearray(body_bytes))
@@ -70,6 +72,7 @@ class End:
         return memoryview(room)
 
     def _all(self, data: memoryview | bytes | bytearray, step: Callable[[memoryview], int]) -> None:
+        """Repeat `step` (send, recv_into), which does a part each time, until `data` is done."""
         left = memoryview(data).cast("B")
         while left:
             try:
@@ -94,7 +97,8 @@ class End:
 
 
 def open_line(call: Mapping[str, Any], rank: int) -> Line:
-    """The line of trainer rank `rank`; of several engines (`group.py`) to the engine that sits there."""
+    """The trainer's end of the line to engine rank `rank`, counted through all engines if there are several
+    (`group.EngineGroup.open_stream`)."""
     if "engines" not in call:
         return Line(call, rank)
     engine, within = divmod(rank, call["ranks_each"])
@@ -102,7 +106,8 @@ def open_line(call: Mapping[str, Any], rank: int) -> Line:
 
 
 class Line:
-    """From a trainer rank to the engine rank beside it, number `rank` of its engine, for one weight version.
+    """A trainer rank's end of the line to the engine rank beside it, number `rank` of its engine; for one weight
+    version.
 
     call: what `open_stream` of that engine gave to all ranks. Listens at once; the engine rank connects when the leader
     has started the stream. Raises `WeightSyncError` that names version, delivery and engine rank.
@@ -111,12 +116,13 @@ class Line:
     def __init__(self, call: Mapping[str, Any], rank: int) -> None:
         self._version, self._rank, self._timeout_s = call["version"], rank, call["timeout_s"]
         self._engine = call.get("engine", "")
-        signs = ended_name(call["id"]), reply_name(call["id"], rank)
-        self._signs = [Path(call["folder"], name) for name in signs]
+        ends = ended_name(call["id"]), reply_name(call["id"], rank)
+        self._ending_files = [Path(call["folder"], name) for name in ends]
         self._end: End | None = None
         self._sent = self._answered = 0
         self._lent: dict[int, dict[str, Any]] = {}
-        """Handles by slot, until the engine rank has had all."""
+        """Slot -> handle that was given out. Emptied when the engine rank, which gives them back itself, has ended
+        well."""
         self._listener = socket.socket(socket.AF_UNIX)
         with _short_path(call["folder"], socket_name(call["id"], rank)) as path:
             self._listener.bind(path)
@@ -135,8 +141,8 @@ class Line:
         self._path.unlink(missing_ok=True)
 
     def send(self, header: Mapping[str, Any], slot: int, memory: torch.Tensor, data: torch.Tensor) -> None:
-        """Hand over the next delivery: flat `data`, with which the flat buffer `memory` of this slot begins. The bytes
-        are complete on their device, and stay until `wait`; a slot has the same memory for the whole version.
+        """Hand over the next delivery: flat `data`, the beginning of the flat buffer `memory` that this slot has for
+        the whole version. Its bytes must be complete on their device now, and stay until `wait`.
 
         header: "index", "lengths", "digests", "dtype" (see `direct.deliver`).
         """
@@ -155,14 +161,14 @@ class Line:
         self._sent += 1
 
     def wait(self, index: int) -> None:
-        """Until delivery `index` is in the engine's parameters. Its memory may be written again then."""
+        """Return when delivery `index` is in the engine's parameters, so that its memory may be written again."""
         while self._answered <= index:
             with self._naming(self._answered):
                 assert self._end is not None, f"delivery {index} was never sent"
                 self._take(self._end.receive()[0])
 
     def finish(self) -> None:
-        """Until all deliveries are in the parameters; tells the engine rank that these were all."""
+        """Return when all deliveries are in the parameters, and tell the engine rank that these were all."""
         if self._sent:
             self.wait(self._sent - 1)
             assert self._end is not None
@@ -186,11 +192,12 @@ class Line:
                 raise LineError("it never connected")
 
     def _is_over(self) -> bool:
-        """Has the engine rank answered, or the whole engine, so that nothing more will come?"""
-        return any(sign.exists() for sign in self._signs)
+        """Has the engine rank, or the whole engine, answered SGLang's message, so that nothing more will come?"""
+        return any(file.exists() for file in self._ending_files)
 
     @contextlib.contextmanager
     def _naming(self, index: int) -> Iterator[None]:
+        """Turn a broken line into a `WeightSyncError` that says where, and why if the engine rank has told."""
         try:
             yield
         except LineError as error:
@@ -221,8 +228,8 @@ def receive(
 ) -> None:
     """Take deliveries until the trainer says that these were all. handle: writes one, given its header and flat bytes.
 
-    Raises what `handle` raises, after telling the trainer; `CutError` if the trainer is gone before the end, or says so
-    after other than `expected` deliveries: a trainer rank does where another one has failed, which then is the reason.
+    Raises what `handle` raises, after telling the trainer. Raises `CutError` if the trainer is gone before the end, or
+    ends after another number of deliveries than `expected`: both happen when another trainer rank has failed.
     """
     slots: dict[int, torch.Tensor] = {}
     connection = socket.socket(socket.AF_UNIX)
@@ -311,7 +318,8 @@ def handle_of(flat: torch.Tensor) -> dict[str, Any]:
 
 
 def take_back(handle: Mapping[str, Any]) -> None:
-    """Of memory whose borrower may have died: torch keeps it until a counter of borrowers is not above 0."""
+    """Free memory that was lent to a process which may have died: torch keeps it as long as a counter of borrowers,
+    which that process would have lowered, is above 0."""
     counter = base64.b64decode(handle["ref_counter_handle"])
     torch.UntypedStorage._release_ipc_counter_cuda(counter, handle["ref_counter_offset"])  # type: ignore[attr-defined]
 

@@ -1,5 +1,6 @@
-"""A live model while something else than serving is done to it: fingerprints, poison, and what keeps a loader from
-replacing its parameters. Torch only; used inside the engine's ranks."""
+"""What is done to a live model around loading weights: poison them before, find out whether a trace left them alone,
+and fill afterwards what follows from them (tied heads, derived state, kept casts). Torch only; used inside engine
+ranks."""
 
 from __future__ import annotations
 
@@ -36,14 +37,14 @@ def tie_head(model: Any, parameters: Mapping[str, torch.Tensor] | None = None) -
 
 
 def refresh(model: torch.nn.Module) -> None:
-    """State that the model derives from its parameters, by its own hook; and kept casts."""
+    """Compute anew what follows from the parameters: derived state, kept casts."""
     derive(model)
     recast(model)
 
 
 def derive(model: Any) -> bool:
-    """Run the model's own hook for what it derives from its parameters (DeepSeek's w_kc and w_vc), which may replace
-    them. Has it one?"""
+    """Run the model's own hook for what it derives from its parameters (DeepSeek's w_kc and w_vc); it may replace them.
+    False if the model has no such hook."""
     hook = getattr(model, "post_load_weights", None)
     if not callable(hook):
         return False
@@ -55,15 +56,15 @@ def casts(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(cast, weight) of casts that SGLang takes at the first forward and keeps: GLM4-MoE's routers in fp32
     (models/glm4_moe.py:380)."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    # Looked up where it is registered: asking a module for what it has not takes ten times as long.
+    # In `_buffers`, because getattr takes ten times as long for a name that a module does not have.
     found = ((module._buffers.get("_weight_fp32"), module) for module in modules)
     return [(kept, module.weight) for kept, module in found if kept is not None]
 
 
 @torch.no_grad()
 def recast(model: Any, found: Iterable[tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
-    """Take those casts anew, which else would be those of the weights before the first version, for ever. In place,
-    since CUDA graphs hold the address. found: what `casts` has found since the last forward."""
+    """Make those casts again: SGLang never does, and would go on with those of the first weights. In place, since CUDA
+    graphs hold the address. found: what `casts` gave, if it was called after the last forward."""
     for kept, weight in casts(model) if found is None else found:
         kept.copy_(weight)
 

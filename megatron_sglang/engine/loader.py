@@ -11,17 +11,20 @@ SGLang drops its return value; so every message is answered by a JSON file in th
     stream     direct path, a whole version: takes all deliveries from its     "digests", "deliveries": how many
                trainer rank (line.py); checks each, writes it, reads it back;
                then as commit: were these all, is every parameter finite
-    adopt      the same check of weights that SGLang loaded from disk itself   "digests": {parameter: digest}
+    adopt      weights that SGLang loaded from disk itself: the same check of  "digests": {parameter: digest}
+               them as commit makes
     layout     traces model.load_weights (trace_loader.py); changes nothing    "layout": RankLayout as JSON
     join       broadcast: enters the group of the leader and all engine ranks  -
     receive    "load" of bytes that come through that group (process_group.py) -
     leave      broadcast: leaves the group                                     -
     self_test  loads one bucket both ways and compares; weights are lost       "report" (self_test.py)
     disk       loads every bucket of a folder (weight_folder.py), as load does -
-    merge_*    merges adapters into its own base (merge_on_engine.py)          there
+    merge and  merge adapters into the rank's own base (merge_on_engine.py,    of each: `_prepare_merge`
+    merge_*    which lists them)
     adapter    proves what SGLang's LoRA holds of an adapter (adapters.py)     "bound", "digests"
 
-Once a message of a version failed, all later ones of that version fail, until the next begin or stream.
+Once a message of a version failed, all later ones of that version fail, until the next begin or stream. The state below
+is kept by engine rank, because the fake engine has all its ranks in one process.
 """
 
 from __future__ import annotations
@@ -53,17 +56,21 @@ class _Session:
 
     version: int
     buckets: int = 0
+    """Taken so far, which is also the index of the next one."""
     merge: merge_on_engine.Merge | None = None
-    """Buckets of adapters, merged here."""
+    """Set where the version comes as adapters that are merged here; None: as whole tensors."""
     received: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name -> shape of every tensor that came."""
     broken: str = ""
+    """The first error, which all later messages of the version repeat."""
 
 
 _open: dict[int, _Session] = {}
+"""The open version; none between a commit and the next begin."""
 _plans: dict[int, direct.Plan] = {}
 _bases: dict[int, merge_on_engine.Base] = {}
 _committed: dict[int, dict[str, tuple[int, ...]]] = {}
-"""By rank: names and shapes of the last committed version; every later version must bring the same."""
+"""Names and shapes of the last committed version; every later version must bring the same."""
 
 
 def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -92,7 +99,7 @@ def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
 def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str, Any]:
     rank, command = message["rank"], message["command"]
     if command in process_group.COMMANDS:
-        # Whatever is wrong here, the others wait for this rank in the broadcast: first that, then the checks.
+        # The other ranks wait for this one in the broadcast, so it takes part first and checks afterwards.
         came = process_group.take_part(message, _device(model))
         if came is None:
             return {}
@@ -118,7 +125,7 @@ def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str
 
 
 def _begin(model: Any, message: dict[str, Any]) -> dict[str, Any]:
-    """A new version, which ends one that may be open; a stream is a whole one."""
+    """Open a new version, which gives up one that is open. A stream does more: it takes the whole version."""
     _open.pop(message["rank"], None)
     if message["command"] == "stream":
         return _stream(model, message)
@@ -128,7 +135,7 @@ def _begin(model: Any, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_version(model: Any, session: _Session, message: dict[str, Any], data: torch.Tensor) -> dict[str, Any]:
-    """What belongs to the open version."""
+    """A message that belongs to the open version."""
     rank, command = message["rank"], message["command"]
     if command == "commit":
         digests = _commit(model, session, message)
@@ -148,7 +155,7 @@ def _in_version(model: Any, session: _Session, message: dict[str, Any], data: to
 
 
 def _examine(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str, Any]:
-    """What concerns the model rather than a version of its weights."""
+    """A message about the model rather than about a version of its weights: layout, self_test, plan."""
     from megatron_sglang.engine.self_test import self_test
     from megatron_sglang.engine.trace_loader import trace
 
@@ -168,7 +175,7 @@ def _examine(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[st
 
 
 def _prepare_merge(model: Any, message: dict[str, Any]) -> dict[str, Any]:
-    """What merging here needs besides the factors: a base, the opening of a version, and what came of it."""
+    """The commands merge_*: all that merging needs besides the factors, which come by "merge"."""
     rank, command = message["rank"], message["command"]
     base = _bases.get(rank)
     if command == "merge_state":
@@ -216,7 +223,8 @@ def _load_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
 
 
 def _check_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
-    """Order, sizes, dtypes, duplicates, and every byte."""
+    """ValueError unless the bucket is the next one, its tensors are new, lie in its bytes and have the model's dtypes,
+    and every byte is the sender's."""
     if (bucket.version, bucket.index) != (session.version, session.buckets):
         raise ValueError(
             f"got bucket {bucket.index} of version {bucket.version}, expected bucket {session.buckets} of version "
@@ -243,6 +251,7 @@ def _check_bucket(model: Any, session: _Session, bucket: Bucket) -> None:
 
 
 def _taken(session: _Session, bucket: Bucket) -> None:
+    """Count a bucket whose bytes are not needed any more."""
     if bucket.data.is_cuda:
         # The sender frees or reuses the buffer as soon as it has our answer.
         torch.cuda.synchronize(bucket.data.device)
@@ -254,7 +263,7 @@ def _device(model: Any) -> torch.device:
 
 
 def _stream(model: Any, message: dict[str, Any]) -> dict[str, Any]:
-    """All deliveries of a version by plan, and what the parameters hold then."""
+    """Take all deliveries of a version by plan; the digests of the parameters afterwards."""
     rank, version = message["rank"], message["version"]
     plan = _plans.get(rank)
     if plan is None:
@@ -268,7 +277,8 @@ def _stream(model: Any, message: dict[str, Any]) -> dict[str, Any]:
                 f"got delivery {header['index']} of version {header['version']}, expected {taken} of version "
                 f"{version}, {expected} in all: one was dropped, repeated or reordered"
             )
-        # Its last step reads a digest of what was written, which waits for all before it: the sender may go on.
+        # Nothing of the buffer is read any more when this returns, since its last step waits for a digest of what was
+        # written: the sender may overwrite it.
         direct.deliver(live, plan, taken, header, data)
         taken += 1
 
@@ -279,7 +289,7 @@ def _stream(model: Any, message: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _digests(model: Any) -> dict[str, str]:
-    """Of every parameter of this rank; refuses a model that holds anything but finite numbers."""
+    """Digest of every parameter of this rank, by name. ValueError if one holds anything but finite numbers."""
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     if not parameters:
         return {}

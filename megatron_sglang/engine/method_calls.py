@@ -113,7 +113,7 @@ class MethodCalls:
     # ---- adapters ----
 
     def base_digest(self) -> str:
-        """Of the parameters that the engine holds now."""
+        """Digest of the parameters that the engine holds now."""
         digests = self._each(lambda one: wire.engine_digest(_ask(one, "base", {"command": "adopt"})))
         return self._alike(digests, "engines that serve adapters")
 
@@ -189,6 +189,7 @@ class MethodCalls:
 def _ask(
     engine: HttpEngine, what: str, message: Mapping[str, Any], bucket: Bucket | None = None
 ) -> list[dict[str, Any]]:
+    """Send one message to every rank of an engine; their answers, or a failed update."""
     with engine._failing_as(what):
         return engine._message(what, dict(message), bucket.data if bucket is not None else None)
 

@@ -126,15 +126,16 @@ MOVES_WEIGHTS: dict[str, tuple[Any, ...]] = {
     "cpu_offload_gb": (),
     "offload_group_size": (-1,),
 }
-"""SGLang's options that do, beside nothing, False and 0, with the values that do not."""
+"""SGLang's options that change or move weights after loading, each with its harmless values. None, False and 0 always
+are harmless."""
 
 
-def find_python(given: str = "", folder: Path | None = None) -> str:
-    """Interpreter for the engine: the given one, that of `ENVIRONMENT` in `folder` (None: where we are), or ours."""
+def find_python(given: str = "") -> str:
+    """Interpreter for the engine: the given one, that of `ENVIRONMENT` in the working folder, or ours."""
     if given:
         return str(Path(given).expanduser())
     # Not resolved: a virtual environment's interpreter is a link, and finds its packages by where the link is.
-    own = (folder or Path.cwd()) / ENVIRONMENT
+    own = Path.cwd() / ENVIRONMENT
     return str(own) if own.exists() else sys.executable
 
 

@@ -75,7 +75,7 @@ class Router:
 
     @property
     def pid(self) -> int | None:
-        """Of its supervisor (`launch.py`)."""
+        """Pid of its supervisor (`launch.py`)."""
         return self._process.pid if self._process else None
 
     def ensure(self) -> Address:
@@ -115,7 +115,7 @@ class Router:
             self._process.stdin.flush()
 
     def wait_ready(self) -> None:
-        """Until it has found all engines; `EngineStartError` with its last log lines otherwise."""
+        """Block until it has found all engines; `EngineStartError` with its last log lines otherwise."""
         deadline = time.monotonic() + self._timeout_s
         headers = {"Authorization": f"Bearer {self._key}"}
         with httpx.Client(base_url=self.address.url, trust_env=False, timeout=5.0, headers=headers) as client:

@@ -21,7 +21,8 @@ NOTES = "segments"
 
 
 class Segments:
-    """Of the engine whose supervisor this process is. Made before the engine starts: what is there then is foreign."""
+    """Finds the queues of the engine whose supervisor this process is. To be made before the engine starts, since what
+    is there then is somebody else's."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

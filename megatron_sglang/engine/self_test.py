@@ -77,13 +77,13 @@ def _source(write: Write, tensors: Tensors) -> torch.Tensor:
 
 
 def _load(model: Any, tensors: Tensors) -> None:
-    """By the loader. Copies, because some loaders write into what they are given."""
+    """Load by the model's loader; copies, because some loaders write into what they are given."""
     model.load_weights((name, tensor.clone()) for name, tensor in tensors.items())
     tie_head(model)
 
 
 def _poison(model: torch.nn.Module) -> None:
-    """Of every dtype: NaN, and a byte of no meaning where there is none."""
+    """Overwrite parameters of every dtype: with NaN, or where the dtype has none with a byte of no meaning."""
     poison(model)
     for parameter in model.parameters():
         if not (parameter.dtype.is_floating_point and parameter.element_size() > 1):
@@ -99,7 +99,7 @@ def _poison_derived(model: torch.nn.Module, expected: Mapping[str, int]) -> list
 
 
 def _digests(model: torch.nn.Module) -> dict[str, int]:
-    """Of parameters, buffers and tensors that are plain attributes of modules."""
+    """Digests of parameters, buffers and tensors that are plain attributes of modules."""
     found = dict(model.named_parameters()) | dict(model.named_buffers())
     for prefix, module in model.named_modules():
         for name, value in vars(module).items():

@@ -36,6 +36,7 @@ _MODULES = {"sglang": "megatron_sglang.engine.sglang_server", "fake": "megatron_
 SGLANG_VERSION = "0.5.17"
 CLOSE_TIMEOUT_S = 30.0
 LOG_LINES = 20
+"""Of the engine's log that an error quotes."""
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -68,7 +69,7 @@ def check_version(python: str) -> None:
 
 
 def version_in(python: str, package: str) -> str:
-    """Of a package as an interpreter sees it; "" where it does not. SetupError if that is no interpreter."""
+    """Version of a package as an interpreter sees it; "" if it does not. SetupError if that is no interpreter."""
     if python == sys.executable:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
@@ -93,7 +94,8 @@ class Server:
         self.admin_key = secrets.token_urlsafe(32)
         self.port = 0
         self.incarnation = 0
-        """Starts of it so far: what a process of it was told, the next one does not know."""
+        """How often it was started: whoever told the engine something can see here that a new process does not know
+        it."""
         self._process: subprocess.Popen[str] | None = None
         self._folder: Path | None = None
 
@@ -112,7 +114,7 @@ class Server:
 
     @property
     def pid(self) -> int | None:
-        """Of the supervisor, which is also the process group."""
+        """Pid of the supervisor, and number of its process group."""
         return self._process.pid if self._process else None
 
     def start(self) -> None:
@@ -155,11 +157,11 @@ class Server:
             return None
         return f"exit code {self._process.returncode}; last lines of {self.log_path}:\n{self.log_tail()}"
 
-    def log_tail(self, lines: int = LOG_LINES) -> str:
+    def log_tail(self) -> str:
         path = self.log_path
         if path is None or not path.exists():
             return "(no log)"
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(path.read_text(errors="replace").splitlines()[-LOG_LINES:])
 
     def wait_ready(self) -> None:
         """Return once /health answers 200; `EngineStartError` when the server dies or the deadline passes."""
@@ -213,6 +215,7 @@ class Server:
             time.sleep(0.05)
 
     def _spec(self) -> dict[str, Any]:
+        """What `launch.py` is told through stdin, and passes on to `serve` of the kind's module."""
         options = self.options
         spec = {
             "module": _MODULES[options.kind],

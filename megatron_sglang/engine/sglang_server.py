@@ -38,8 +38,8 @@ def serve(spec: dict[str, Any], listener: socket.socket) -> None:
 
 
 def _named(init_new: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """SGLang calls its instance by a random number (server_args.py:9437), and by it a file in /dev/shm that it leaves
-    there. By this name it is known whose that was (`segments.py`)."""
+    """`init_new` that gives SGLang's instance our name instead of a random one (server_args.py:9437). SGLang names a
+    file in /dev/shm after it and leaves that behind; by our name `segments.py` knows whose it was."""
 
     def init(*args: Any, **named: Any) -> Any:
         ports = init_new(*args, **named)
@@ -50,8 +50,9 @@ def _named(init_new: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _loopback_store() -> tuple[Any, str]:
-    """The TCPStore where the ranks meet, and its address. Rank 0 would make it listen on all interfaces, without a key,
-    on a port that may be taken since it was chosen; so the ranks are told, as by torchrun, that it exists."""
+    """A TCPStore for the ranks to meet in, and its address. Rank 0 would make one that listens on all interfaces,
+    without a key, on a port that may have been taken since it was chosen. So it is made here, and the ranks are told
+    that it exists, in the way of torchrun."""
     from torch.distributed import TCPStore
 
     with socket.create_server(("127.0.0.1", 0)) as listener:

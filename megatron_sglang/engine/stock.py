@@ -158,7 +158,7 @@ class StockUpdate:
 
 
 def checksum(http: Http, timeout_s: float) -> str:
-    """Of all parameters of all ranks as they are, by /weights_checker; else `NOT_OFFERED`. It depends on the layout."""
+    """Checksum of all parameters of all ranks, by /weights_checker; `NOT_OFFERED` without it. Depends on the layout."""
     try:
         found = http.post("/weights_checker", {"action": "checksum"}, timeout_s)
     except EngineError:

@@ -27,12 +27,12 @@ _DEVICE_INDEX = 6
 """Position of the device number in torch's arguments for rebuilding a CUDA tensor (sglang utils/patch_torch.py:75)."""
 
 
-class LineCutError(WeightSyncError):
-    """No engine rank found anything wrong but that the trainer has left."""
-
-
 _LARGE = 1 << 16
 """Bytes of an answer from which on it is compressed."""
+
+
+class LineCutError(WeightSyncError):
+    """All that engine ranks report is that the trainer has left (`line.CutError`): the reason is the trainer's."""
 
 
 def serialize(envelope: Mapping[str, Any], data: torch.Tensor) -> str:

@@ -36,7 +36,7 @@ class Wanted:
 
     @staticmethod
     def of(batch: int, version: int, groups: int, members: int, longest: int, vocab_size: int) -> Wanted:
-        """With the limit that leaves room for 16 such batches at once."""
+        """What is wanted, with a limit of bytes that leaves room for 16 times as much."""
         rows = 16 * groups * members
         limit = 65536 + rows * (1024 + BYTES_PER_TOKEN * longest)
         return Wanted(batch, version, groups, members, longest, vocab_size, limit)

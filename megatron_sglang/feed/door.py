@@ -66,7 +66,7 @@ class Door:
             _gone(f"it does not take messages: {error!r}")
 
     def wait_peer(self, deadline: float, idle: Callable[[], None]) -> None:
-        """Until there is one. `idle` is called every half second; deadline: of `time.monotonic`."""
+        """Block until somebody has connected. `idle` is called every half second; deadline: of `time.monotonic`."""
         while self._peer is None:
             _wait_readable(self._listener, deadline, idle, "nobody has connected")
             peer, _ = self._listener.accept()

@@ -32,6 +32,7 @@ from megatron_sglang.serve.work import Stream, Worker
 
 log = logging.getLogger(__name__)
 WATCH_S = 0.2
+"""How often the endpoint looks whether its engine may serve."""
 OWNER = "megatron-sglang"
 _MESSAGES = {404: "no such route", 405: "no such method of this route"}
 

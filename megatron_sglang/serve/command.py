@@ -35,8 +35,13 @@ if TYPE_CHECKING:
 KEY_FILE = "serve.{port}.key"
 """Several endpoints may serve one run."""
 ALIVE_EVERY_S = 1.0
-OWN = {"mem_fraction_static": "mem_fraction", "max_total_tokens": "", "max_running_requests": "", "context_length": ""}
-"""SGLang's options that are fields of EngineOptions, under this name where it is another."""
+ENGINE_FIELDS = {
+    "mem_fraction_static": "mem_fraction",
+    "max_total_tokens": "max_total_tokens",
+    "max_running_requests": "max_running_requests",
+    "context_length": "context_length",
+}
+"""SGLang's option -> the field of `EngineOptions` that stands for it; all other options go into `extra`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +176,7 @@ def _engine_options(args: argparse.Namespace) -> EngineOptions:
         given = getattr(args, f"sglang_{name}")
         if given is not None:
             value = [_value(one) for one in given] if values not in ("0", "1") else _value(given)
-            (more if name in OWN else extra)[OWN.get(name) or name] = value
+            (more if name in ENGINE_FIELDS else extra)[ENGINE_FIELDS.get(name, name)] = value
     if args.kind == "fake":
         sizes = json.loads((args.model / "config.json").read_text()) if (args.model / "config.json").exists() else {}
         extra = {"vocab_size": sizes.get("vocab_size", 512)}

@@ -18,7 +18,7 @@ class Gate:
         self.taken = 0
         self.waiting = 0
         self._turns: deque[tuple[asyncio.Future[None], int]] = deque()
-        """In order; those who left are still in it."""
+        """Who waits, with the number of choices, in order. Those who gave up stay in it until it is their turn."""
 
     @contextlib.asynccontextmanager
     async def admit(self, choices: int) -> AsyncGenerator[None]:

@@ -22,7 +22,8 @@ ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/
 """Names that metrics may have; every other path is "other"."""
 VERSION_HEADER = b"x-weight-version"
 DISCARD = 16
-"""Times the allowed body: so much of a larger one is read and dropped, so that its client reads the refusal."""
+"""Of a body that is too large up to this many times the allowed size is read and thrown away: a client that was still
+sending when its connection closed would not see why it was refused."""
 
 
 class _Gone(Exception):
@@ -76,7 +77,7 @@ class Guard:
 
 
 class _Passage:
-    """One request."""
+    """One request on its way through the guard."""
 
     def __init__(self, guard: Guard, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         self.guard, self.app, self.scope = guard, app, scope

@@ -26,7 +26,9 @@ from megatron_sglang.serve.tokens import Tokens
 
 log = logging.getLogger(__name__)
 INFO_S = 10.0
+"""How long an engine may take to tell its sizes."""
 AGAIN_S = 5.0
+"""How long an engine that could not be used is left alone before it is tried again."""
 UNUSABLE = "the engine that is announced cannot be used; see the endpoint's log"
 INPUT_MARGIN = 5
 """Tokens that SGLang's scheduler keeps free of a prompt (managers/tp_worker.py: max_req_input_len)."""
@@ -46,7 +48,7 @@ class Bound:
 
 
 class Upstream:
-    """Of one event loop. path: of engine.json."""
+    """The engine that engine.json (`path`) announces, whichever that is at the moment. For one event loop."""
 
     def __init__(self, path: Path, limits: Limits) -> None:
         self.limits = limits
@@ -77,7 +79,7 @@ class Upstream:
         if sign.reason:
             raise stale(sign.reason)
         bound = self._bound
-        if bound is None or _place(bound.sign) != _place(sign):
+        if bound is None or _identity(bound.sign) != _identity(sign):
             bound = await self._bind()
         bound.users += 1
         try:
@@ -89,7 +91,7 @@ class Upstream:
     async def meet(self) -> None:
         """Get to know the engine that is announced, if it is another one than before: its tokenizer takes seconds."""
         with contextlib.suppress(Refusal):
-            if self._bound is None or _place(self._bound.sign) != _place(self._sign()):
+            if self._bound is None or _identity(self._bound.sign) != _identity(self._sign()):
                 await self._bind()
 
     async def aclose(self) -> None:
@@ -109,13 +111,13 @@ class Upstream:
             old = self._bound
             sign = self._sign()
             try:
-                if old is not None and _place(old.sign) == _place(sign):  # another request did it
+                if old is not None and _identity(old.sign) == _identity(sign):  # another request did it
                     return old
-                if self._failed[0] == _place(sign) and time.monotonic() < self._failed[1]:
+                if self._failed[0] == _identity(sign) and time.monotonic() < self._failed[1]:
                     raise stale(UNUSABLE)
                 self._bound = bound = await self._meet(sign, old)
             except (EngineError, DataError) as error:
-                self._failed = (_place(sign), time.monotonic() + AGAIN_S)
+                self._failed = (_identity(sign), time.monotonic() + AGAIN_S)
                 log.warning("%s", error)
                 raise stale(UNUSABLE) from error
         if old is not None:
@@ -151,7 +153,8 @@ class Upstream:
             task.add_done_callback(self._closing.discard)
 
 
-def _place(sign: Sign) -> tuple[Any, ...]:
+def _identity(sign: Sign) -> tuple[Any, ...]:
+    """What tells one start of an engine from another; reason and version change while it is the same."""
     return sign.pid, sign.started, sign.model, sign.context_length, sign.addresses
 
 

@@ -85,6 +85,8 @@ class Worker:
 
     @contextlib.asynccontextmanager
     async def _place(self, prepare: Prepare) -> AsyncGenerator[tuple[Job, EngineClient]]:
+        """An engine, the request prepared for it, and a place in it; what the engine raises inside becomes a
+        Refusal."""
         async with self.upstream.use() as bound:
             job = await prepare(bound)
             async with self.gate.admit(len(job.requests)):
@@ -141,7 +143,8 @@ def _body(content: bytes) -> dict[str, Any]:
 
 
 class Version:
-    """The weight version of one answer: the first that is seen. Refusal when another one follows, or nothing does."""
+    """The weight version of one answer: the first that is seen. Refusal if another one follows, or if a part of the
+    answer was aborted."""
 
     def __init__(self) -> None:
         self.number = -1

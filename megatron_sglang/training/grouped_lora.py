@@ -95,7 +95,7 @@ def adapted(
 
 
 def weights_of(module: Any) -> list[torch.nn.Parameter]:
-    """Of Transformer Engine's grouped linear layer, by local expert: each [O, I]."""
+    """Weights of Transformer Engine's grouped linear layer, by local expert: each [O, I]."""
     return [getattr(module, f"weight{expert}") for expert in range(module.num_gemms)]
 
 

@@ -21,7 +21,8 @@ from megatron_sglang.types import TrainSample
 
 
 def of_this_rank(samples: Sequence[TrainSample], args: Any) -> list[list[MicroBatch]]:
-    """By train step, on this rank's device. `args`: Megatron's. Every rank must be given the same samples."""
+    """This rank's micro-batches by train step, on its device. args: Megatron's. All ranks must be given the same
+    samples."""
     context, size = mpu.get_context_parallel_rank(), args.context_parallel_size
     place = {"dp_rank": mpu.get_data_parallel_rank(), "dp_size": mpu.get_data_parallel_world_size()}
     # Context parallelism cuts a sequence in 2 CP pieces, sequence parallelism a rank's part in TP.

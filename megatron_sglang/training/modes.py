@@ -22,7 +22,7 @@ from megatron_sglang.placement import Choice
 
 
 def trainer_ranks() -> int:
-    """Of this node."""
+    """How many ranks the trainer has on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -56,7 +56,8 @@ def _fits(config: RunConfig) -> bool | None:
 
 
 def engines_of(config: RunConfig) -> list[range]:
-    """By engine that the run starts, its ranks, counted through; `config.engine.tp_size` is resolved."""
+    """For each engine that the run starts its ranks, counted through all of them; `config.engine.tp_size` is
+    resolved."""
     return placement.engines_in(
         choose(config).mode, devices=devices(), trainer_ranks=trainer_ranks(), tp_size=config.engine.tp_size or 1
     )
@@ -128,14 +129,14 @@ def lora_of(config: RunConfig) -> dict[str, Any]:
 
 
 def wait_ready(engine: Any, show: Callable[[str], None]) -> None:
-    """Until it answers; says what will not be proved of its weights."""
+    """Block until the engine answers; says what will not be proved of its weights."""
     engine.wait_ready()
     if engine.unproved:
         show(f"weights: {engine.unproved}")
 
 
 def ranks_of(engine: Any) -> int:
-    """Of all engines together; of external ones known when they are connected."""
+    """Number of engine ranks of all engines together; of external ones it is known when they are connected."""
     return sum(one.options.tp_size for one in members(engine))
 
 

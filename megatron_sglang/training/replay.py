@@ -141,7 +141,7 @@ class RoutingReplay:
 
 
 def _routers(chunk: Any) -> Iterator[Any]:
-    """Those of the decoder; multi-token prediction, which RL does not use, keeps its own."""
+    """Routers of the decoder layers; multi-token prediction, which RL does not use, keeps its own."""
     for module in chunk.modules():
         if isinstance(module, TopKRouter) and module.router_replay is not None and not module.is_mtp_layer:
             yield module

@@ -308,7 +308,7 @@ class _Exchange:
             self._digested.record()
 
     def wait(self) -> None:
-        """Until data and digests are there; on a GPU the current stream does, not the host."""
+        """Wait for data and digests; on a GPU the current stream waits, not the host."""
         if self._digested is not None:
             self._digested.wait()
         self._work.wait()

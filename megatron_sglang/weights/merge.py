@@ -55,7 +55,7 @@ class Unit:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of the weights and, with an adapter, of its factors."""
+        """Dtypes of the weights and, with an adapter, of its factors."""
         factors = () if self.wrapper is None else (self.wrapper.adapter.linear_out.weight,)
         return tuple(tensor.dtype for tensor in (self.bases[0], *factors))
 

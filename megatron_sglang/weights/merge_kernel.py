@@ -191,7 +191,7 @@ class Launch:
 
 
 def _addresses(part: Factored) -> list[tuple[int, int, int]]:
-    """Of each weight and its two factors."""
+    """Addresses of each weight and its two factors, in bytes."""
     down, up = part.down.data_ptr(), part.up.data_ptr()
     down_step, up_step = part.down[0].nbytes, part.up[0].nbytes
     return [

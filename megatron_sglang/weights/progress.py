@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 
 def is_leader() -> bool:
-    """Of torchrun's ranks, before they have met; True without torchrun."""
+    """Is this torchrun's rank 0? Known before the ranks have met; True without torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
