@@ -82,6 +82,7 @@ class Cycle:
         return self._surviving(lambda: self._publish(self.version + 1), needs_weights=False)
 
     def _publish(self, version: int) -> SyncReport:
+        """Send the weights as they are now under this number: a new version, or to a new engine the last one again."""
         with self.span("sync"):
             if self.make_direct is None:
                 report = self._send(self.path, version)
@@ -230,6 +231,7 @@ class Cycle:
             raise
 
     def _rollout(self, step: int) -> list[TrainSample]:
+        """Prompts, completions, rewards, advantages: the samples of rollout batch `step`."""
         lead = self._lead
         with lead.log.span("rollout"):
             groups = lead.rollout.batch(lead.prompts, step)

@@ -114,6 +114,7 @@ class Rollout:
         return groups, evaluation_metrics(groups)
 
     def _sample(self, prompts: Sequence[Prompt], step: str, members: int) -> tuple[RolloutGroup, ...]:
+        """`members` scored completions of each prompt. step: the part of their seeds that tells batches apart."""
         seen: Counter[str] = Counter()
         routing_from = 0 if self.routing and step != "eval" else None
         requests: list[GenerateRequest] = []

@@ -173,6 +173,8 @@ class MergeOnEnginePath:
         self._change: dict[str, Any] = {}
 
     def prepare(self, version: int) -> None:
+        """Give the engine the base, and keep the version merged by the trainer as the witness of the first merge there;
+        nothing if the last version went well."""
         sound = self.comm.from_leader(lambda: self._sound and _lead(self.calls).has_base())
         self._sound, self._expected = False, None
         if sound:
@@ -220,6 +222,8 @@ class MergeOnEnginePath:
             _lead(self.calls).merge(bucket, factors, self.adapters.scale)
 
     def _tolerate(self, version: int, digest: str, found: Sequence[Mapping[str, Any]]) -> None:
+        """Accept differences to the witness within `TOLERANCE`, and say so; `WeightSyncError` for others. found: by
+        engine rank (`merge_on_engine.compare`)."""
         different, elements = (sum(one[name] for one in found) for name in ("different", "elements"))
         worst = max(one["worst"] for one in found) * TOLERANCE[self.dtype]
         text = (
@@ -260,6 +264,7 @@ class AdapterPath:
             engine.fail_update("no adapter was published yet, and the base alone is not the policy")
 
     def prepare(self, version: int) -> None:
+        """Make sure that the engine runs on the right base, and write the adapters."""
         self._folder = None
         if self.base is not None:
             self.home = self.base.write(0).path

@@ -199,6 +199,8 @@ class Agent:
             await environment.close()
 
     async def _open(self, environment: Bounded, trajectory: Trajectory) -> None:
+        """Begin with the environment's first observation. If the trajectory is resumed, its environment is a new one,
+        and is brought to where the old one was by the turns that are complete."""
         first = environment.reset()
         if not trajectory.ids:
             observation = self._encode(first, trajectory)

@@ -137,6 +137,7 @@ class AgentRollout:
         return groups
 
     async def _batch(self, source: Source, step: str) -> tuple[RolloutGroup, ...]:
+        """Start more groups than are wanted, keep the first that are complete, stop the others (module's docstring)."""
         wanted = source.prompts_per_batch
         seen: Counter[str] = Counter()
         before = self.state()

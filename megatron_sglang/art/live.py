@@ -91,6 +91,7 @@ class Live:
             raise
 
     async def _start(self, config: Mapping[str, Any]) -> None:
+        """Keeper, then trainer and endpoint side by side, then the feed; see `start`."""
         written = self.folder / "config.yaml"
         written.write_text(yaml.safe_dump(dict(config), sort_keys=False))
         # Here, and not only in the run, so that a mistake is said at once.

@@ -146,6 +146,7 @@ class Tree:
             await self._listening
 
     async def _listen(self) -> None:
+        """Note the ends of children that the keeper reports; when it is gone itself, all have ended."""
         assert self._keeper is not None
         assert self._keeper.stdout is not None
         async for line in self._keeper.stdout:

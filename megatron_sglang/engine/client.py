@@ -166,6 +166,7 @@ class EngineClient:
     # ---- steps ----
 
     def _matcher(self, request: GenerateRequest, wanted: bool) -> StopMatcher | None:
+        """What decodes tokens and looks for stop texts as they arrive; None where that is not wanted."""
         sampling = request.sampling
         if not wanted:
             return None
@@ -182,6 +183,7 @@ class EngineClient:
     async def _pieces(
         self, one: Running, request: GenerateRequest, matcher: StopMatcher | None
     ) -> AsyncGenerator[Piece]:
+        """The pieces of one completion: wait for a place, choose an engine, and match what it answers."""
         phases = self._phases(request.sampling)
         if request.routing_from is not None and request.sampling.stop:
             raise ConfigError(

@@ -97,6 +97,7 @@ def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
 
 
 def _handle(model: Any, message: dict[str, Any], data: torch.Tensor) -> dict[str, Any]:
+    """Do what a message says; the answer. ValueError and `line.CutError` are foreseen, and their text is the answer."""
     rank, command = message["rank"], message["command"]
     if command in process_group.COMMANDS:
         # The other ranks wait for this one in the broadcast, so it takes part first and checks afterwards.
@@ -304,6 +305,7 @@ def _proved(parameters: Iterable[str], found: Sequence[int], finite: Sequence[bo
 
 
 def _commit(model: Any, session: _Session, message: dict[str, Any]) -> dict[str, str]:
+    """Digests of a version of which every bucket came and every parameter is filled; ValueError otherwise."""
     if (message["version"], message["buckets"]) != (session.version, session.buckets):
         raise ValueError(
             f"commit of version {message['version']} with {message['buckets']} buckets, but this rank has "

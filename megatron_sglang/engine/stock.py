@@ -36,21 +36,23 @@ from megatron_sglang.errors import EngineError, EngineTimeoutError, WeightSyncEr
 
 GROUP = "megatron_sglang"
 NOT_OFFERED = "not proved"
-"""In place of a digest."""
+"""What stands in place of a digest."""
 
 
 class StockUpdate:
-    """The updates of one engine. host: of its URL."""
+    """The weight updates of one engine: `begin`, then `load` for each bucket or `read` once, then `commit`. host: that
+    of the engine's URL."""
 
     def __init__(self, http: Http, options: EngineOptions, host: str) -> None:
         self._http, self._options, self._host = http, options, host
         self._timeout_s = options.update_timeout_s
         self._group: Group | None = None
         self._name = ""
-        """Of the group. SGLang forgets none, not one that broke nor one of a trainer that has ended: each is new."""
+        """Name of the group. Always a new one, because SGLang forgets no group, not even one that broke or whose
+        trainer has ended."""
         self._buckets = 0
         self._embedding: torch.Tensor | None = None
-        """Of a version that has no head of its own so far."""
+        """The version's embedding, to be sent as its head if none comes (module's docstring)."""
         self._has_head = False
 
     def begin(self) -> None:
@@ -59,7 +61,7 @@ class StockUpdate:
         self._embedding, self._has_head = None, False
 
     def load(self, bucket: Bucket) -> None:
-        """In order; SGLang has loaded it when this returns."""
+        """Send the next bucket; SGLang has loaded it when this returns."""
         if bucket.index != self._buckets:
             raise WeightSyncError(f"got bucket {bucket.index}, expected {self._buckets}")
         named = dict(bucket.tensors())
@@ -70,6 +72,7 @@ class StockUpdate:
         self._buckets += 1
 
     def commit(self, buckets: int) -> None:
+        """`WeightSyncError` unless all buckets went out; sends the head where it follows from the embedding."""
         if buckets != self._buckets:
             raise WeightSyncError(f"{buckets} buckets were to be sent, {self._buckets} were")
         if self._embedding is not None and not self._has_head:
@@ -77,10 +80,9 @@ class StockUpdate:
         self._embedding = None
 
     def read(self, folder: Path) -> None:
-        """All buckets at once, by SGLang's own reader of HF folders, also where it began with random weights.
+        """Let SGLang load a whole HF folder by its own reader, which it can even if it was started with random weights.
 
-        SGLang says so if a name is unknown to it, not if one is missing. `commit` sends the embedding as the head where
-        the folder has none.
+        It reports names that it does not know, but not names that are missing.
         """
         body = {"model_path": str(folder), "load_format": "auto", "flush_cache": False}
         self._http.post("/update_weights_from_disk", body, self._timeout_s)
@@ -93,7 +95,7 @@ class StockUpdate:
                     self._embedding = file.get_tensor(EMBEDDING).to(getattr(torch, self._options.dtype))
 
     def close(self) -> None:
-        """Ranks that wait in the group are cut."""
+        """Leave the group; ranks that wait in it are cut."""
         if self._group is not None:
             self._group.close()
             self._group = None

@@ -115,6 +115,7 @@ class Endpoint:
             await self._look()
 
     async def _look(self) -> None:
+        """End requests that have been held for too long by an engine that does not serve; meet a new engine."""
         try:
             reason, now = self.upstream.state()[0], time.monotonic()
             self._stale_since = None if not reason else now if self._stale_since is None else self._stale_since

@@ -73,6 +73,7 @@ class Guard:
         self._held_bytes += size
 
     def let_go(self, size: int) -> None:
+        """Undo `hold`."""
         self._held_bytes -= size
 
 
@@ -88,6 +89,7 @@ class _Passage:
         self._began = time.monotonic()
 
     async def run(self) -> None:
+        """Check key and body, run the application, count how it ended."""
         guard, path = self.guard, self.scope["path"]
         route = path if path in ROUTES else "/v1/models" if path.startswith("/v1/models/") else "other"
         guard.in_flight += 1

@@ -107,6 +107,7 @@ class Upstream:
             raise stale(str(error)) from error
 
     async def _bind(self) -> Bound:
+        """Take up the engine that is announced now; one request does it while others wait. Refusal 503 if it cannot."""
         async with self._binding:
             old = self._bound
             sign = self._sign()
@@ -125,6 +126,7 @@ class Upstream:
         return bound
 
     async def _meet(self, sign: Sign, old: Bound | None) -> Bound:
+        """Load the tokenizer (or keep that of `old`), ask for the engines' sizes, make a client."""
         if old is not None and (old.sign.model, old.sign.context_length) == (sign.model, sign.context_length):
             tokens = old.tokens
         else:

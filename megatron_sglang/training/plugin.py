@@ -126,6 +126,7 @@ class Plugin:
         iteration: int,
         **kwargs: Any,
     ) -> Any:
+        """In place of Megatron's train_step, with its arguments and result. original: Megatron's own."""
         cycle = self.cycle or self._start(model, optimizer, iteration)
         if not self.pending:
             self.state_before_batch = self._rollout_state(cycle)

@@ -179,6 +179,7 @@ class LeaderSetup:
 
     @staticmethod
     def open(config: RunConfig, cleanup: contextlib.ExitStack, show: Callable[[str], None]) -> LeaderSetup:
+        """Start the engine first, which takes longest, then load data and reward while it comes up."""
         began = time.monotonic()
         if not (fed := Feed.asked_for(config)):
             agents.Environments.of(config.rollout.environment)  # an error there must not wait for an engine
@@ -254,6 +255,7 @@ class LeaderSetup:
         return Leader(self.engine, sampler, self.prompts, self.held_out, log)
 
     def _write_report(self) -> None:
+        """At the end of a run: its report page, and two lines on the console."""
         from megatron_sglang.report import write_report  # matplotlib is a second of every rank's start
 
         with contextlib.suppress(DataError, OSError):  # a run that failed early has none, and it must not hide why

@@ -17,24 +17,30 @@ import triton.language as tl
 from megatron_sglang.weights.factored import Factored
 
 ROWS, COLS = 64, 128
-"""Of the tile that one program merges."""
+"""Size of the tile that one program merges."""
 
 WARPS = 4
-"""Of a program."""
+"""Warps of one program."""
 
 LANES = 32
-"""Sums of a layer that programs add to in turn, lest all wait for one address."""
+"""Copies of each layer's sums: programs add to them in turn, so that not all of them wait for one address."""
 
 COUNTED = 3
 """What is summed: squares of the update, squares of what the cast lost, elements that the update changed."""
 
 VECTOR = 8
-"""Elements. Where all sizes and places are multiples of it, and all addresses of 16 bytes, memory is taken in large
-words."""
+"""If all sizes and places are multiples of so many elements, and all addresses of 16 bytes, memory is read and written
+16 bytes at a time."""
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+# pointers   [weights, 3] int64: addresses of W, A and B
+# table      [10, jobs] int64: the numbers of each job, as `Launch.__init__` lays them out
+# numbers    [jobs, 2] float64: scale and share of each job
+# owner      [programs] int32: the job that a program works on
+# out        flat; its dtype is what W + s B A is rounded to
+# sums       [layers, LANES, COUNTED] float64
 @triton.jit
 def _merge(
     pointers,
@@ -64,7 +70,7 @@ def _merge(
     flat = tl.load(table + 5 * jobs + job)
     width = tl.load(table + 6 * jobs + job)
     rank = tl.load(table + 7 * jobs + job)
-    line = tl.load(table + 8 * jobs + job)
+    layer = tl.load(table + 8 * jobs + job)
     tile = (program - tl.load(table + 9 * jobs + job)).to(tl.int32)  # dividing 64 bits is slow
     scale = tl.load(numbers + 2 * job).to(tl.float32)
 
@@ -100,7 +106,7 @@ def _merge(
     after = cast.to(tl.float32)
     lost = whole - after
     changed = tl.where(after != before.to(out.dtype.element_ty).to(tl.float32), 1.0, 0.0)
-    at = sums + (line * LANES + tile % LANES) * 3
+    at = sums + (layer * LANES + tile % LANES) * 3
     tl.atomic_add(at, tl.sum(tl.sum(delta * delta, 1), 0).to(tl.float64) * share)
     tl.atomic_add(at + 1, tl.sum(tl.sum(lost * lost, 1), 0).to(tl.float64) * share)
     tl.atomic_add(at + 2, tl.sum(tl.sum(changed, 1), 0).to(tl.float64) * share)
@@ -130,7 +136,8 @@ class Job:
 
 
 class Launch:
-    """Jobs that are done together, laid out on the device once."""
+    """Jobs that are done together. What the kernel must know of them is laid out on the device once, and used for each
+    weight version."""
 
     def __init__(self, jobs: Sequence[Job], device: torch.device) -> None:
         tiles = [triton.cdiv(job.rows, ROWS) * triton.cdiv(job.cols, COLS) for job in jobs]
@@ -146,9 +153,8 @@ class Launch:
         )
         first, columns = 0, []
         for job, count in zip(jobs, tiles, strict=True):
-            line = self.layers.index(job.layer)
             place = (job.weight, job.row, job.col, job.rows, job.cols, job.flat)
-            columns.append((*place, job.width, job.rank, line, first))
+            columns.append((*place, job.width, job.rank, self.layers.index(job.layer), first))
             first += count
         self._table = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(device)
         self._numbers = torch.tensor([(job.scale, job.share) for job in jobs], dtype=torch.float64).to(device)

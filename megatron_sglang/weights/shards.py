@@ -51,6 +51,7 @@ def of_this_rank(bridge: Any, model_chunks: list[torch.nn.Module], shapes: Shape
 
 
 def _shards(task: Any, rank: int, shapes: Shapes) -> Iterator[Region]:
+    """Regions of one of Bridge's conversion tasks, i.e. of one parameter of this rank."""
     weight, names = task.param_weight, task.mapping.hf_param
     rows, cols = weight.shape if weight.dim() == 2 else (weight.numel(), 1)
     is_expert = not getattr(weight, "allreduce", True)
