@@ -35,10 +35,6 @@ class GroupAdvantages:
     advantages_PG: torch.Tensor
     informative_P: torch.Tensor
 
-    @property
-    def informative_share(self) -> float:
-        return float(self.informative_P.double().mean())
-
 
 def group_advantages(
     rewards_PG: torch.Tensor, baseline: Baseline = "mean", std_normalization: bool = True, eps: float = 1e-4

@@ -145,21 +145,11 @@ class MicroBatch:
         )
 
 
-def collate(
-    samples: Sequence[TrainSample], multiple_of: int = 1, seq_length: int | None = None, packed: bool = False
-) -> MicroBatch:
-    """Pad samples to `seq_length`, or if it is None to the longest of them rounded up to `multiple_of`. packed: the
-    model will get them as one sequence, in which each is rounded up by itself.
-
-    Raises `ConfigError` for a sample longer than `seq_length`; nothing is ever cut off.
+def collate(samples: Sequence[TrainSample], multiple_of: int = 1, packed: bool = False) -> MicroBatch:
+    """Pad samples to the longest of them, rounded up to `multiple_of`. packed: the model will get them as one sequence,
+    in which each is rounded up by itself. Nothing is ever cut off.
     """
-    longest = max(sample.length for sample in samples)
-    width = packing.aligned(longest, multiple_of) if seq_length is None else seq_length
-    if longest > width:
-        raise ConfigError(
-            f"a sample has {longest} tokens, seq_length is {seq_length}; raise --seq-length, or lower "
-            "rollout.max_new_tokens or data.max_prompt_tokens so that prompt and completion fit together"
-        )
+    width = packing.aligned(max(sample.length for sample in samples), multiple_of)
     shape = (len(samples), width)
     tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     loss_mask, rollout_logprobs = torch.zeros(shape), torch.zeros(shape)
@@ -247,9 +237,3 @@ def split_by_tokens(
         mine = packing.micro_batches(lengths, budget, dp_size, run)[dp_rank]
         found.append([[step[place] for place in part] for part in mine])
     return found
-
-
-def join[T](by_rank: Sequence[Sequence[Sequence[Sequence[T]]]]) -> list[T]:
-    """Inverse of `split`: the items of all ranks, in rank order, back in the list's order."""
-    steps = zip(*by_rank, strict=True)
-    return [item for step in steps for rank in step for part in rank for item in part]

@@ -235,7 +235,7 @@ class EngineClient:
         if not session_id:
             return idlest[0]
         home = self._homes.pop(session_id, "")
-        [*there] = (http for http in https if http.address.url == home)
+        there = [http for http in https if http.address.url == home]
         # Of equally idle ones that which rendezvous hashing picks: a later client of the same engines picks it as well.
         found = there[0] if there else max(idlest, key=lambda http: _rendezvous(session_id, http.address.url))
         self._homes[session_id] = found.address.url

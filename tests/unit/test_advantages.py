@@ -37,7 +37,6 @@ def test_equal_rewards_give_exactly_zero_and_are_counted() -> None:
     got = group_advantages(rewards_PG, eps=0.0)
     assert got.advantages_PG[0].tolist() == got.advantages_PG[2].tolist() == [0.0, 0.0, 0.0]
     assert got.informative_P.tolist() == [False, True, False]
-    assert got.informative_share == pytest.approx(1 / 3)
 
 
 def test_a_group_of_one_is_refused_instead_of_learning_nothing() -> None:
