@@ -159,6 +159,8 @@ def problems(layouts: Sequence[RankLayout], names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
+    """What writes leave out of the parameters, and what they write more than once."""
+
     uncovered: tuple[Box, ...]
     overlapping: tuple[Box, ...]
     irregular: frozenset[Write]

@@ -60,8 +60,9 @@ class Ledger:
         return cls(lambda: torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved, _take_peaks)
 
     def note(self, comm: Comm, phase: str, *, same: bool = False) -> dict[str, metrics.Metric]:
-        """Collective. The metrics of `phase`. same: with what this process keeps, as much must be free as when it was
-        noted for the second time, on every rank; else `MegatronSglangError` on all."""
+        """The metrics of `phase`. Collective. same: also require on every rank that, with what this process's allocator
+        keeps, as much is free as when the phase was noted for the second time (module's docstring); if not,
+        `MegatronSglangError` on all ranks."""
         free = self.free()
         error = None
         if same:
@@ -84,8 +85,8 @@ class Ledger:
         self.room = max(0, self.free() - before)
 
     def require_room(self, comm: Comm) -> None:
-        """Collective. `MegatronSglangError` on all ranks if one of their engine ranks would find less than it gave: it
-        would be out of memory, and end."""
+        """`MegatronSglangError` on all ranks if the engine rank beside one of them would find less memory than it gave
+        back, because it would run out of memory and end. Collective."""
         free, error = self.free(), None
         if free < self.room - TOLERANCE:
             error = MegatronSglangError(

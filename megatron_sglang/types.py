@@ -65,10 +65,11 @@ class GenerateRequest:
     adapter: str = ""
     """LoRA adapter that serves it, by name; empty: the engine's weights as they are."""
     routing_from: int | None = None
-    """Return the experts of its tokens from this place on, the prompt's too; None: of none."""
+    """Return the experts that processed its tokens from this position on, those of the prompt included; None: return
+    none."""
     stop_from: int | None = None
-    """Look for stop texts from this place in its tokens on: it continues a completion that begins there. None: behind
-    its tokens."""
+    """Position in `token_ids_T` where the completion began that this request continues: stop texts are looked for from
+    there on. None: only in what is sampled now."""
 
 
 @dataclass(frozen=True, slots=True)

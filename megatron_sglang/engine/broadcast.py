@@ -118,8 +118,9 @@ class Broadcast:
             raise error if isinstance(error, WeightSyncError) else WeightSyncError(str(error)) from error
 
     def _let_go(self, answers: Sequence[concurrent.futures.Future[Any]]) -> None:
-        """Ranks pass on to each other what they get. Those that are not in the broadcast leave the group, so that none
-        waits for them; those that are cannot hear, and need not."""
+        """After a failure: engine ranks pass a broadcast on to each other, so one that is not in it makes others wait.
+        The ranks of engines that have answered, and so are in none, are told to leave the group. The others are in the
+        broadcast: they could not hear, and end when a connection closes."""
         for one, answer in zip(self.engines, answers, strict=True):
             if answer.done() and not one.why_dead():
                 in_thread(lambda one=one: one._message("leaving the broadcast", {"command": "leave"}))

@@ -65,7 +65,7 @@ class Group:
         wait = datetime.timedelta(seconds=timeout_s)
         try:
             if backend == "gloo":
-                # One device more or less makes no group of another size: each rank listens where it can be reached.
+                # Each rank listens on one address, where the others can reach it.
                 options: Any = dist.ProcessGroupGloo._Options()
                 options._timeout, options._threads = wait, 2
                 options._devices = [

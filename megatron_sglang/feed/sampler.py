@@ -24,9 +24,10 @@ TIMEOUT_S = 3300.0
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """A `rollout.Sampler`, and in place of its `rollout.Source`, on the rank that leads the engine.
+    """Takes rollout batches from another process, the peer: both the `rollout.Sampler` of the run and, since the peer
+    chooses the prompts, its `rollout.Source`. On the rank that leads the engine.
 
-    why_dead, version: of the engine. What a batch says of the learning rate holds from it on (`learning_rate`).
+    why_dead, version: of the engine. A learning rate that comes with a batch holds from that batch on.
     """
 
     door: Door

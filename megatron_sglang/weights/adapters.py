@@ -207,6 +207,7 @@ def _writing(folder: str, work: Any) -> Any:
 
 
 def _in_order(item: tuple[str, Any]) -> tuple[int, str, str]:
+    """Sort key of (HF name, ...) that puts weights which fuse side by side, as `fill` needs them."""
     return transfer_order(item[0])
 
 
