@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     for split, count in COUNTS.items():
         lines = (json.dumps(record) + "\n" for record in records(split, count, args.seed))
         (args.output_dir / f"{split}.jsonl").write_text("".join(lines))

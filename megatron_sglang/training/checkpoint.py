@@ -59,6 +59,11 @@ def write_in_process() -> None:
     filesystem_async.get_write_results_queue = lambda mp_mode="spawn": results
 
 
+def is_in(load: str) -> bool:
+    """Whether the folder has a whole checkpoint."""
+    return Path(load, "latest_checkpointed_iteration.txt").exists()
+
+
 def write_state(save: str, iteration: int, state: dict[str, Any]) -> None:
     """Write the JSON part before Megatron's part, so that no checkpoint counts without it. On one rank only."""
     folder = _folder(save, iteration)

@@ -88,6 +88,8 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
             comm.from_leader(lambda: setup and modes.wait_ready(setup.engine, setup.show))
         if setup is not None:
             setup.show(f"model and engine ready after {time.monotonic() - setup.began:.0f} s")
+            if recipe.args.load and not checkpoint.is_in(recipe.args.load):
+                setup.show(f"--load {recipe.args.load}: there is no checkpoint in it, so the run begins anew")
         paths = Paths(
             comm=comm,
             bridge=recipe.bridge,
@@ -214,7 +216,7 @@ class LeaderSetup:
         engines = "engine" if count == 1 else f"{count} engines"
         show(
             f"{config.model.hf_path}: {len(train)} training and {len(held_out)} held-out problems, "
-            f"{engines} {config.rollout.engine} tp={config.engine.tp_size}, rewards in sandbox: {reward.tier}"
+            f"{engines} {config.rollout.engine} tp={config.engine.tp_size}, rewards: {reward.tier}"
         )
         sampling = SamplingParams(
             temperature=config.rollout.temperature,

@@ -177,7 +177,7 @@ def merged(
     if kernel is None:
         _merge_by_torch(unit, factors, result, stats, shares)
         return result
-    counts = torch.as_tensor(shares).tolist() if stats is not None else [0.0] * len(unit.bases)
+    counts = torch.as_tensor(shares, dtype=torch.float64).tolist() if stats is not None else [0.0] * len(unit.bases)
     rows, width = first.shape
     constants = (unit.rank, unit.scale, unit.layer)
     jobs = [

@@ -252,8 +252,11 @@ def test_checkpoint_of_another_expert_parallel_size(run_ranks, tmp_path, checkpo
 
 @pytest.fixture(scope="module")
 def checkpoint(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """After one rollout batch."""
+    """After one rollout batch of a run whose command is also that of its continuation."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    more = [f"log.run_dir={folder / 'run'}", f"--save={folder / 'save'}", "--save-interval=1", "rollout.batches=1"]
-    assert run_ranks(2, "run", argv=[*BASE, *more]) == ["", ""]
-    return folder / "save"
+    save = folder / "save"
+    more = [f"log.run_dir={folder / 'run'}", f"--save={save}", f"--load={save}", "--save-interval=1"]
+    ranks = run_ranks(2, "cases_failures.outcome", argv=[*BASE, *more, "rollout.batches=1"])
+    assert [rank["code"] for rank in ranks] == [0, 0], ranks
+    assert f"--load {save}: there is no checkpoint in it, so the run begins anew" in ranks[0]["console"]
+    return save
