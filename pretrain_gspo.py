@@ -23,9 +23,7 @@ def main() -> int:
     try:
         return train(sys.argv[1:])
     except ending.Stopped as stopped:
-        if is_leader():
-            print(f"stopped by {stopped.signal.name}", file=sys.stderr)
-        return 128 + stopped.signal
+        return ending.report_stop(stopped)
 
 
 def train(argv: list[str]) -> int:

@@ -19,7 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sglang.errors import MegatronSglangError, OnOtherRank, SetupError, from_text, is_from_other_rank
+from megatron_sglang.errors import (
+    MegatronSglangError,
+    OnOtherRank,
+    SetupError,
+    Stopped,
+    StoppedError,
+    from_text,
+    is_from_other_rank,
+)
 
 STORE_TIMEOUT_S = 10.0
 """For one question to the rendezvous' store, which answers at once if it is there."""
@@ -149,9 +157,14 @@ class Board:
 
     @contextlib.contextmanager
     def one_error(self) -> Iterator[None]:
-        """Whatever ranks raise inside, all of them raise the first of these errors, in its class and with its text."""
+        """Whatever ranks raise inside, all of them raise the first of these errors, in its class and with its text. A rank
+        that is stopped tells the others, which lose it, and notes whether it was stopped because of one of them."""
         try:
             yield
+        except Stopped as stopped:
+            first = self._first(stopped)
+            stopped.follows = first is not stopped and not isinstance(first, StoppedError)
+            raise
         except Exception as error:
             first = error if is_from_other_rank(error) else self._first(error)
             if first is error:
@@ -160,7 +173,7 @@ class Board:
             first.__cause__.__cause__ = error  # this rank's own error stays in its traceback, as a consequence
             raise first from first.__cause__
 
-    def _first(self, error: Exception) -> Exception:
+    def _first(self, error: BaseException) -> BaseException:
         """`error` if no rank was faster; else that rank's."""
         mine = json.dumps([self.rank, *_describe(error)])
         try:
@@ -185,6 +198,8 @@ def _describe(error: BaseException) -> tuple[str, str]:
     """Class and message, as they travel. What is not of our own errors' tree travels as its root."""
     if isinstance(error, MegatronSglangError):
         return type(error).__name__, str(error)
+    if isinstance(error, Stopped):
+        return StoppedError.__name__, str(error)
     return "MegatronSglangError", f"{type(error).__name__}: {error}"
 
 

@@ -12,13 +12,16 @@
     |- WeightSyncError    RuntimeError   a weight version could not be delivered; names version, bucket, rank
     |- RewardError        RuntimeError   a reward function raised, hung or returned no number
     |- SandboxError       RuntimeError   no sandbox of the demanded strength can be had
-    `- DivergedError      RuntimeError   losses are not finite any more
+    |- DivergedError      RuntimeError   losses are not finite any more
+    `- StoppedError       RuntimeError   a signal has stopped another rank, where it is `Stopped`
 
 A message names the subject, what was observed, what was expected, and the remedy.
 All of them can be sent to other ranks as text and raised there again (`from_text`).
 """
 
 from __future__ import annotations
+
+import signal
 
 
 class MegatronSglangError(Exception):
@@ -71,6 +74,23 @@ class SandboxError(MegatronSglangError, RuntimeError):
 
 class DivergedError(MegatronSglangError, RuntimeError):
     """Losses stayed non-finite; training stopped without publishing the weights."""
+
+
+class StoppedError(MegatronSglangError, RuntimeError):
+    """A signal has stopped another rank, and with it the run."""
+
+
+class Stopped(SystemExit):
+    """A signal ends this rank; the code is 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+        self.follows = False
+        """Whether it came because another rank had an error, which that one says."""
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name}"
 
 
 class OnOtherRank(Exception):

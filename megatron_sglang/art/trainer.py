@@ -23,7 +23,7 @@ def main() -> int:
         except Exception as error:  # noqa: BLE001 - the edge of the process
             return ending.report(error, run.log_file(config))
     except ending.Stopped as stopped:
-        return 128 + stopped.signal
+        return ending.report_stop(stopped)
     return 0
 
 

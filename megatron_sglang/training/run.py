@@ -30,7 +30,7 @@ from megatron_sglang.feed.sampler import Feed
 from megatron_sglang.prompts import source
 from megatron_sglang.rollout import Rollout
 from megatron_sglang.trace import METRICS, RunLog, read_lines
-from megatron_sglang.training import console, hf_folder, modes
+from megatron_sglang.training import console, ending, hf_folder, modes
 from megatron_sglang.types import Prompt, SamplingParams
 
 ENGINE_FIELDS = {
@@ -49,7 +49,7 @@ def train(config: RunConfig) -> None:
     log = log_file(config)
     with console.quiet(log) if log else console.loud() as show:
         board = Board()
-        with contextlib.ExitStack() as cleanup, board.one_error():
+        with contextlib.ExitStack() as cleanup, ending.one_reason(board.one_error()):
             hf_folder.check(config.model.hf_path, weights=not config.model.random_weights)
             setup = LeaderSetup.open(config, cleanup, show) if rank == 0 else None
             cpu_room.enter()  # before anything of Megatron is imported

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
 BUSY = {
@@ -88,7 +90,8 @@ except EngineDiedError as error:
     print("in", flush=True)
     sys.exit(ending.report(error, None))
 """
-    process = start(code, TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
+    error_file = tmp_path / "error.json"
+    process = start(code, TORCHELASTIC_RUN_ID="x", TORCHELASTIC_ERROR_FILE=str(error_file))
     assert process.stdout is not None
     assert process.stdout.readline() == "in\n"
     time.sleep(1.0)
@@ -96,7 +99,108 @@ except EngineDiedError as error:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=10)
     assert (process.returncode, errors) == (1, "")
-    assert "ended with another rank: EngineDiedError: gone" in (tmp_path / "error.json").read_text()
+    assert "ended with another rank: EngineDiedError: gone" in error_file.read_text()
+    alone = start(code)
+    _, errors = alone.communicate(timeout=15)  # without torchrun nobody would end its wait of 30 s
+    assert (alone.returncode, errors) == (1, "")
+
+
+TOGETHER = """
+from megatron_sglang.comm import Board
+board = Board()
+try:
+    try:
+        with ending.one_reason(board.one_error()):
+            print("in", flush=True)
+            {work}
+    except Exception as error:
+        sys.exit(ending.report(error, None))
+except ending.Stopped as stopped:
+    sys.exit(ending.report_stop(stopped))
+"""
+
+
+@pytest.fixture
+def store() -> TCPStore:
+    """In the place of torchrun's."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def start_pair(store: TCPStore, folder: Path, leaders_work: str, others_work: str) -> list[subprocess.Popen[str]]:
+    """Two ranks that share `store`; both are in their work. Their error files are in `folder`."""
+    ranks = []
+    for rank, work in enumerate((leaders_work, others_work)):
+        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "x"}
+        ranks.append(
+            start(TOGETHER.format(work=work), **environment, TORCHELASTIC_ERROR_FILE=str(folder / f"{rank}.json"))
+        )
+    for rank in ranks:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "in\n", rank.communicate()
+    return ranks
+
+
+def test_a_rank_that_is_stopped_is_the_reason_of_those_that_lose_it(store: TCPStore, tmp_path: Path) -> None:
+    """Their collectives break, which nobody foresaw. The leader tells of the stop, though it hit another rank."""
+    lost = (
+        f"while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.05)\n            raise RuntimeError('lost')"
+    )
+    leader, other = start_pair(store, tmp_path, lost, "time.sleep(60)")
+    other.send_signal(signal.SIGTERM)
+    _, errors = other.communicate(timeout=20)
+    assert (other.returncode, errors) == (128 + signal.SIGTERM, "")
+    assert '"stopped by SIGTERM"' in (tmp_path / "1.json").read_text()
+    (tmp_path / "go").touch()
+    time.sleep(0.5)
+    leader.send_signal(signal.SIGTERM)  # torchrun has seen the other end
+    _, errors = leader.communicate(timeout=20)
+    assert (leader.returncode, errors) == (1, "stopped by SIGTERM\n")
+    assert "ended with another rank: StoppedError: stopped by SIGTERM" in (tmp_path / "0.json").read_text()
+
+
+def test_a_rank_that_is_stopped_for_the_error_of_another_is_silent(store: TCPStore, tmp_path: Path) -> None:
+    """That one has said why the run ended; `stopped by SIGTERM` would be a second reason."""
+    leader, other = start_pair(store, tmp_path, "time.sleep(60)", "raise ZeroDivisionError('a bug')")
+    _, errors = other.communicate(timeout=20)
+    assert (other.returncode, errors.splitlines()[0]) == (1, "rank 1: ZeroDivisionError: a bug")
+    leader.send_signal(signal.SIGTERM)
+    _, errors = leader.communicate(timeout=20)
+    assert (leader.returncode, errors) == (128 + signal.SIGTERM, "")
+
+
+def test_a_lost_rank_ended_before_the_error_that_comes_of_it(tmp_path: Path) -> None:
+    """torchrun looks ten times a second, and takes the earliest time for the root cause."""
+    began = time.time()
+    start(REPORT.format(before="pass"), TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json")).communicate(timeout=20)
+    told = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert "the store is gone" in told["message"]
+    assert int(told["extraInfo"]["timestamp"]) > int(began) + 1
+
+
+def test_a_signal_after_an_error_does_not_cut_off_the_closing(tmp_path: Path) -> None:
+    """Nor does it take the error's place."""
+    code = f"""
+import contextlib
+from megatron_sglang.errors import EngineDiedError
+try:
+    try:
+        with ending.one_reason(contextlib.nullcontext()):
+            raise EngineDiedError("gone")
+    finally:
+        print("in", flush=True)
+        time.sleep(1.0)
+        open({str(tmp_path / "closed")!r}, "w")
+except EngineDiedError as error:
+    sys.exit(ending.report(error, None))
+"""
+    process = start(code)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (1, "rank 0: EngineDiedError: gone\n")
+    assert (tmp_path / "closed").exists()
 
 
 def test_a_signal_before_an_error_is_the_reason() -> None:
