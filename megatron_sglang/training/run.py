@@ -46,14 +46,13 @@ ENGINE_FIELDS = {
 def train(config: RunConfig) -> None:
     """Run `config` (resolved) as one of torchrun's ranks. Whatever ranks raise, all of them raise the first of it."""
     rank = int(os.environ.get("RANK", "0"))
-    log = log_file(config)
-    with console.quiet(log) if log else console.loud() as show:
-        board = Board()
-        with contextlib.ExitStack() as cleanup, ending.one_reason(board.one_error()):
-            hf_folder.check(config.model.hf_path, weights=not config.model.random_weights)
-            setup = LeaderSetup.open(config, cleanup, show) if rank == 0 else None
-            cpu_room.enter()  # before anything of Megatron is imported
-            _train(config, setup, board)
+    log, board = log_file(config), Board()
+    with contextlib.ExitStack() as cleanup, ending.one_reason(board.one_error()):
+        show = cleanup.enter_context(console.quiet(log) if log else console.loud())
+        hf_folder.check(config.model.hf_path, weights=not config.model.random_weights)
+        setup = LeaderSetup.open(config, cleanup, show) if rank == 0 else None
+        cpu_room.enter()  # before anything of Megatron is imported
+        _train(config, setup, board)
 
 
 def log_file(config: RunConfig) -> Path | None:

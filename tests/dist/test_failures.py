@@ -126,6 +126,13 @@ def test_data_that_cannot_be_read(run_ranks, tmp_path, lines, said):
     assert said in text
 
 
+def test_run_dir_that_cannot_be_made(run_ranks, tmp_path):
+    """All ranks fail alike, before anything of a run is there; one of them says so."""
+    (tmp_path / "run").write_text("a file")
+    text = fails(run_ranks, tmp_path / "run")
+    assert f"ConfigError: log.run_dir={tmp_path}/run cannot be written to: File exists; name another folder" in text
+
+
 # ---- rewards ----
 
 
