@@ -157,8 +157,10 @@ class Board:
 
     @contextlib.contextmanager
     def one_error(self) -> Iterator[None]:
-        """Whatever ranks raise inside, all of them raise the first of these errors, in its class and with its text. A rank
-        that is stopped tells the others, which lose it, and notes whether it was stopped because of one of them."""
+        """Whatever ranks raise inside, all of them raise the first of these errors, in its class and with its text.
+
+        A rank that is stopped tells the others, which lose it, and notes whether one of them is why it was stopped.
+        """
         try:
             yield
         except Stopped as stopped:

@@ -65,7 +65,7 @@ def _tier(item: pytest.Item) -> str:
     return folder if folder in DEADLINE_S else "unit"
 
 
-def _left_running(patience_s: float = 5.0) -> Iterator[tuple[psutil.Process, str]]:
+def _left_running(patience_s: float = 15.0) -> Iterator[tuple[psutil.Process, str]]:
     """Processes and their command lines: those with this session's mark that do not end within `patience_s`."""
     deadline = time.monotonic() + patience_s
     while (found := list(_marked())) and time.monotonic() < deadline:

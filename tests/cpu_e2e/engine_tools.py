@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +89,16 @@ def fake_options(**changes: object) -> EngineOptions:
     return EngineOptions("unused", **(common | changes))  # pyright: ignore[reportArgumentType]
 
 
-def script(engine: HttpEngine, *faults: dict[str, Any], token_s: float = 0.0) -> None:
-    """Replace the faults of a running fake engine, and its seconds for each token."""
+def script(engine: HttpEngine, *faults: dict[str, Any], token_s: float = 0.0) -> int:
+    """Replace the faults of a running fake engine, and its seconds for each token. How many requests run."""
     headers = {"Authorization": f"Bearer {engine.server.admin_key}"}
     url = f"http://127.0.0.1:{engine.server.port}/script"
-    httpx.post(url, json={"faults": faults, "token_s": token_s}, headers=headers, trust_env=False).raise_for_status()
+    answer = httpx.post(url, json={"faults": faults, "token_s": token_s}, headers=headers, trust_env=False)
+    return answer.raise_for_status().json()["running"]
+
+
+async def until_running(engine: HttpEngine, *faults: dict[str, Any], token_s: float = 0.0, count: int = 1) -> None:
+    """Wait until `count` requests run in a fake engine, which takes a while on a busy machine; the rest: its script."""
+    async with asyncio.timeout(20):
+        while script(engine, *faults, token_s=token_s) < count:
+            await asyncio.sleep(0.02)

@@ -42,7 +42,7 @@ def test_close_ends_everything(tmp_path: Path) -> None:
         assert tree.children["one"].ended.is_set()
         return found
 
-    _, alive = psutil.wait_procs(asyncio.run(run()), timeout=5)
+    _, alive = psutil.wait_procs(asyncio.run(run()), timeout=20)
     assert not alive
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_tools import fake_options, script
+from engine_tools import fake_options, script, until_running
 
 from megatron_sglang.agents import create_rollout
 from megatron_sglang.buckets import pack
@@ -201,13 +201,14 @@ def test_abort_ends_what_runs_and_what_waits(engine: HttpEngine, has_admin_key: 
         addresses = [replace(one, **({} if has_admin_key else {"admin_key": ""})) for one in engine.addresses]
         async with EngineClient(addresses, concurrency=4) as client:
             tasks = [asyncio.create_task(client.generate(request(max_new_tokens=1000))) for _ in range(6)]
+            await until_running(engine, token_s=0.05, count=4)
             await asyncio.sleep(1.0)
             await client.abort()
             return await asyncio.gather(*tasks)
 
     started = time.monotonic()
     found = ask(engine, work)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # of 50 s
     assert {one.finish_reason for one in found} == {"abort"}
     assert all(one.token_ids_T for one in found[:4])
     assert [(one.token_ids_T, one.weight_version) for one in found[4:]] == [((), -1)] * 2
@@ -242,6 +243,7 @@ def test_an_update_ends_requests_and_refuses_new_ones(engine: HttpEngine) -> Non
     async def work(client: EngineClient) -> list[Completion]:
         plain = asyncio.create_task(client.generate(request(max_new_tokens=1000)))
         forced = asyncio.create_task(client.generate(request(max_new_tokens=1000, min_new_tokens=900)))
+        await until_running(engine, token_s=0.05, count=2)
         await asyncio.sleep(0.5)
         await asyncio.to_thread(engine.begin_update, old + 1)
         with pytest.raises(EngineStaleError, match=f"update to version {old + 1} is under way"):

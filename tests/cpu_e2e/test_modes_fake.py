@@ -112,13 +112,13 @@ def test_a_silent_rank_meets_the_deadline(engines: EngineGroup) -> None:
     link.load(pack(version, 0, WEIGHTS[:1]))
     assert link._group is not None
     link._timeout_s = link._group._timeout_s = 1.0
-    script(engines.engines[1], {"path": LOADER, "do": "sleep", "seconds": 4.0})
+    script(engines.engines[1], {"path": LOADER, "do": "sleep", "seconds": 9.0})
     began = time.monotonic()
     with pytest.raises(WeightSyncError, match=r"engine [01]: no answer within 1 s"):
         link.load(pack(version, 1, WEIGHTS[1:]))
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 8
     engines.fail_update("test")
-    time.sleep(max(0.0, began + 5 - time.monotonic()))  # what it was asked belongs to this version
+    time.sleep(max(0.0, began + 10 - time.monotonic()))  # what it was asked belongs to this version
     link = Broadcast(engines)
     publish(engines, link.load, version + 1)
     link.close()

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from engine_tools import fake_options, script
+from engine_tools import fake_options, script, until_running
 
 from megatron_sglang.buckets import pack
 from megatron_sglang.engine import create_engines
@@ -200,7 +200,7 @@ def test_the_routers_cache_aware_policy_knows_prefixes_of_token_ids(engines: Eng
             for engine in engines.engines:
                 script(engine, token_s=1.0)
             slow = pool.submit(served, client, list(range(300, 320)))
-            time.sleep(0.4)
+            asyncio.run(until_running(engines.engines[int(first)], token_s=1.0))
             elsewhere = list(range(400, 440))
             assert served(client, elsewhere) != first
             assert slow.result() == first

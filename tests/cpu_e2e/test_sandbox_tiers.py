@@ -104,10 +104,17 @@ def test_box_killed_between_jobs_is_replaced_and_nobody_is_blamed(victim):
 def test_box_killed_during_a_job_fails_that_job_only():
     with Sandbox("namespaces", workers=1, limits=Limits(cpu_s=5, wall_s=10)) as sandbox:
         (server,) = psutil.Process(sandbox._boxes[0]._process.pid).children()
-        timer = threading.Timer(0.5, server.kill)
-        timer.start()
+
+        def kill_amid_the_job() -> None:
+            while not server.children():
+                time.sleep(0.01)
+            time.sleep(0.3)  # until the box has said so
+            server.kill()
+
+        killer = threading.Thread(target=kill_amid_the_job, daemon=True)
+        killer.start()
         first, second = sandbox.run([ENDLESS, GOOD])
-        timer.join()
+        killer.join(20)
         assert first.passed == (False,)
         assert "brought its sandbox down" in first.detail
         assert second.passed == (True,)

@@ -47,7 +47,7 @@ engine, plain = serve_tools.engine, serve_tools.plain
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_who_leaves_takes_the_request_along(plain: Served, engine: HttpEngine, stream: bool) -> None:
     """A closed browser tab that goes on sampling up to max_tokens."""
-    pace(engine, 0.05)
+    pace(engine, 0.2)
     body = {"prompt": "a", "n": 3, "max_tokens": 200, "min_tokens": 200, "stream": stream}
     patience = httpx.Timeout(5, read=0.7)
     with (
@@ -58,7 +58,7 @@ def test_who_leaves_takes_the_request_along(plain: Served, engine: HttpEngine, s
         assert next(response.iter_lines()).startswith("data: ")
     began = time.monotonic()
     idle(plain, engine)
-    assert time.monotonic() - began < 4  # 10 s of sampling were left
+    assert time.monotonic() - began < 20  # 39 s of sampling were left
 
 
 def test_nothing_is_served_between_two_versions(plain: Served, engine: HttpEngine) -> None:
@@ -191,7 +191,7 @@ with fake_engine(Path({str(model)!r})) as run:
             run.kill()
             run.wait(20)
         assert (tmp_path / NAME).exists()
-        wait_until(lambda: "is gone" in served.post(COMPLETIONS, body).text, 5)
+        wait_until(lambda: "is gone" in served.post(COMPLETIONS, body).text)
         shutil.copy2(run_folder / NAME, tmp_path / "fresh")
         (tmp_path / "fresh").replace(tmp_path / NAME)
         assert served.post(COMPLETIONS, body).headers["x-weight-version"] == str(engine.version)

@@ -76,7 +76,7 @@ def _main(argv: list[str], console: Path) -> tuple[int, str]:
 
 
 def _children() -> list[str]:
-    gone = time.monotonic() + 3
+    gone = time.monotonic() + 10
     while (found := psutil.Process().children(recursive=True)) and time.monotonic() < gone:
         time.sleep(0.1)
     return [" ".join(process.cmdline()) for process in found if process.is_running()]
