@@ -183,11 +183,13 @@ class Server:
     def close(self) -> None:
         """End every process, wait until they are gone and the port is free, remove the folder. Idempotent."""
         process, self._process = self._process, None
-        if process is not None:
-            self._end(process)
-        if self._folder is not None:
-            segments.remove(self._folder)  # the supervisor did, unless it was killed
-            shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            if process is not None:
+                self._end(process)
+        finally:
+            if self._folder is not None:
+                segments.remove(self._folder)  # the supervisor did, unless it was killed
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def _end(self, process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(ProcessLookupError):

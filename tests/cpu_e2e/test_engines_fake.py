@@ -255,6 +255,6 @@ def test_close_ends_all_even_if_that_fails_for_one(monkeypatch: pytest.MonkeyPat
         group.engines[0].server.port = taken.getsockname()[1]
         with pytest.raises(EngineError, match=r"engine 0: port \d+ still answers"):
             group.close()
-    assert not psutil.wait_procs(tree, 5)[1]
-    group.close()
+    assert not psutil.wait_procs(tree, 20)[1]
     assert not any(folder.exists() for folder in folders)
+    group.close()
