@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import shutil
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from traceback import extract_tb
@@ -135,12 +136,22 @@ def reading(load: str | None) -> Iterator[None]:
 def _raise_explained(what: str, error: BaseException, remedy: str) -> NoReturn:
     """torch raises one exception on all ranks, and gives the details to one of them."""
     failures = getattr(error, "failures", None)
+    for found in (error, *(reason for reason, _ in (failures or {}).values())):
+        _clear_frames(found)
     if failures is None:
         raise DataError(f"{what}: {error}; {remedy}") from error
     if not failures:
         raise DataError(f"{what}; {remedy}") from OnOtherRank("the rank that gathers the results knows why")
     rank, (reason, _) = min(failures.items())
     raise DataError(f"{what}: rank {rank}: {reason}; {remedy}") from error
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop what the frames that raised `error` still hold: io.BytesIO and views of it (torch's filesystem.py), on which
+    CPython 3.12's collector crashes when it finds both in one cycle."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _folder(root: str, iteration: int) -> Path:
