@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -58,6 +59,23 @@ def write_in_process() -> None:
     """
     results: queue.Queue[Any] = queue.Queue()
     filesystem_async.get_write_results_queue = lambda mp_mode="spawn": results
+    _forget_what_failed_writes_held()
+
+
+def _forget_what_failed_writes_held() -> None:
+    """A write returns its exception, whose frames hold io.BytesIO objects and views of them, in a cycle with itself:
+    CPython 3.12's collector crashes when it finds an object and its view (`getbuffer`) in the same cycle."""
+    writer = filesystem_async.FileSystemWriterAsync
+    original = writer.write_preloaded_data
+
+    @functools.wraps(original)
+    def write(*args: Any, **kwargs: Any) -> Any:
+        number, result = original(*args, **kwargs)
+        if isinstance(result, Exception):
+            traceback.clear_frames(result.__traceback__)
+        return number, result
+
+    writer.write_preloaded_data = staticmethod(write)
 
 
 def is_in(load: str) -> bool:
@@ -136,22 +154,12 @@ def reading(load: str | None) -> Iterator[None]:
 def _raise_explained(what: str, error: BaseException, remedy: str) -> NoReturn:
     """torch raises one exception on all ranks, and gives the details to one of them."""
     failures = getattr(error, "failures", None)
-    for found in (error, *(reason for reason, _ in (failures or {}).values())):
-        _clear_frames(found)
     if failures is None:
         raise DataError(f"{what}: {error}; {remedy}") from error
     if not failures:
         raise DataError(f"{what}; {remedy}") from OnOtherRank("the rank that gathers the results knows why")
     rank, (reason, _) = min(failures.items())
     raise DataError(f"{what}: rank {rank}: {reason}; {remedy}") from error
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Drop what the frames that raised `error` still hold: io.BytesIO and views of it (torch's filesystem.py), on which
-    CPython 3.12's collector crashes when it finds both in one cycle."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _folder(root: str, iteration: int) -> Path:

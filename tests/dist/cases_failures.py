@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import io
 import os
 import signal
 import sys
@@ -14,9 +16,13 @@ from typing import Any
 import psutil
 import torch
 from cases import training
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 import pretrain_gspo
-from megatron_sglang.training import run
+from megatron_sglang.training import checkpoint, run
 
 Outcome = dict[str, Any]
 
@@ -54,6 +60,20 @@ def outcome(
             torch.distributed.destroy_process_group()
         found = {"code": code, "console": console, "seconds": time.monotonic() - started}
         return found | {"left": os.listdir(folder), "children": _children()}
+
+
+def failed_writes() -> str:
+    """Checkpoint files that cannot be written, and the collection of what that leaves behind."""
+    checkpoint.write_in_process()
+    item = WriteItem(MetadataIndex("state"), WriteItemType.BYTE_IO)
+    transforms = [_StorageWriterTransforms()]
+    for _ in range(20):
+        bucket = ("/dev/full", "key", ([(item, io.BytesIO(bytes(100_000)))], []))
+        written = filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, None, None, False)
+        found = repr(written)
+        del written
+        gc.collect()
+    return found
 
 
 def _main(argv: list[str], console: Path) -> tuple[int, str]:

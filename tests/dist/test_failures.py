@@ -235,6 +235,11 @@ def test_full_disk_at_save_keeps_the_last_checkpoint(run_ranks, tmp_path, small_
     assert iterations == [0, 1, 2, 3]
 
 
+def test_what_a_failed_save_leaves_behind_is_collected(run_ranks):
+    """CPython crashes over what Megatron's writer leaves: see `_forget_what_failed_writes_held`."""
+    assert run_ranks(1, "cases_failures.failed_writes") == ["(0, OSError(28, 'No space left on device'))"]
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", "rollout_state.json"])
 def test_damaged_checkpoint(run_ranks, tmp_path, checkpoint, name):
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
