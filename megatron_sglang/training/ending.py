@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -85,11 +86,14 @@ def report(error: Exception, log: Path | None, *, shared: bool = False) -> int:
         Stopped: a signal came before the error, or the end of torchrun is what the error comes from.
     """
     text, rank = f"{type(error).__name__}: {error}", os.environ.get("RANK", "0")
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full:
+        text += "; a disk is full: make room for log.run_dir, --save and temporary files, and resume with --load"
     shared = shared or is_from_other_rank(error)
     if _came:
         raise Stopped(_came[0]) from error
     _only_note()  # other ranks may have ended by the same error, and torchrun tells this one
-    foreseen = isinstance(error, MegatronSglangError)
+    foreseen = full or isinstance(error, MegatronSglangError)
     unforeseen_anywhere = not foreseen or type(error) is MegatronSglangError
     if shared and _under_torchrun():  # nobody else would end the wait
         _wait_for(SIGNALS, CLOSES_S)

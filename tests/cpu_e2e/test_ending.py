@@ -211,6 +211,23 @@ except EngineDiedError as error:
     assert (tmp_path / "closed").exists()
 
 
+def test_a_full_disk_is_said_wherever_it_was_met() -> None:
+    """Whatever writes, Megatron's own output too: the error says no path, and does not look like one of the user's."""
+    code = """
+try:
+    open("/dev/full", "w", buffering=1).write("a line\\n")
+except OSError as error:
+    sys.exit(ending.report(error, None))
+"""
+    process = start(code)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert errors == (
+        "rank 0: OSError: [Errno 28] No space left on device; a disk is full: make room for log.run_dir, --save and "
+        "temporary files, and resume with --load\n"
+    )
+
+
 def test_a_signal_before_an_error_is_the_reason() -> None:
     """Also where a library has swallowed it: around an optional import there often is a bare `except`."""
     swallowed = "try:\n    print('in', flush=True); time.sleep(60)\nexcept BaseException: pass"
