@@ -1,4 +1,4 @@
-"""What `cycle.py` and `sync.py` know of the rooms: Protocols, no implementation."""
+"""What `cycle.py` and `sync.py` know of the rooms: Protocols, no implementation; and `leaders`, for what rank 0 has."""
 
 from __future__ import annotations
 
@@ -146,3 +146,9 @@ class Comm(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON-able value, by rank, on every rank."""
         ...
+
+
+def leaders[T](value: T | None) -> T:
+    """`value`, which rank 0 alone has: the engine, and what is prepared for it."""
+    assert value is not None, "only the leader talks to the engine, and only what was prepared can be sent"
+    return value

@@ -3,28 +3,24 @@
     generic   full tensors under their HF names through the engine's own loader: any model, the oracle
     direct    only the rectangles that each engine rank needs, straight into its parameters, by a plan made once
 
-`plan_for` makes the plan, or says why there is none. The direct path is used only after it has given the same engine
-digest as the generic one for the same weights.
+`sync_plan.plan_for` makes the plan, or says why there is none. The direct path is used only after it has given the same
+engine digest as the generic one for the same weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 
-from megatron_sglang import layout, transfer
+from megatron_sglang import transfer
 from megatron_sglang.buckets import Bucket
-from megatron_sglang.copies import Copy
 from megatron_sglang.errors import MegatronSglangError, WeightSyncError
-from megatron_sglang.interfaces import Comm, DirectEngine, Engine, Weights
+from megatron_sglang.interfaces import Comm, DirectEngine, Engine, Weights, leaders
 from megatron_sglang.types import MergeFidelity, SyncReport
 
 
@@ -87,7 +83,7 @@ class GenericPath:
     def send(self, version: int) -> Sent:
         tensors = count = size = 0
         for bucket in agreed(self.comm, self.weights.buckets(version)):
-            self.comm.from_leader(lambda bucket=bucket: _lead(self.engine).load(bucket))
+            self.comm.from_leader(lambda bucket=bucket: leaders(self.engine).load(bucket))
             tensors, count, size = tensors + len(bucket.specs), count + 1, size + bucket.data.numel()
         return Sent(tensors, count, size)
 
@@ -184,13 +180,13 @@ class DirectPath:
 
     def begin(self, version: int) -> None:
         """On the leader, as `commit`: see `OwnSteps`."""
-        _lead(self.engine).begin_update(version, direct=True)
+        leaders(self.engine).begin_update(version, direct=True)
 
     def commit(self, version: int, buckets: int) -> str:
-        return _lead(self.engine).commit_update(version, buckets)
+        return leaders(self.engine).commit_update(version, buckets)
 
     def send(self, version: int) -> Sent:
-        call = self.comm.from_leader(lambda: _lead(self.engine).open_stream(version))
+        call = self.comm.from_leader(lambda: leaders(self.engine).open_stream(version))
         try:
             with contextlib.ExitStack() as stack:
                 lines: dict[int, Line] = {}
@@ -201,7 +197,7 @@ class DirectPath:
                 except OSError as error:
                     failure = WeightSyncError(f"version {version}: cannot listen for the engine rank: {error}")
                 self.comm.agree(failure)  # every rank listens before any engine rank connects
-                self.comm.from_leader(lambda: _lead(self.engine).start_stream(call))
+                self.comm.from_leader(lambda: leaders(self.engine).start_stream(call))
                 self.comm.agree(self._hand_over(lines))
         except MegatronSglangError as error:
             # Every rank has this error, by `agree` or `from_leader`, so all of them can take the next step together. An
@@ -216,7 +212,7 @@ class DirectPath:
         reason comes first, since the trainer may only have seen the line break; but only the trainer knows at which
         delivery, if the engine died."""
         try:
-            self.comm.from_leader(lambda: _lead(self.engine).end_stream(gave_up=seen is not None))
+            self.comm.from_leader(lambda: leaders(self.engine).end_stream(gave_up=seen is not None))
         except WeightSyncError as verdict:
             if seen is None:
                 raise
@@ -260,12 +256,12 @@ def publish(comm: Comm, engine: Engine | None, path: Path, version: int) -> Sync
         with _whole_or_stale(engine, version):
             path.prepare(version)
     prepared = time.perf_counter()
-    comm.from_leader(lambda: own.begin(version) if own is not None else _lead(engine).begin_update(version))
+    comm.from_leader(lambda: own.begin(version) if own is not None else leaders(engine).begin_update(version))
     opened = time.perf_counter()
     with _whole_or_stale(engine, version):
         sent = path.send(version)
         loaded = time.perf_counter()
-        commit = own.commit if own is not None else lambda *what: _lead(engine).commit_update(*what)
+        commit = own.commit if own is not None else lambda *what: leaders(engine).commit_update(*what)
         digest = comm.from_leader(lambda: commit(version, sent.buckets))
     seconds = {"begin": opened - prepared, "load": loaded - opened, "verify": time.perf_counter() - loaded}
     if isinstance(path, Prepares):
@@ -299,85 +295,6 @@ def require_agreement(gap: float, dtype: torch.dtype) -> None:
             f"most {WITNESS_GAP[dtype]:g} in {dtype}: it does not compute what the trainer does, though every weight "
             "was delivered; compare both models' config.json, and run one batch with sync.method=generic"
         )
-
-
-type Buckets = list[list[transfer.Piece]]
-
-
-class Plans:
-    """Keeps the last plan, with a hash of all that it depends on: an engine that is started again is usually laid out
-    as before, and a model of 18,000 tensors on 8 ranks takes seconds to plan."""
-
-    def __init__(self) -> None:
-        self._key, self._buckets = "", []
-
-    def of(self, inputs: Sequence[Any], make: Callable[[], Buckets]) -> Buckets:
-        """The plan for these inputs (JSON values): the kept one, or what `make` gives."""
-        key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-        if key != self._key:
-            self._key, self._buckets = key, make()
-        return self._buckets
-
-
-def plan_for(
-    comm: Comm,
-    engine: DirectEngine | None,
-    engine_ranks: int,
-    shapes: Mapping[str, tuple[int, ...]],
-    find_shards: Callable[[], list[transfer.Region]],
-    limit: int,
-    hosts: int | None = None,
-    plans: Plans | None = None,
-) -> Buckets:
-    """Make the transfer plan and install it in the engine; the same on all ranks. plans: keeps it for the next time.
-
-    find_shards: this rank's shards. limit: elements that an engine rank may receive in one delivery. hosts: how many
-    trainer ranks, the first ones, can hand over; None: all.
-    Raises `WeightSyncError` on all ranks where the direct path does not apply, with the reason.
-    """
-    texts = comm.from_leader(lambda: [found.to_json() for found in _lead(engine).layout(shapes)])
-    layouts = [layout.RankLayout.from_json(text) for text in texts]
-    if len(layouts) != engine_ranks:
-        raise WeightSyncError(f"the engine described {len(layouts)} ranks, expected {engine_ranks}")
-    if reasons := layout.problems(layouts, shapes):
-        raise WeightSyncError("; ".join(reasons[:3]))
-    mine, failure = [], None
-    try:
-        mine = [transfer.row_of(shard) for shard in find_shards()]
-    except WeightSyncError as error:
-        failure = error
-    comm.agree(failure)
-    rows = [row for rows in comm.gather(mine) for row in rows]
-    machines = comm.gather(int(os.environ.get("GROUP_RANK", "0")))  # torchrun's number of the node
-
-    def make() -> Buckets:
-        slots = [slot for found in layouts for slot in transfer.slots_of(found, shapes)]
-        everyone = [transfer.region_from(row) for row in rows]
-        return transfer.cut(transfer.make_plan(everyone, slots, hosts or comm.world_size, machines), limit)
-
-    buckets = (plans or Plans()).of([texts, rows, machines, hosts, limit], make)
-    comm.from_leader(lambda: _lead(engine).install_plan([receipt_of(found, buckets) for found in layouts]))
-    return buckets
-
-
-def receipt_of(found: layout.RankLayout, buckets: Sequence[Sequence[transfer.Piece]]) -> dict[str, Any]:
-    """What one engine rank is told: the copies of every delivery, and the constants that it writes itself."""
-    copies = [[astuple(copy) for copy in bucket] for bucket in transfer.receipts(buckets, found.rank)]
-    return {"buckets": copies, "constants": [(astuple(copy), value) for copy, value in constants_of(found)]}
-
-
-def constants_of(found: layout.RankLayout) -> list[tuple[Copy, float]]:
-    """Padding that the engine writes itself, with its value."""
-    return [
-        (Copy(write.param, write.offset, 0, write.size, write.strides, (0,) * len(write.size)), write.const)
-        for write in found.writes
-        if write.const is not None
-    ]
-
-
-def _lead[E](engine: E | None) -> E:
-    assert engine is not None, "only the leader talks to the engine"
-    return engine
 
 
 def agreed[T](comm: Comm, items: Iterator[T]) -> Iterator[T]:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from megatron_sglang.buckets import Bucket, kind_of
 from megatron_sglang.errors import WeightSyncError
-from megatron_sglang.interfaces import Comm, Engine
+from megatron_sglang.interfaces import Comm, Engine, leaders
 from megatron_sglang.sync import Path, Sent, agreed, publish
 from megatron_sglang.types import MergeFidelity
 
@@ -103,15 +103,15 @@ class DiskPath:
         self._folder = self.writer.write(version)
 
     def begin(self, version: int) -> None:
-        _lead(self.engine).begin_update(version)
+        leaders(self.engine).begin_update(version)
 
     def send(self, version: int) -> Sent:
-        folder = _lead(self._folder)
-        self.comm.from_leader(lambda: _lead(self.calls).load_folder(version, folder.path, folder.proof))
+        folder = leaders(self._folder)
+        self.comm.from_leader(lambda: leaders(self.calls).load_folder(version, folder.path, folder.proof))
         return Sent(folder.tensors, folder.files, folder.bytes)
 
     def commit(self, version: int, buckets: int) -> str:
-        return _lead(self.engine).commit_update(version, buckets)
+        return leaders(self.engine).commit_update(version, buckets)
 
 
 class RestartPath(DiskPath):
@@ -122,19 +122,19 @@ class RestartPath(DiskPath):
     _loaded = ""
 
     def begin(self, version: int) -> None:
-        _lead(self.engine).fail_update(f"an update to version {version} is under way")
+        leaders(self.engine).fail_update(f"an update to version {version} is under way")
 
     def send(self, version: int) -> Sent:
-        folder = _lead(self._folder)
-        self._loaded = self.comm.from_leader(lambda: _lead(self.calls).serve_folder(folder.path))
-        self.comm.from_leader(lambda: _lead(self.engine).begin_update(version))
+        folder = leaders(self._folder)
+        self._loaded = self.comm.from_leader(lambda: leaders(self.calls).serve_folder(folder.path))
+        self.comm.from_leader(lambda: leaders(self.engine).begin_update(version))
         return super().send(version)
 
     def commit(self, version: int, buckets: int) -> str:
         digest = super().commit(version, buckets)
         if digest != self._loaded:
             raise WeightSyncError(
-                f"the engine that was started on {_lead(self._folder).path} had digest {self._loaded}, its weights "
+                f"the engine that was started on {leaders(self._folder).path} had digest {self._loaded}, its weights "
                 f"checked one by one give {digest}; SGLang loads this model in another way than it is updated"
             )
         return digest
@@ -175,7 +175,7 @@ class MergeOnEnginePath:
     def prepare(self, version: int) -> None:
         """Give the engine the base, and keep the version merged by the trainer as the witness of the first merge there;
         nothing if the last version went well."""
-        sound = self.comm.from_leader(lambda: self._sound and _lead(self.calls).has_base())
+        sound = self.comm.from_leader(lambda: self._sound and leaders(self.calls).has_base())
         self._sound, self._expected = False, None
         if sound:
             return
@@ -183,13 +183,13 @@ class MergeOnEnginePath:
         if self.engine is not None:
             self.engine.fail_update("it holds the base alone, which is not the policy")
         names = self.adapters.names
-        self.base_bytes = self.comm.from_leader(lambda: _lead(self.calls).take_base(names, self.shapes, self.dtype))
+        self.base_bytes = self.comm.from_leader(lambda: leaders(self.calls).take_base(names, self.shapes, self.dtype))
         report = publish(self.comm, self.engine, self.whole, version)
-        self.comm.from_leader(lambda: _lead(self.calls).keep_witness())
+        self.comm.from_leader(lambda: leaders(self.calls).keep_witness())
         self._expected = report.engine_digest
 
     def begin(self, version: int) -> None:
-        _lead(self.calls).begin_merge(version)
+        leaders(self.calls).begin_merge(version)
 
     def send(self, version: int) -> Sent:
         tensors = count = size = 0
@@ -200,9 +200,9 @@ class MergeOnEnginePath:
         return Sent(*self.comm.from_leader(lambda: [tensors, count, size]))
 
     def commit(self, version: int, buckets: int) -> str:
-        calls = _lead(self.calls)
+        calls = leaders(self.calls)
         change = calls.merge_change()
-        digest = _lead(self.engine).commit_update(version, buckets)
+        digest = leaders(self.engine).commit_update(version, buckets)
         if self._expected is not None:
             found = calls.compare(TOLERANCE[self.dtype])
             if digest != self._expected:
@@ -219,7 +219,7 @@ class MergeOnEnginePath:
 
     def _hand_over(self, part: Sequence[tuple[Bucket, Sequence[tuple[str, str, str]]]]) -> None:
         for bucket, factors in part:
-            _lead(self.calls).merge(bucket, factors, self.adapters.scale)
+            leaders(self.calls).merge(bucket, factors, self.adapters.scale)
 
     def _tolerate(self, version: int, digest: str, found: Sequence[Mapping[str, Any]]) -> None:
         """Accept differences to the witness within `TOLERANCE`, and say so; `WeightSyncError` for others. found: by
@@ -268,23 +268,23 @@ class AdapterPath:
         self._folder = None
         if self.base is not None:
             self.home = self.base.write(0).path
-            self.comm.from_leader(lambda: _lead(self.calls).serve_folder(self.home))
+            self.comm.from_leader(lambda: leaders(self.calls).serve_folder(self.home))
             self.base = None
         self.comm.from_leader(self._check_base)
         self._folder = self.adapters.write(version)
 
     def begin(self, version: int) -> None:
-        _lead(self.calls).begin_adapter(version, adapter_name(version))
+        leaders(self.calls).begin_adapter(version, adapter_name(version))
 
     def send(self, version: int) -> Sent:
-        folder, name = _lead(self._folder), adapter_name(version)
-        self.comm.from_leader(lambda: _lead(self.calls).load_adapter(version, name, folder.path))
+        folder, name = leaders(self._folder), adapter_name(version)
+        self.comm.from_leader(lambda: leaders(self.calls).load_adapter(version, name, folder.path))
         return Sent(folder.tensors, folder.files, folder.bytes)
 
     def commit(self, version: int, buckets: int) -> str:
-        folder, base = _lead(self._folder), self._base_digest
+        folder, base = leaders(self._folder), self._base_digest
         scale, name = self.adapters.scale, adapter_name(version)
-        _lead(self.calls).commit_adapter(version, name, folder.path, folder.proof, scale, base)
+        leaders(self.calls).commit_adapter(version, name, folder.path, folder.proof, scale, base)
         self._sound = True
         return hashlib.sha256(json.dumps([base, sorted(folder.proof.items())]).encode()).hexdigest()[:16]
 
@@ -294,7 +294,7 @@ class AdapterPath:
     def _check_base(self) -> None:
         """The engine's base is that of version 0; it is loaded anew if it is not after a failed update."""
         sound, self._sound = self._sound, False
-        found = _lead(self.calls).base_digest()
+        found = leaders(self.calls).base_digest()
         if self._base_digest in ("", found):
             self._base_digest = found
             return
@@ -303,7 +303,7 @@ class AdapterPath:
             raise WeightSyncError(
                 f"{text}: something wrote to it since the last version; publish again, which loads {self.home} anew"
             )
-        found = _lead(self.calls).serve_folder(self.home)
+        found = leaders(self.calls).serve_folder(self.home)
         if found != self._base_digest:
             raise WeightSyncError(f"{text}, and {self.home} now gives {found}: its files are not those of the start")
 
@@ -328,16 +328,4 @@ def fidelity_of(
         share = sizes[key] / sums[3]
         layer = layers.setdefault(int(key.split(".")[0]), [0.0] * 4)
         layer[:] = [total + share * more for total, more in zip(layer, sums, strict=True)]
-    total = [sum(column) for column in zip(*layers.values(), strict=True)]
-    by_layer = {layer: _norms(sums) for layer, sums in sorted(layers.items()) if layer >= 0}
-    return MergeFidelity(*_norms(total), total[2] / total[3] if total[3] else 0.0, by_layer)
-
-
-def _norms(sums: Sequence[float]) -> tuple[float, float]:
-    update, lost = sums[:2]
-    return math.sqrt(update), math.sqrt(lost / update) if update else 0.0
-
-
-def _lead[T](value: T | None) -> T:
-    assert value is not None, "only the leader talks to the engine, and only what was prepared can be sent"
-    return value
+    return MergeFidelity.of(layers)

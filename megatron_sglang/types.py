@@ -8,7 +8,8 @@ Records are frozen; lengths are checked where they are made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -184,6 +185,18 @@ class MergeFidelity:
     """Share of the adapted weights' elements that are not the base's after the cast."""
     layers: Mapping[int, tuple[float, float]]
     """Decoder layer -> (update_norm, cast_loss) of it alone."""
+
+    @classmethod
+    def of(cls, sums: Mapping[int, Sequence[float]]) -> MergeFidelity:
+        """sums: decoder layer (-1: outside of them) -> |merged - base|^2, |what the cast lost|^2, elements that
+        changed, elements."""
+        update, lost, changed, elements = (sum(column) for column in zip(*(sums.values() or [[0.0] * 4]), strict=True))
+        layers = {layer: _norms(*found[:2]) for layer, found in sorted(sums.items()) if layer >= 0}
+        return cls(*_norms(update, lost), changed / elements if elements else 0.0, layers)
+
+
+def _norms(update: float, lost: float) -> tuple[float, float]:
+    return math.sqrt(update), math.sqrt(lost / update) if update else 0.0
 
 
 @dataclass(frozen=True, slots=True)

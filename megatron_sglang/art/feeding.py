@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from megatron_sglang.errors import DataError, EngineDiedError
 from megatron_sglang.feed.batch import Wanted
-from megatron_sglang.feed.door import short_name
+from megatron_sglang.unix_socket import short_name
 
 POLL_S = 0.1
 _LIMIT = 1 << 20

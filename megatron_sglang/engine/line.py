@@ -15,7 +15,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import os
 import socket
 import struct
 import time
@@ -27,6 +26,7 @@ import torch
 
 from megatron_sglang.engine.wire import reply_name
 from megatron_sglang.errors import WeightSyncError
+from megatron_sglang.unix_socket import short_name
 
 _PREFIX = struct.Struct(">IQ")
 _POLL_S = 0.1
@@ -124,7 +124,7 @@ class Line:
         """Slot -> handle that was given out. Emptied when the engine rank, which gives them back itself, has ended
         well."""
         self._listener = socket.socket(socket.AF_UNIX)
-        with _short_path(call["folder"], socket_name(call["id"], rank)) as path:
+        with short_name(Path(call["folder"], socket_name(call["id"], rank))) as path:
             self._listener.bind(path)
         self._path = Path(call["folder"], socket_name(call["id"], rank))
         self._listener.listen(1)
@@ -233,7 +233,7 @@ def receive(
     """
     slots: dict[int, torch.Tensor] = {}
     connection = socket.socket(socket.AF_UNIX)
-    with connection, _short_path(call["folder"], socket_name(call["id"], call["rank"])) as path:
+    with connection, short_name(Path(call["folder"], socket_name(call["id"], call["rank"]))) as path:
         try:
             connection.connect(path)
         except (FileNotFoundError, ConnectionRefusedError) as error:
@@ -286,16 +286,6 @@ def socket_name(identity: int, rank: int) -> str:
 def ended_name(identity: int) -> str:
     """File that appears when the engine has answered the stream's message, well or not."""
     return f"{identity}.ended"
-
-
-@contextlib.contextmanager
-def _short_path(folder: str, name: str) -> Iterator[str]:
-    """A path of a socket in `folder`, however long that is: a socket's address holds 107 bytes."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{descriptor}/{name}"
-    finally:
-        os.close(descriptor)
 
 
 _BYTES = ("storage_handle", "ref_counter_handle", "event_handle")

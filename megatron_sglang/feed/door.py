@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sglang.errors import DataError
+from megatron_sglang.unix_socket import short_name
 
 NAME = "feed.sock"
 """Of the socket in a run's folder."""
@@ -100,16 +100,6 @@ class Door:
         line = bytes(self._pending[:end])
         del self._pending[: end + 1]
         return line
-
-
-@contextlib.contextmanager
-def short_name(path: Path) -> Iterator[str]:
-    """A name of `path` to bind or connect a Unix socket by, however long the path is (the kernel takes 107 bytes)."""
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)
 
 
 def _wait_readable(source: socket.socket, deadline: float, idle: Callable[[], None], otherwise: str) -> None:

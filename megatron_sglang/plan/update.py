@@ -76,8 +76,8 @@ def update_of(
     host: Host = H200,
     buffers: int = SLOTS,
 ) -> Update:
-    """Plan an update as `sync.plan_for` does. shards and slots: of all ranks; ranks: of the trainer; itemsize: of the
-    engine's dtype, in bytes; buffers: of each kind.
+    """Plan an update as `sync_plan.plan_for` does. shards and slots: of all ranks; ranks: of the trainer; itemsize: of
+    the engine's dtype, in bytes; buffers: of each kind.
 
     Raises `WeightSyncError` for a slot that the shards do not fill.
     """

@@ -17,9 +17,10 @@ from megatron_sglang.engine.method_calls import MethodCalls
 from megatron_sglang.errors import ConfigError
 from megatron_sglang.interfaces import Comm, DirectEngine
 from megatron_sglang.layout import samples_of
-from megatron_sglang.sync import BroadcastPath, DirectPath, GenericPath, Plans, plan_for
+from megatron_sglang.sync import BroadcastPath, DirectPath, GenericPath
 from megatron_sglang.sync import Path as SyncPath
 from megatron_sglang.sync_methods import AdapterPath, DiskPath, MergeOnEnginePath, RestartPath
+from megatron_sglang.sync_plan import Plans, plan_for
 from megatron_sglang.transfer import SLOTS
 from megatron_sglang.weights import shards
 from megatron_sglang.weights.adapters import AdapterStream

@@ -115,14 +115,8 @@ class MergeStats:
         for layer, sums in self._sums.items():
             table[layer] += sums  # -1, outside the layers, is the last row
         torch.distributed.all_reduce(table)
-        update, lost, changed, elements = table.sum(0).tolist()
-        layers = {layer: _norms(*row[:2]) for layer, row in enumerate(table[:-1].tolist()) if row[3]}
-        return MergeFidelity(*_norms(update, lost), changed / elements if elements else 0.0, layers)
-
-
-def _norms(update: float, lost: float) -> tuple[float, float]:
-    """(update_norm, cast_loss) as in `MergeFidelity`, from the two sums of squares."""
-    return math.sqrt(update), math.sqrt(lost / update) if update else 0.0
+        *layers, outside = table.tolist()
+        return MergeFidelity.of({layer: row for layer, row in enumerate(layers) if row[3]} | {-1: outside})
 
 
 def units_of(bridge: Any, model_chunks: list[torch.nn.Module]) -> list[Unit]:

@@ -21,7 +21,7 @@ from engine_tools import Publisher, Weights
 from megatron_sglang.digests import digest
 from megatron_sglang.engine.line import Line
 from megatron_sglang.errors import EngineStaleError, WeightSyncError
-from megatron_sglang.sync import receipt_of
+from megatron_sglang.sync_plan import receipt_of
 from megatron_sglang.transfer import Box, Piece, Place, Region, cut, incoming, make_plan, slots_of
 from megatron_sglang.types import GenerateRequest, SamplingParams
 

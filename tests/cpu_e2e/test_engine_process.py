@@ -21,7 +21,7 @@ from engine_tools import Publisher, Weights, engine_options, shared_memory
 from megatron_sglang.digests import digest
 from megatron_sglang.engine import create_engine, line
 from megatron_sglang.errors import EngineStaleError, EngineStartError, WeightSyncError
-from megatron_sglang.sync import receipt_of
+from megatron_sglang.sync_plan import receipt_of
 from megatron_sglang.transfer import Box, Place, Region, cut, make_plan, slots_of
 from megatron_sglang.types import GenerateRequest, SamplingParams
 

@@ -25,7 +25,8 @@ from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.errors import MegatronSglangError, WeightSyncError
 from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.rollout import Rollout
-from megatron_sglang.sync import GenericPath, plan_for
+from megatron_sglang.sync import GenericPath
+from megatron_sglang.sync_plan import plan_for
 from megatron_sglang.trace import RunLog
 from megatron_sglang.types import Completion, MergeFidelity, Prompt, SamplingParams, Score
 

@@ -17,9 +17,10 @@ import pytest
 from megatron_sglang.art.feeding import Feeding
 from megatron_sglang.errors import DataError, EngineDiedError
 from megatron_sglang.feed.batch import Wanted, parse
-from megatron_sglang.feed.door import NAME, Door, short_name
+from megatron_sglang.feed.door import NAME, Door
 from megatron_sglang.feed.sampler import Feed
 from megatron_sglang.types import RolloutGroup
+from megatron_sglang.unix_socket import short_name
 
 WANTED = Wanted.of(batch=0, version=1, groups=2, members=2, longest=8, vocab_size=100)
 

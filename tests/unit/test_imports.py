@@ -23,12 +23,12 @@ ROOMS = {
 """Heavy package -> the parts of ours that may import it, at the top of a file or in a function."""
 
 LAYERS = [
-    "errors types copies precision packing digest_kernel",
+    "errors types unix_socket copies precision packing digest_kernel",
     "digests stops hf_files routing",
     "copy_kernel config buckets layout placement",
     "config_check interfaces weight_folder metrics trackers advantages prompts comm",
     "config_argv losses trace rewards rollout transfer host memory samples",
-    "config_docs batching report cpu sync agents feed",
+    "config_docs batching report cpu sync sync_plan agents feed",
     "sync_methods",
     "config_load cycle engine weights",
     "doctor dry_run plan serve",

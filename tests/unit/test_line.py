@@ -18,6 +18,7 @@ from torch.multiprocessing import reductions
 
 from megatron_sglang.engine import line, wire
 from megatron_sglang.errors import WeightSyncError
+from megatron_sglang.unix_socket import short_name
 
 CPU = torch.device("cpu")
 
@@ -176,7 +177,7 @@ def test_an_end_after_other_deliveries_than_planned_is_a_cut(folder: Path, expec
 def test_a_trainer_that_has_left_already_is_no_fault_of_the_engine(folder: Path, listens: bool) -> None:
     """A rank that connects late, when another one has failed: its complaint must not bury that one's."""
     if listens:
-        with socket.socket(socket.AF_UNIX) as left, line._short_path(str(folder), line.socket_name(7, 0)) as path:
+        with socket.socket(socket.AF_UNIX) as left, short_name(folder / line.socket_name(7, 0)) as path:
             left.bind(path)
     engine = EngineRank(folder)
     engine.join(10)

@@ -11,7 +11,8 @@ from one_rank import Alone
 
 from megatron_sglang.errors import WeightSyncError
 from megatron_sglang.layout import Param, RankLayout, Write
-from megatron_sglang.sync import DirectPath, Plans, plan_for
+from megatron_sglang.sync import DirectPath
+from megatron_sglang.sync_plan import Plans, plan_for
 from megatron_sglang.transfer import Box, Place, Region
 from megatron_sglang.types import MergeFidelity
 
