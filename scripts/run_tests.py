@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BESIDE = "tests/cpu_e2e"
@@ -23,11 +24,14 @@ CLEAN_UP_S = 60.0
 
 def main() -> int:
     # SIGINT, too: a shell starts what runs in its background with that ignored, and the sessions would inherit it.
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sign, signal.default_int_handler)
+    came: list[int] = []
+    on(lambda number, _frame: came.append(number))  # until both sessions are known, or one would be left
     with tempfile.TemporaryFile("w+") as log:
         sessions = [start([BESIDE], log), start([f"--ignore={BESIDE}"], None)]
         try:
+            on(signal.default_int_handler)
+            if came:
+                raise KeyboardInterrupt
             codes = [session.wait() for session in reversed(sessions)]
         except KeyboardInterrupt:
             end(sessions)
@@ -35,6 +39,11 @@ def main() -> int:
         log.seek(0)
         print(f"\n{BESIDE}, which ran beside that:\n{log.read()}", flush=True)
     return int(any(codes))
+
+
+def on(handler: Callable[[int, Any], Any]) -> None:
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, handler)
 
 
 def start(arguments: list[str], log: IO[str] | None) -> subprocess.Popen[bytes]:
