@@ -56,6 +56,13 @@ OWNED = {
     "tokenizer_worker_num": "nothing: API keys work with one tokenizer process only",
 }
 """ServerArgs fields that `extra` must not set, each with what to use instead."""
+ENGINE_FIELDS = {
+    "mem_fraction_static": "mem_fraction",
+    "max_total_tokens": "max_total_tokens",
+    "max_running_requests": "max_running_requests",
+    "context_length": "context_length",
+}
+"""SGLang's option -> the field of `EngineOptions` that stands for it, where users name it as SGLang does."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_sglang.config_check import ROUTER, known_options
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.engine.beacon import NAME
+from megatron_sglang.engine.options import ENGINE_FIELDS
 from megatron_sglang.errors import ConfigError, EngineDiedError
 from megatron_sglang.serve import keys
 from megatron_sglang.serve.limits import Limits
@@ -35,13 +36,6 @@ if TYPE_CHECKING:
 KEY_FILE = "serve.{port}.key"
 """Several endpoints may serve one run."""
 ALIVE_EVERY_S = 1.0
-ENGINE_FIELDS = {
-    "mem_fraction_static": "mem_fraction",
-    "max_total_tokens": "max_total_tokens",
-    "max_running_requests": "max_running_requests",
-    "context_length": "context_length",
-}
-"""SGLang's option -> the field of `EngineOptions` that stands for it; all other options go into `extra`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,6 @@ import shutil
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from traceback import extract_tb
 from typing import Any, NoReturn
 
 import torch
@@ -78,11 +77,6 @@ def _forget_what_failed_writes_held() -> None:
     writer.write_preloaded_data = staticmethod(write)
 
 
-def is_in(load: str) -> bool:
-    """Whether the folder has a whole checkpoint."""
-    return Path(load, "latest_checkpointed_iteration.txt").exists()
-
-
 def write_state(save: str, iteration: int, state: dict[str, Any]) -> None:
     """Write the JSON part before Megatron's part, so that no checkpoint counts without it. On one rank only."""
     folder = _folder(save, iteration)
@@ -141,7 +135,7 @@ def reading(load: str | None) -> Iterator[None]:
     except (KeyError, RuntimeError) as error:
         # Where experts are spread otherwise than the rest, Megatron's optimizer is a chain of two, which does not read
         # the state of a single one, nor is it read by one.
-        frames = extract_tb(error.__traceback__)
+        frames = traceback.extract_tb(error.__traceback__)
         found = any(frame.name == "load_state_dict" and "optimizer" in Path(frame.filename).stem for frame in frames)
         if not found or type(error) not in (KeyError, RuntimeError):  # out of memory is another RuntimeError
             raise

@@ -24,7 +24,7 @@ from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.cycle import Cycle, Leader
 from megatron_sglang.engine import EngineOptions
 from megatron_sglang.engine.controls import eos_token_ids
-from megatron_sglang.engine.options import find_python
+from megatron_sglang.engine.options import ENGINE_FIELDS, find_python
 from megatron_sglang.errors import DataError
 from megatron_sglang.feed.sampler import Feed
 from megatron_sglang.prompts import source
@@ -32,15 +32,6 @@ from megatron_sglang.rollout import Rollout
 from megatron_sglang.trace import METRICS, RunLog, read_lines
 from megatron_sglang.training import console, ending, hf_folder, modes
 from megatron_sglang.types import Prompt, SamplingParams
-
-ENGINE_FIELDS = {
-    "ep_size": "ep_size",
-    "mem_fraction_static": "mem_fraction",
-    "max_total_tokens": "max_total_tokens",
-    "max_running_requests": "max_running_requests",
-    "context_length": "context_length",
-}
-"""SGLang's option -> the field of `EngineOptions` that stands for it; all other options go into `extra`."""
 
 
 def train(config: RunConfig) -> None:
@@ -66,6 +57,7 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.checkpointing import checkpoint_exists
 
     from megatron_sglang.losses import LossOptions
     from megatron_sglang.training import checkpoint
@@ -87,7 +79,7 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
             comm.from_leader(lambda: setup and modes.wait_ready(setup.engine, setup.show))
         if setup is not None:
             setup.show(f"model and engine ready after {time.monotonic() - setup.began:.0f} s")
-            if recipe.args.load and not checkpoint.is_in(recipe.args.load):
+            if recipe.args.load and not checkpoint_exists(recipe.args.load):
                 setup.show(f"--load {recipe.args.load}: there is no checkpoint in it, so the run begins anew")
         paths = Paths(
             comm=comm,
@@ -293,7 +285,8 @@ def engine_options(config: RunConfig) -> EngineOptions:
     """How an engine is started for `config`; where there are several, `engine.group.spread` gives each its devices."""
     extra = modes.extra_of(config) | config.sglang | modes.lora_of(config)
     extra.pop(ROUTER, None)
-    sizes = {ours: extra.pop(theirs) for theirs, ours in ENGINE_FIELDS.items() if theirs in extra}
+    fields = {"ep_size": "ep_size", **ENGINE_FIELDS}
+    sizes = {ours: extra.pop(theirs) for theirs, ours in fields.items() if theirs in extra}
     return EngineOptions(
         model_path=config.model.hf_path,
         kind=config.rollout.engine,
