@@ -8,7 +8,7 @@
     logprobs  old and reference logprobs are there    -
     resume    before the engine takes its memory back as much as it gave is free
     release   the engine has given its memory back    not less than after the second release, see below
-    start     the same, before there is a model       what was free before the engine started, less what it may keep
+    start     the same, before there is a model       what was free before the engine started, less ENGINE_KEEPS
 
 The numbers are the device's own (cudaMemGetInfo), so they hold what every process has on it, and what a process's
 allocator keeps counts as used. `memory/<phase>_free_gb` is the fullest device's, in 10^9 bytes. Nothing on a CPU.
@@ -32,8 +32,9 @@ from megatron_sglang.interfaces import Comm
 GB = 10**9
 TOLERANCE = 2 * GB
 """What may be missing at a later release: workspaces of longer sequences."""
-ENGINE_KEEPS = 8 * GB
-"""What an engine may keep when weights and KV cache are released: context, kernels, graphs, communicators."""
+ENGINE_KEEPS = 10 * GB
+"""What may be missing when weights and KV cache of an engine are released, before there is a model: its context,
+kernels, graphs and communicators, and the trainer's own."""
 
 
 Peaks = Callable[[], Mapping[str, int]]

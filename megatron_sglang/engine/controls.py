@@ -92,21 +92,31 @@ class Controls(Announced):
         self._require_proved()
         if not requests:
             return []
-        if any(request.sampling.stop or request.sampling.min_new_tokens for request in requests):
-            raise ConfigError(
-                "requests in one call know neither stop texts nor min_new_tokens, which need to be watched one by one; "
-                "use client(decode).generate"
-            )
         version = self.version
         for request in requests:
             require_loaded(request.adapter or self.adapter, self.unloaded)
         if self.adapter:
             requests = [one if one.adapter else dataclasses.replace(one, adapter=self.adapter) for one in requests]
+        replies = self._ask(requests)
+        return [_completion(one, reply, version) for one, reply in zip(requests, replies, strict=True)]
+
+    def warm_up(self, requests: Sequence[GenerateRequest]) -> None:
+        """Have `requests` answered, whatever the weights are, so that the engine compiles the kernels they need. The
+        answers are nobody's, and the next update forgets the prefixes that were cached."""
+        self._ask(requests)
+
+    def _ask(self, requests: Sequence[GenerateRequest]) -> list[dict[str, Any]]:
+        """SGLang's answers to all of them, in order."""
+        if any(request.sampling.stop or request.sampling.min_new_tokens for request in requests):
+            raise ConfigError(
+                "requests in one call know neither stop texts nor min_new_tokens, which need to be watched one by one; "
+                "use client(decode).generate"
+            )
         body = answers.batch_body(requests)
         replies = self._connected.post("/generate", body, self.options.request_timeout_s, admin=False)
         if not isinstance(replies, list) or len(replies) != len(requests):
             raise EngineError(f"engine answered {len(requests)} requests with {str(replies)[:200]}, not a list of them")
-        return [_completion(one, reply, version) for one, reply in zip(requests, replies, strict=True)]
+        return replies
 
     def info(self) -> dict[str, Any]:
         """SGLang's /server_info: resolved arguments, sizes, version."""

@@ -159,6 +159,11 @@ class EngineGroup(Announced):
         answers = self._each(lambda number, engine: engine.generate(parts[number]), until_first_error=True)
         return [completion for answer in answers for completion in answer]
 
+    def warm_up(self, requests: Sequence[GenerateRequest]) -> None:
+        """See `Controls.warm_up`; each engine gets its part of them."""
+        parts = blocks(requests, len(self.engines))
+        self._each(lambda number, engine: engine.warm_up(parts[number]), until_first_error=True)
+
     @property
     def addresses(self) -> list[Address]:
         """See `HttpEngine.addresses`."""

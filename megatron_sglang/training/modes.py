@@ -17,7 +17,6 @@ from megatron_sglang.engine import EngineOptions, create_engines
 from megatron_sglang.engine.beacon import NAME
 from megatron_sglang.engine.lora_options import lora_server_args
 from megatron_sglang.errors import ConfigError
-from megatron_sglang.memory import ENGINE_KEEPS, Ledger
 from megatron_sglang.placement import Choice
 
 
@@ -169,20 +168,3 @@ def releases(config: RunConfig) -> bool:
             "and this method does not send all of them; leave one of the two out"
         )
     return True
-
-
-def make_room(
-    config: RunConfig, engine: Any, show: Callable[[str], None], meanwhile: Callable[[], None] = lambda: None
-) -> None:
-    """Before the trainer's model is built: the engine takes its memory, and gives it back where they take turns.
-    meanwhile: work that takes none of the device's, done while the engine starts."""
-    if not engine_first(config):
-        return
-    ledger = Ledger.of_device()
-    before = ledger.free() if ledger is not None else 0
-    meanwhile()
-    wait_ready(engine, show)
-    if choose(config).mode == "shared" or releases(config):
-        engine.release()
-        if ledger is not None:
-            ledger.require("start", before, tolerance=ENGINE_KEEPS)

@@ -2,15 +2,15 @@
 
 The engine's start and the import of Megatron take half a minute each on a CPU, so the leader starts the engine first
 and waits for it when the first weights are ready. On a GPU it imports Megatron meanwhile, but waits before the model is
-built, because SGLang makes its KV cache out of what it finds free.
+built, because SGLang makes its KV cache out of what it finds free (`engine_start.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from megatron_sglang.prompts import source
 from megatron_sglang.rollout import Rollout
 from megatron_sglang.trace import METRICS, RunLog, read_lines
 from megatron_sglang.training import console, ending, hf_folder, modes
+from megatron_sglang.training.engine_start import EngineStart
 from megatron_sglang.types import Prompt, SamplingParams
 
 
@@ -72,13 +73,15 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
     shapes, mode = _shapes(config), modes.choose(config).mode
     modes.releases(config)  # asked here because a mistake in the options must not be found only when the model is built
 
+    comm_of_ranks = functools.cache(TorchComm)  # made when there are process groups
+
     def make_cycle(model_chunks: list[Any], resume_after: int | None) -> Cycle:
-        comm = TorchComm()
+        comm = comm_of_ranks()
         leader = setup.to_leader(resume_after) if setup is not None else None
         if not modes.engine_first(config):  # otherwise `LeaderSetup.open` has waited for it
-            comm.from_leader(lambda: setup and modes.wait_ready(setup.engine, setup.show))
+            comm.from_leader(lambda: setup and modes.wait_ready(setup.start.engine, setup.show))
         if setup is not None:
-            setup.show(f"model and engine ready after {time.monotonic() - setup.began:.0f} s")
+            setup.show(f"model and engine ready after {setup.start.seconds:.0f} s")
             if recipe.args.load and not checkpoint_exists(recipe.args.load):
                 setup.show(f"--load {recipe.args.load}: there is no checkpoint in it, so the run begins anew")
         paths = Paths(
@@ -110,13 +113,18 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
     plugin = make_plugin(config, step, make_cycle, lambda chunks: in_place(recipe.bridge, chunks))
     plugin.register()
     board.meet()
+
+    def provide_model(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        comm_of_ranks().from_leader(lambda: setup and setup.start.make_room())
+        return recipe.model_provider(*args, **kwargs)
+
     with checkpoint.reading(recipe.args.load):
         pretrain(
             pretrain_cfg_container_from_args(recipe.args),
             _no_dataset,
             ModelType.encoder_or_decoder,
             plugin.step.forward_step,
-            recipe.model_provider,
+            provide_model,
         )
     plugin.finish()
     torch.distributed.destroy_process_group()  # after an error it might wait for ranks that are gone
@@ -161,36 +169,39 @@ class LeaderSetup:
 
     config: RunConfig
     cleanup: contextlib.ExitStack
-    engine: Any
+    start: EngineStart
     rollout: Rollout | agents.AgentRollout | Feed
     prompts: source.PromptSource | Feed
     held_out: tuple[Prompt, ...]
     show: Callable[[str], None]
     """Prints a line on the console."""
-    began: float
-    """Seconds on the monotonic clock, before the engine was started."""
 
     @staticmethod
     def open(config: RunConfig, cleanup: contextlib.ExitStack, show: Callable[[str], None]) -> LeaderSetup:
         """Start the engine first, which takes longest, then load data and reward while it comes up."""
-        began = time.monotonic()
         if not (fed := Feed.asked_for(config)):
             agents.Environments.of(config.rollout.environment)  # an error there must not wait for an engine
         engine = modes.create(config, engine_options(config), show)
         cleanup.callback(engine.close)
-        engine.start()
-        modes.announce(config, engine)
-        modes.make_room(config, engine, show, meanwhile=_import_trainer)
-        if modes.engine_first(config):
-            show(f"engine ready after {time.monotonic() - began:.0f} s")
+        start = EngineStart(config, engine, show)
+        start.begin(meanwhile=_import_trainer)
         tokenizer = source.load_tokenizer(config.model.hf_path)
         if fed:
             feed: Any = Feed.open(config, engine, tokenizer.decode)
             cleanup.callback(feed.door.close)
             show(f"{config.model.hf_path}: batches come through {feed.door.path}")
-            return LeaderSetup(config, cleanup, engine, feed, feed, (), show, began)
+            return LeaderSetup(config, cleanup, start, feed, feed, (), show)
         train, held_out = (_prompts(config, path, tokenizer) for path in (config.data.train, config.data.eval))
         held_out = held_out[: config.rollout.eval_samples or None]
+        sampling = SamplingParams(
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            max_new_tokens=config.rollout.max_new_tokens,
+            stop_token_ids=stop_tokens(tokenizer.eos_token_id, config.model.hf_path),
+            stop=config.rollout.stop,
+        )
+        start.warm_up(train, sampling)
         reward = rewards.create_reward(
             config.reward.name,
             sandbox="auto" if (unsafe := config.reward.sandbox == "unsafe-local") else config.reward.sandbox,
@@ -209,14 +220,6 @@ class LeaderSetup:
             f"{config.model.hf_path}: {len(train)} training and {len(held_out)} held-out problems, "
             f"{engines} {config.rollout.engine} tp={config.engine.tp_size}, rewards: {reward.tier}"
         )
-        sampling = SamplingParams(
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            top_k=config.rollout.top_k,
-            max_new_tokens=config.rollout.max_new_tokens,
-            stop_token_ids=stop_tokens(tokenizer.eos_token_id, config.model.hf_path),
-            stop=config.rollout.stop,
-        )
         sampler = agents.create_rollout(
             config.rollout,
             engine=engine,
@@ -230,7 +233,7 @@ class LeaderSetup:
         prompts = source.PromptSource(
             train, config.rollout.prompts_per_batch, seed=config.seed, shuffle=config.data.shuffle
         )
-        return LeaderSetup(config, cleanup, engine, sampler, prompts, held_out, show, began)
+        return LeaderSetup(config, cleanup, start, sampler, prompts, held_out, show)
 
     def to_leader(self, resume_after: int | None) -> Leader:
         """The leader's part of the cycle, with its log; `resume_after`: see `RunLog`."""
@@ -245,7 +248,7 @@ class LeaderSetup:
         self.cleanup.callback(self._write_report)
         self.cleanup.callback(log.close)
         sampler = dataclasses.replace(self.rollout, span=log.span)
-        return Leader(self.engine, sampler, self.prompts, self.held_out, log)
+        return Leader(self.start.engine, sampler, self.prompts, self.held_out, log)
 
     def _write_report(self) -> None:
         """At the end of a run: its report page, and two lines on the console."""

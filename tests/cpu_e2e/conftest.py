@@ -17,7 +17,7 @@ from engine_tools import Publisher, Weights, engine_options, shared_memory
 from safetensors.torch import load_file, save_file
 
 from megatron_sglang.engine import create_engine
-from megatron_sglang.types import Completion, GenerateRequest
+from megatron_sglang.types import Completion, GenerateRequest, SamplingParams
 
 if TYPE_CHECKING:
     from megatron_sglang.engine.http_engine import HttpEngine
@@ -78,6 +78,8 @@ def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         assert running.server.pid is not None
         shared = shared_memory(running.server.pid)
         assert len(shared) == 2, shared
+        sampling = SamplingParams(max_new_tokens=4, seed=1)
+        running.warm_up([GenerateRequest((5, 6, 7), sampling)] * 3)  # as a run on a GPU does, with what is in memory
         yield running
     assert not [path for path in shared if path.exists()]
 

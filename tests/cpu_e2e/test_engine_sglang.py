@@ -142,6 +142,22 @@ def test_missing_tensor_is_named(engine: HttpEngine, publish: Publisher, weights
     publish(weights)
 
 
+def test_what_warmed_it_up_is_forgotten(
+    engine: HttpEngine, publish: Publisher, weights: Weights, other_weights: Weights
+) -> None:
+    """An engine that must not serve answers all the same, and keeps no prefix of these weights for the next ones. That
+    it does so before its first weights is the session's: see the fixture `engine`."""
+    publish(weights)
+    expected = [(one.token_ids_T, one.logprobs_T) for one in engine.generate(requests(8))]
+    publish(other_weights)
+    engine.stale = "as before the first weights"
+    engine.warm_up(requests(8))
+    with pytest.raises(EngineStaleError, match="as before the first weights"):
+        engine.generate(requests(8))
+    publish(weights)
+    assert [(one.token_ids_T, one.logprobs_T) for one in engine.generate(requests(8))] == expected
+
+
 def test_update_in_the_middle_of_requests(
     engine: HttpEngine, publish: Publisher, weights: Weights, other_weights: Weights, rescore: Rescore
 ) -> None:

@@ -40,17 +40,6 @@ TABLE = [
 ]
 
 
-def test_an_engine_that_comes_first_is_waited_for_after_the_imports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both take half a minute and more; one after the other every start on a GPU would be so much longer."""
-    config = split_argv(["model.hf_path=m", "data.train=t", "--rollout-mode", "colocated"]).config
-    for devices, expected in ((1, ["imports", "engine"]), (0, [])):
-        done: list[str] = []
-        engine = SimpleNamespace(wait_ready=lambda done=done: done.append("engine"), unproved="")
-        monkeypatch.setattr(modes, "devices", lambda devices=devices: devices)
-        modes.make_room(config, engine, print, meanwhile=lambda done=done: done.append("imports"))
-        assert done == expected
-
-
 @pytest.mark.parametrize(("wanted", "devices", "ranks", "fits", "art", "mode", "why"), TABLE)
 def test_the_choice_and_its_reason(wanted, devices, ranks, fits, art, mode, why) -> None:
     """A run that shares a device by surprise runs out of memory in its first batch."""
