@@ -46,6 +46,7 @@ def train(argv: list[str]) -> int:
                 print(dry_run.describe(invocation.config))
             return 0
         warn([*changed, *invocation.warnings, *host.check(invocation.config, os.environ)])
+        host.share_nccl(invocation.config, os.environ)
     except MegatronSglangError as error:  # the same on all ranks
         return ending.report(error, log=None, shared=not is_leader())
 

@@ -32,7 +32,16 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "colocated, merge-on-engine": (2, ("sync.method=merge-on-engine",)),
 }
 """Trainer ranks, and arguments beside `ALL`."""
-ALL = ("--config", "conf/tiny_cpu.yaml", "rollout.batches=3", "rollout.eval_interval=0", "data.eval=")
+ALONE = ("shared",)
+"""Runs that want a device for themselves: they see whether memory that was released comes back."""
+ALL = (
+    "--config",
+    "conf/tiny_cpu.yaml",
+    "rollout.batches=3",
+    "rollout.eval_interval=0",
+    "data.eval=",
+    "engine.update_timeout_s=60",
+)
 ON_GPUS = ("--attention-backend", "unfused", "--no-gradient-accumulation-fusion", "--moe-grouped-gemm",
            "--sglang-attention-backend", "triton", "sglang.mem_fraction_static=0.5", "sglang.disable_cuda_graph=true",
            "sync.bucket_bytes=1000000")  # fmt: skip
@@ -63,7 +72,8 @@ def run(name: str, work: Path, gpus: bool, timeout_s: int) -> dict[str, Any]:
     apart = [abs(one - other) for one, other in zip(found["rollout/reward"], EXPECTED, strict=False)]
     found["alike"] = status == 0 and len(apart) == 2 and max(apart) <= APART["gpu" if gpus else "cpu"]
     if not found["alike"]:
-        found["said"] = said[-4000:].splitlines()
+        logs = {path.name: path.read_text(errors="replace") for path in sorted(folder.glob("*.log"))}
+        found["said"] = {name: text[-4000:].splitlines() for name, text in {"console": said, **logs}.items()}
     print(f"{name}: {'alike' if found['alike'] else 'NOT ALIKE'}, {found['seconds']} s", file=sys.stderr, flush=True)
     return found
 
@@ -82,19 +92,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other (1)")
+    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other, `ALONE` after them (1)")
     parser.add_argument("--timeout-s", type=int, default=TIMEOUT_S, help=f"of each ({TIMEOUT_S})")
     given = parser.parse_args()
 
     before = used_mb()
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(given.at_once) as pool:
-        work = Path(temporary)
-        results = list(pool.map(lambda name: run(name, work, bool(before), given.timeout_s), given.only))
-    runs = dict(zip(given.only, results, strict=True))
+    runs = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for names, at_once in (([name for name in given.only if name not in ALONE], given.at_once), (ALONE, 1)):
+            wanted = [name for name in names if name in given.only]
+            with ThreadPoolExecutor(at_once) as pool:
+                done = pool.map(lambda name: run(name, Path(temporary), bool(before), given.timeout_s), wanted)
+                runs |= dict(zip(wanted, done, strict=True))
     left = [after - was for was, after in zip(before, used_mb(), strict=True)]
     found = {"gpus": len(before), "expected_rewards": EXPECTED, "memory_left_mb": left, "runs": runs}
     write("modes.py", found, given.output)
-    return 0 if all(one["alike"] for one in results) and all(size < 64 for size in left) else 1
+    return 0 if all(one["alike"] for one in runs.values()) and all(size < 64 for size in left) else 1
 
 
 if __name__ == "__main__":

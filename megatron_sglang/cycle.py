@@ -144,6 +144,9 @@ class Cycle:
         self.note_memory("rollout")
         return samples
 
+    def before_training(self) -> None:
+        """When a rollout batch's samples are scored, and its first train step comes next."""
+
     def learning_rate(self) -> float | None:
         """The one that came with the last rollout batch (`feed/`), on every rank; None: Megatron's schedule decides."""
         return self.comm.from_leader(lambda: getattr(self._lead.rollout, "learning_rate", None))

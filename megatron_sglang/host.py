@@ -9,6 +9,7 @@ hang or fail minutes later, and `megatron-sglang doctor` shows it. No torch: var
     RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES    the remedy where Ray has hidden them
     SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK          given to the engine by its new name (engine/server.py)
     CUDA_DEVICE_MAX_CONNECTIONS                    1 where Megatron insists on it: TP or CP above 1
+    NCCL_CUMEM_ENABLE                              0 where trainer and engine are in one group (`share_nccl`)
     NVTE_FLASH_ATTN, NVTE_FUSED_ATTN, ...          refused where they contradict --attention-backend
     CUDNN_HOME, LD_LIBRARY_PATH                    must both lead to the environment's own cuDNN
 """
@@ -35,6 +36,8 @@ NO_SEGMENTS = "MEGATRON_CI_DISABLE_EXPANDABLE_SEGMENTS"
 RAY_NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 BALANCE = "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK"
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+CUMEM, SGLANG_CUMEM = "NCCL_CUMEM_ENABLE", "0"
+"""The variable, and what SGLang 0.5.17 sets it to where it is not set (entrypoints/engine.py:1583)."""
 ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _ATTENTION_OF = {"flash": "100", "fused": "010", "unfused": "001", "auto": "111"}
 """--attention-backend -> what Megatron insists on for these variables (core/models/common/language_module)."""
@@ -71,6 +74,13 @@ def prepare(environment: MutableMapping[str, str]) -> list[str]:
     if has_cuda(environment) and not any(environment.get(name) for name in ALLOCATOR):
         environment[ALLOCATOR[-1]] = ROUNDED
     return changed
+
+
+def share_nccl(config: RunConfig, environment: MutableMapping[str, str]) -> None:
+    """SGLang sets NCCL_CUMEM_ENABLE=0 for its own processes, and NCCL ranks that allocate in different ways wait for
+    each other for ever: where the trainer broadcasts to engines, it does as they do. Before the first group is made."""
+    if config.sync.method == "broadcast" and has_cuda(environment):
+        environment.setdefault(CUMEM, SGLANG_CUMEM)
 
 
 def _without_segments(environment: MutableMapping[str, str]) -> list[str]:

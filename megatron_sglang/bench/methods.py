@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 METHODS = ("direct", "generic", "disk", "merge-on-engine", "restart", "adapter")
 PROBE = tuple(range(5, 69))
 """A prompt of 64 tokens."""
-GAP = {"cpu": {"float32": 1e-4, "bfloat16": 0.25}, "cuda": {"float32": 1e-2, "bfloat16": 0.25}}
+GAP = {"cpu": {"float32": 1e-4, "bfloat16": 0.25}, "cuda": {"float32": 5e-2, "bfloat16": 0.25}}
 """Largest difference between a logprob under an adapter and under merged weights. On a GPU SGLang's kernels multiply
-fp32 as TF32, of 10 bits: what differs in the last bit before may differ in the tenth after."""
+fp32 as TF32, of 10 bits: what differs in the last bit before may differ in the tenth after, and send a token to another
+expert. Adapters that are not applied differ by what the result calls `effect`."""
 ROUNDED = {"cpu": {"adapter"}, "cuda": {"adapter", "merge-on-engine"}}
 """Methods whose weights need not have the same bits as those merged by the trainer: they are judged by what is sampled.
 On a GPU an engine rank sums products in another order than the trainer's kernel."""
@@ -78,10 +79,11 @@ def run(args: argparse.Namespace, options: EngineOptions, sizes: Mapping[str, in
                 with _engine(model, how) as engine:
                     found |= {name: _measured(args, model, engine, lora, home, name) for name in names}
         _compare(found, GAP[device][args.dtype], ROUNDED[device])
+        effect = _effect(next(iter(found.values()))["answers"])
         ranks = model.comm.world_size
     standalone.leave()
     if is_leader():
-        result = _result(args, lora, ranks, found, ROUNDED[device])
+        result = _result(args, lora, ranks, found, ROUNDED[device]) | {"effect": effect}
         if args.output is not None:
             args.output.write_text(json.dumps(result, indent=2) + "\n")
         print(_table(result), file=sys.stderr)
@@ -171,15 +173,22 @@ def _compare(found: Mapping[str, Mapping[str, Any]], allowed: float, rounded: Co
                 )
     for name in names[1:]:
         for version, (first, other) in enumerate(zip(found[names[0]]["answers"], found[name]["answers"], strict=True)):
-            if gap := _gap(first, other, allowed):
-                raise MethodsError(f"version {version + 1}: {name} samples other tokens than {names[0]}: {gap}")
+            where = f"version {version + 1}: {name} samples other tokens than {names[0]}:"
+            if first["tokens"] != other["tokens"]:
+                raise MethodsError(f"{where} {other['tokens']} instead of {first['tokens']}")
+            if (gap := _gap(first, other)) > allowed:
+                raise MethodsError(f"{where} logprobs differ by {gap:.2g}, at most {allowed:g} is accepted")
 
 
-def _gap(first: Mapping[str, Any], other: Mapping[str, Any], allowed: float) -> str:
-    if first["tokens"] != other["tokens"]:
-        return f"{other['tokens']} instead of {first['tokens']}"
-    gap = max(abs(a - b) for a, b in zip(first["logprobs"], other["logprobs"], strict=True))
-    return f"logprobs differ by {gap:.2g}" if gap > allowed else ""
+def _gap(first: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Largest difference between logprobs at the same place."""
+    return max(abs(a - b) for a, b in zip(first["logprobs"], other["logprobs"], strict=True))
+
+
+def _effect(answers: Sequence[Mapping[str, Any]]) -> float:
+    """What another version's adapters change at the probe's first token, whose context is the same, at most."""
+    first = [answer["logprobs"][0] for answer in answers]
+    return max(first) - min(first)
 
 
 def _result(
@@ -193,7 +202,7 @@ def _result(
     from megatron_sglang.bench import result as shared
 
     full = next((one["reports"][-1].bytes for name, one in found.items() if name in ("generic", "disk")), None)
-    methods = {}
+    methods, reference = {}, next(iter(found.values()))["answers"]
     for name, one in found.items():
         measured: Sequence[SyncReport] = one["reports"][-args.syncs :]
         last = measured[-1]
@@ -206,6 +215,7 @@ def _result(
             "seconds": meter.spread(totals),
             "phases": {phase: meter.spread([report.seconds[phase] for report in measured]) for phase in last.seconds},
             "cached_tokens": one["answers"][-1]["cached"],
+            "largest_gap": max(map(_gap, reference, one["answers"])),
             "engine_base_bytes": one["base_bytes"],
             "update_norm": last.fidelity.update_norm,
         }

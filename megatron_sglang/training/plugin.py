@@ -196,6 +196,7 @@ class Plugin:
         with cycle.span("logprobs"):
             batches = self._with_logprobs(cycle, batches)
         cycle.note_memory("logprobs")
+        cycle.before_training()
         return batches
 
     def _with_logprobs(self, cycle: Cycle, by_step: list[list[MicroBatch]]) -> list[list[MicroBatch]]:

@@ -111,9 +111,7 @@ class ReleasingCycle(Cycle):
 
     def publish(self) -> SyncReport:
         """As `Cycle.publish`, which takes the engine's memory back."""
-        if torch.cuda.is_initialized():
-            with self.span("empty_cache"):
-                torch.cuda.empty_cache()  # what training has left in the allocator is the engine's room
+        self._empty_cache()  # what training has left in the allocator is the engine's room
         if self.ledger is not None:
             self.ledger.require_room(self.comm)
         return super().publish()
@@ -125,6 +123,15 @@ class ReleasingCycle(Cycle):
             self._surviving(lambda: self.comm.from_leader(lambda: self._lead.engine.release()), needs_weights=False)
         self.note_memory("release", same=True)
         return samples
+
+    def before_training(self) -> None:
+        """What scoring has left in the allocator is in blocks of other sizes than those that a train step wants."""
+        self._empty_cache()
+
+    def _empty_cache(self) -> None:
+        if torch.cuda.is_initialized():
+            with self.span("empty_cache"):
+                torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
