@@ -15,8 +15,8 @@ allocator keeps counts as used. `memory/<phase>_free_gb` is the fullest device's
 
 What the trainer's own allocator keeps is added to what is free before two releases are compared: what is missing then,
 others have. At the first one nothing has been trained, and communicators and workspaces of a first train step are for
-good (4 GB with four ranks of Qwen3-30B-A3B), so the second is the measure. An engine's allocator keeps now more, now
-less of what its batches took (up to 3.6 GB were seen to come and go), so a leak is what is missing `IN_A_ROW` times.
+good (4 GB with four ranks of Qwen3-30B-A3B), so the second is the measure. SGLang answers when its first rank is done
+with a release, and 5 GB of the second one's were seen to come later: they are waited for.
 
 `memory/<phase>_allocated_gb` and `_reserved_gb` are the trainer's own peaks since the phase before, of the largest
 rank: in tensors, and in what torch's allocator holds for them. `memory/<phase>_others_gb` is what that does not hold of
@@ -25,7 +25,7 @@ the device, of the largest rank: the engine, and every process's context and com
 
 from __future__ import annotations
 
-from collections import deque
+import time
 from collections.abc import Callable, Mapping
 
 from megatron_sglang import metrics
@@ -35,10 +35,8 @@ from megatron_sglang.interfaces import Comm
 GB = 10**9
 TOLERANCE = 2 * GB
 """What may be missing at later releases: workspaces of longer sequences."""
-IN_A_ROW = 4
-"""As many releases at which more is missing are a leak."""
-AT_ONCE = 8 * GB
-"""More than this is missing at no release."""
+SETTLES_S = 10.0
+"""How long after SGLang's answer its last rank may take to give its memory back."""
 ENGINE_KEEPS = 10 * GB
 """What may be missing when weights and KV cache of an engine are released, before there is a model: its context,
 kernels, graphs and communicators, and the trainer's own."""
@@ -60,10 +58,8 @@ class Ledger:
         total: int = 0,
     ) -> None:
         self.free, self.own, self.take_peaks, self.total = read, own, take_peaks, total
-        self._measure: dict[str, tuple[int, ...]] = {}
-        """By phase, what was free the first two times."""
-        self._recent: dict[str, deque[int]] = {}
-        """By phase, what was free since, the last few times."""
+        self._seen: dict[str, tuple[int, ...]] = {}
+        """By phase, what was free the first two times, with what this process's allocator kept."""
         self.room = 0
         """What the engine gave back the last time, and will take; 0: not known."""
 
@@ -81,13 +77,14 @@ class Ledger:
         """The metrics of `phase`. Collective. same: also require on every rank that, with what this process's allocator
         keeps, as much is free as when the phase was noted for the second time (module's docstring); if not,
         `MegatronSglangError` on all ranks."""
-        free, own, error = self.free(), self.own(), None
+        error = None
         if same:
             try:
-                self._require_same(phase, free + own)
+                self._require_same(phase)
             except MegatronSglangError as found:
                 error = found
         comm.agree(error)
+        free, own = self.free(), self.own()
         others = {"others": self.total - free - own} if self.total else {}
         ranks = comm.gather({"free": free, **others, **self.take_peaks()})
         peaks = {name: max(rank[name] for rank in ranks) for name in ranks[0] if name != "free"}
@@ -113,29 +110,28 @@ class Ledger:
         comm.agree(error)
 
     def require(self, phase: str, expected: int, *, tolerance: int) -> None:
-        """`MegatronSglangError` if fewer than `expected` - `tolerance` bytes are free now."""
-        self._require(phase, self.free(), expected, tolerance)
+        """`MegatronSglangError` if fewer than `expected` - `tolerance` bytes are free, and stay so for `SETTLES_S`."""
+        self._settled(phase, self.free, expected, tolerance)
 
-    def _require_same(self, phase: str, free: int) -> None:
-        """free: with what this process's allocator keeps."""
-        measure = self._measure.get(phase, ())
-        if len(measure) < 2:
-            self._measure[phase] = (*measure, free)
-            return
-        recent = self._recent.setdefault(phase, deque(maxlen=IN_A_ROW))
-        recent.append(free)
-        self._require(phase, free, measure[1], AT_ONCE)
-        if len(recent) == IN_A_ROW:
-            self._require(f"{phase}, {IN_A_ROW} times in a row", max(recent), measure[1], TOLERANCE)
+    def _require_same(self, phase: str) -> None:
+        seen = self._seen.get(phase, ())
+        expected = seen[1] if len(seen) == 2 else 0
+        free = self._settled(phase, lambda: self.free() + self.own(), expected, TOLERANCE)
+        self._seen[phase] = (*seen, free)[:2]
 
     @staticmethod
-    def _require(phase: str, free: int, expected: int, tolerance: int) -> None:
+    def _settled(phase: str, read: Callable[[], int], expected: int, tolerance: int) -> int:
+        """What is free, when that is enough."""
+        deadline = time.monotonic() + SETTLES_S
+        while (free := read()) < expected - tolerance and time.monotonic() < deadline:
+            time.sleep(SETTLES_S / 1000)
         if free < expected - tolerance:
             raise MegatronSglangError(
                 f"memory at {phase}: {free / GB:.1f} GB of the device are free, expected {expected / GB:.1f} GB or at "
                 f"most {tolerance / GB:.1f} GB less: released memory did not come back; the engine must run with "
                 "enable_memory_saver, with torch_memory_saver installed, and no other process on this device"
             )
+        return free
 
 
 def _take_peaks() -> dict[str, int]:

@@ -11,6 +11,7 @@ close, the group is given up, and the next version makes a new one.
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_sglang.engine.group import EngineGroup
 from megatron_sglang.engine.http_engine import HttpEngine
 from megatron_sglang.engine.process_group import Group, GroupError
 from megatron_sglang.errors import EngineError, MegatronSglangError, WeightSyncError, from_text
+from megatron_sglang.host import CUMEM, SGLANG_CUMEM
 
 LOOPBACK = "127.0.0.1"
 
@@ -48,6 +50,12 @@ class Broadcast:
             return
         self.close()
         backend: process_group.Backend = "nccl" if device.type == "cuda" else "gloo"
+        if backend == "nccl" and CUMEM not in os.environ:
+            raise WeightSyncError(
+                f"joining the broadcast: {CUMEM} is not set here, and SGLang sets it to {SGLANG_CUMEM} in its own "
+                f"processes, for which NCCL would wait for ever; export {CUMEM}={SGLANG_CUMEM} before this process and "
+                "the engine are started"
+            )
         store, port = process_group.open_store(self._address, self._rank_timeout_s)
         size = 1 + sum(one.options.tp_size for one in self.engines)
         message = {"address": self._address, "port": port, "size": size, "backend": backend}

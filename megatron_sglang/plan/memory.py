@@ -6,7 +6,8 @@
     rollout   weights, adapters; the engine with its graphs
 
 What stands for the trainer is what it has in tensors (memory/<phase>_allocated_gb of a run): torch's allocator holds
-more. Exact are weights, adapters, gradients, optimizer and buffers; `GUESSES` and a layer's activations are not.
+more, for which the device's numbers allow (`KEPT`). Exact are weights, adapters, gradients, optimizer and buffers;
+`GUESSES` and a layer's activations are not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ GUESSES = {"context": 1 * GB, "nccl": 2 * GB, "graphs": 3 * GB}
 """How they divide nobody has measured; together they were 9.6 GB (cycle_replay_h200_2.json, two GPUs: what is not free
 after a release, less what the trainer's allocator holds). context and nccl: of each process, trainer and engine;
 graphs: CUDA graphs and activations of the engine, beside its share of the memory."""
+KEPT = {"build": 1.0, "train": 1.28, "sync": 1.15, "rollout": 1.15}
+"""Bytes of the device that torch's allocator holds for a byte of tensors, sizes rounded as in a run (`host.ROUNDED`):
+experts get other numbers of tokens in each layer, so blocks of many sizes pile up. Medians of 20 batches on two GPUs
+(cycle_replay_h200_2.json); under pressure it gives them back, so this is what a run takes, not what it needs."""
 LOGIT_COPIES = 2
 """In the logits' dtype, at the peak: themselves and their gradient; with several sequences in a micro-batch also that
 gradient in the order of the output layer, of which one sequence is a view. fp32 exists in the registers of a kernel
@@ -90,7 +95,7 @@ class Peaks:
     trainer: Mapping[str, int]
     """What the trainer has in tensors."""
     device: Mapping[str, int]
-    """With the engine's processes and `GUESSES`."""
+    """With the engine's processes, `KEPT` and `GUESSES`."""
 
 
 def peaks_of(shapes: Shapes, trainer: Trainer, job: Job, buffers: Sequence[int], engine: bool = True) -> list[Peaks]:
@@ -113,7 +118,7 @@ def _peaks(found: Trained, job: Job, buffers: int, engine: bool) -> Peaks:
     share = int(job.mem_fraction * job.device_bytes) if engine else 0
     kept = (process + GUESSES["graphs"]) if engine else 0
     device = {
-        phase: size + process + kept + (0 if job.releases and phase in ("build", "train") else share)
+        phase: int(KEPT[phase] * size) + process + kept + (0 if job.releases and phase in ("build", "train") else share)
         for phase, size in holds.items()
     }
     return Peaks(found, holds, device)
@@ -186,7 +191,7 @@ def _activations(shapes: Shapes, placement: Placement, stage: int, tokens: int, 
 def as_json(found: list[Peaks], job: Job) -> dict[str, object]:
     """Bytes by rank, with what they were computed from."""
     ranks = [{"trainer": dict(one.trainer), "device": dict(one.device), "parts": asdict(one.trained)} for one in found]
-    return {"job": asdict(job), "guesses": GUESSES, "ranks": ranks}
+    return {"job": asdict(job), "guesses": GUESSES, "kept": KEPT, "ranks": ranks}
 
 
 def as_text(found: list[Peaks], job: Job) -> list[str]:

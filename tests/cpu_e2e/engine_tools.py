@@ -102,3 +102,15 @@ async def until_running(engine: HttpEngine, *faults: dict[str, Any], token_s: fl
     async with asyncio.timeout(20):
         while script(engine, *faults, token_s=token_s) < count:
             await asyncio.sleep(0.02)
+
+
+async def until_decoding(engine: HttpEngine, count: int) -> None:
+    """Wait until a real SGLang runs as many requests, which takes a while on a busy machine."""
+
+    def running() -> int:
+        loads = engine._connected.get("/v1/loads", 10.0, include="core").json()["loads"]
+        return sum(load["num_running_reqs"] for load in loads)
+
+    async with asyncio.timeout(60):
+        while await asyncio.to_thread(running) < count:
+            await asyncio.sleep(0.01)

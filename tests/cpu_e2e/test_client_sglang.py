@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from engine_tools import Publisher, Weights
+from engine_tools import Publisher, Weights, until_decoding
 from tokenizers import Tokenizer
 
 from megatron_sglang.engine.client import EngineClient
@@ -165,7 +165,7 @@ def test_abort_returns_what_was_sampled(serving: HttpEngine, tokenizer: Tokenize
         async with EngineClient(addresses, decode=tokenizer.decode, concurrency=60) as client:
             asked = (client.generate(request(seed, max_new_tokens=230)) for seed in range(80))
             tasks = [asyncio.create_task(one) for one in asked]
-            await asyncio.sleep(1.0)
+            await until_decoding(serving, 20)
             await client.abort()
             assert client.running == 0
             return await asyncio.gather(*tasks)
@@ -189,7 +189,7 @@ def test_cancelled_callers_end_their_requests(serving: HttpEngine, tokenizer: To
         stop = ("never said",) if streamed else ()
         asked = (client.generate(request(seed, max_new_tokens=230, stop=stop)) for seed in range(100))
         tasks = [asyncio.create_task(one) for one in asked]
-        await asyncio.sleep(1.0)
+        await until_decoding(serving, 20)
         for task in tasks:
             task.cancel()
         ended = await asyncio.gather(*tasks, return_exceptions=True)
@@ -247,9 +247,10 @@ def test_skyrls_cycle(serving: HttpEngine, publish: Publisher, weights: Weights,
         skyrl = SGLangInferenceEngine(serving, Decoder(tokenizer))
         before = await skyrl.generate(batch)
         assert len({tuple(ids) for ids in before["response_ids"]}) == 4
-        long = {"max_generate_length": 230, "temperature": 1.5}
+        # They must not end by themselves: an end of text would come by chance.
+        long = {"max_generate_length": 230, "min_tokens": 230, "temperature": 1.5}
         running = asyncio.create_task(skyrl.generate({**batch, "sampling_params": long}))
-        await asyncio.sleep(0.5)
+        await until_decoding(serving, 4)
         await skyrl.sleep()
         assert "abort" in (await running)["stop_reasons"]
         await skyrl.sleep(["weights"])
@@ -262,8 +263,8 @@ def test_skyrls_cycle(serving: HttpEngine, publish: Publisher, weights: Weights,
         assert after["response_ids"] == before["response_ids"]
         assert after["weight_versions"] == [serving.version] * 4
         running = asyncio.create_task(skyrl.generate({**batch, "sampling_params": long}))
-        await asyncio.sleep(0.3)
-        await skyrl.sleep(["kv_cache"], abort_first=False, drain_timeout=0.2)  # less than the requests take
+        await until_decoding(serving, 4)
+        await skyrl.sleep(["kv_cache"], abort_first=False, drain_timeout=0.05)  # less than the requests take
         assert "abort" in (await running)["stop_reasons"]
         await skyrl.wake_up()
         await skyrl.update_named_weights(update)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import http.client
@@ -15,7 +16,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from engine_tools import Publisher, Weights, make_buckets
+from engine_tools import Publisher, Weights, make_buckets, until_decoding
 
 from megatron_sglang.buckets import Bucket, pack
 from megatron_sglang.errors import EngineStaleError, WeightSyncError
@@ -168,7 +169,7 @@ def test_update_in_the_middle_of_requests(
     long = [dataclasses.replace(r, sampling=SamplingParams(max_new_tokens=200, seed=1)) for r in requests(160)]
     thread = threading.Thread(target=lambda: answers.append(engine.generate(long)))
     thread.start()
-    time.sleep(0.3)
+    asyncio.run(until_decoding(engine, 20))
     publish(other_weights)
     thread.join(60)
     assert any(completion.finish_reason == "abort" for completion in answers[0])

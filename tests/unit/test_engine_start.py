@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sglang import memory
 from megatron_sglang.config import RunConfig
 from megatron_sglang.config_load import split_argv
 from megatron_sglang.errors import EngineError, MegatronSglangError
@@ -52,8 +53,9 @@ def start(
 ) -> EngineStart:
     """left: GB of the device that are free when the engine has given back its memory; of 100 before it started."""
     monkeypatch.setattr(modes, "devices", lambda: devices)
-    free = iter([100 * 10**9, left * 10**9])
-    ledger = Ledger(lambda: next(free)) if devices else None
+    free = [100 * 10**9, left * 10**9]
+    ledger = Ledger(lambda: free.pop(0) if len(free) > 1 else free[0]) if devices else None
+    monkeypatch.setattr(memory, "SETTLES_S", 0.05)
     monkeypatch.setattr(engine_start.Ledger, "of_device", lambda: ledger)
     return EngineStart(config(*more), engine, engine.asked.append)
 

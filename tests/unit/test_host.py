@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_sglang import host
 from megatron_sglang.config import RunConfig
 from megatron_sglang.config_load import split_argv
-from megatron_sglang.errors import SetupError
+from megatron_sglang.engine import EngineOptions
+from megatron_sglang.engine.broadcast import Broadcast
+from megatron_sglang.engine.http_engine import HttpEngine
+from megatron_sglang.errors import SetupError, WeightSyncError
 
 GOOD = {"LOCAL_WORLD_SIZE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
@@ -168,3 +172,23 @@ def test_another_cudnn_is_named_with_what_to_install(tmp_path: Path) -> None:
 
 def test_without_transformer_engine_cudnn_is_nobodys_matter(tmp_path: Path) -> None:
     assert list(host.cudnn_findings({}, tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "expected"), [("broadcast", {}, "0"), ("broadcast", {host.CUMEM: "1"}, "1"), ("auto", {}, None)]
+)
+def test_ranks_of_one_nccl_group_allocate_alike(
+    method: str, given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two H200s the first broadcast waited for ever: NCCL's default in the trainer is not what SGLang sets."""
+    monkeypatch.setattr(host, "DEVICE_FILES", ("/dev/null",))
+    environment = dict(given)
+    host.share_nccl(split_argv(["model.hf_path=m", "data.train=t", f"sync.method={method}"]).config, environment)
+    assert environment.get(host.CUMEM) == expected
+
+
+def test_a_broadcast_that_would_hang_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(host.CUMEM, raising=False)
+    link = Broadcast(HttpEngine(EngineOptions(str(tmp_path))))
+    with pytest.raises(WeightSyncError, match="export NCCL_CUMEM_ENABLE=0 before"):
+        link.open(torch.device("cuda"))
