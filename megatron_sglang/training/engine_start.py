@@ -1,8 +1,8 @@
 """An engine from its start to the moment when the trainer's model is built, where both sit on the same devices.
 
     begin       the engine starts, and takes its share of a device that is empty; the trainer's imports pass meanwhile
-    warm_up     it answers requests like those of the first rollout batch, in the background: data and rewards are
-                loaded meanwhile, and Megatron sets up its ranks
+    warm_up     it answers requests like those of the first rollout batch, in the background: rewards are started
+                meanwhile, and Megatron's arguments are parsed
     make_room   that is over, and the engine's memory is given back where trainer and engine take turns
 
 Where each has devices of its own, and on a CPU, the engine is waited for when the first weights are ready: `begin`

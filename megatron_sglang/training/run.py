@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,10 +72,8 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
     shapes, mode = _shapes(config), modes.choose(config).mode
     modes.releases(config)  # asked here because a mistake in the options must not be found only when the model is built
 
-    comm_of_ranks = functools.cache(TorchComm)  # made when there are process groups
-
     def make_cycle(model_chunks: list[Any], resume_after: int | None) -> Cycle:
-        comm = comm_of_ranks()
+        comm = TorchComm()
         leader = setup.to_leader(resume_after) if setup is not None else None
         if not modes.engine_first(config):  # otherwise `LeaderSetup.open` has waited for it
             comm.from_leader(lambda: setup and modes.wait_ready(setup.start.engine, setup.show))
@@ -112,19 +109,16 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
     make_plugin = SharedPlugin if mode == "shared" else Plugin
     plugin = make_plugin(config, step, make_cycle, lambda chunks: in_place(recipe.bridge, chunks))
     plugin.register()
+    if setup is not None:
+        setup.start.make_room()
     board.meet()
-
-    def provide_model(*args: Any, **kwargs: Any) -> torch.nn.Module:
-        comm_of_ranks().from_leader(lambda: setup and setup.start.make_room())
-        return recipe.model_provider(*args, **kwargs)
-
     with checkpoint.reading(recipe.args.load):
         pretrain(
             pretrain_cfg_container_from_args(recipe.args),
             _no_dataset,
             ModelType.encoder_or_decoder,
             plugin.step.forward_step,
-            provide_model,
+            recipe.model_provider,
         )
     plugin.finish()
     torch.distributed.destroy_process_group()  # after an error it might wait for ranks that are gone
