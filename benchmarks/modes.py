@@ -99,8 +99,8 @@ def main() -> int:
     before = used_mb()
     runs = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for names, at_once in (([name for name in given.only if name not in ALONE], given.at_once), (ALONE, 1)):
-            wanted = [name for name in names if name in given.only]
+        for alone, at_once in ((False, given.at_once), (True, 1)):
+            wanted = [name for name in given.only if (name in ALONE) == alone]
             with ThreadPoolExecutor(at_once) as pool:
                 done = pool.map(lambda name: run(name, Path(temporary), bool(before), given.timeout_s), wanted)
                 runs |= dict(zip(wanted, done, strict=True))

@@ -37,9 +37,8 @@ TOLERANCE = 2 * GB
 """What may be missing at later releases: workspaces of longer sequences."""
 SETTLES_S = 10.0
 """How long after SGLang's answer its last rank may take to give its memory back."""
-ENGINE_KEEPS = 10 * GB
-"""What may be missing when weights and KV cache of an engine are released, before there is a model: its context,
-kernels, graphs and communicators, and the trainer's own."""
+ENGINE_KEEPS = 8 * GB
+"""What an engine may keep when weights and KV cache are released: context, kernels, graphs, communicators."""
 
 
 Peaks = Callable[[], Mapping[str, int]]

@@ -79,11 +79,10 @@ def run(args: argparse.Namespace, options: EngineOptions, sizes: Mapping[str, in
                 with _engine(model, how) as engine:
                     found |= {name: _measured(args, model, engine, lora, home, name) for name in names}
         _compare(found, GAP[device][args.dtype], ROUNDED[device])
-        effect = _effect(next(iter(found.values()))["answers"])
         ranks = model.comm.world_size
     standalone.leave()
     if is_leader():
-        result = _result(args, lora, ranks, found, ROUNDED[device]) | {"effect": effect}
+        result = _result(args, lora, ranks, found, ROUNDED[device])
         if args.output is not None:
             args.output.write_text(json.dumps(result, indent=2) + "\n")
         print(_table(result), file=sys.stderr)
@@ -231,6 +230,7 @@ def _result(
         "probe_tokens": len(PROBE),
         "equal_digests": [name for name in found if name not in rounded],
         "methods": methods,
+        "effect": _effect(reference),
     }
 
 

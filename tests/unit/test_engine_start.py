@@ -86,7 +86,7 @@ def test_it_warms_up_in_the_background_and_is_released_afterwards(monkeypatch: p
     ]
     sampling = {request.sampling for request in engine.requests}.pop()
     assert (sampling.max_new_tokens, sampling.stop, sampling.temperature) == (engine_start.WARM_UP_TOKENS, (), 0.7)
-    starting.make_room()  # for the next chunk of the model
+    starting.make_room()  # nothing is left to release
     assert engine.asked.count("release") == 1
 
 
