@@ -25,7 +25,8 @@ sys.path[:0] = [str(ROOT)]
 from megatron_sglang import copy_kernel, digests  # noqa: E402
 from megatron_sglang.copies import Copy  # noqa: E402
 
-SOURCES, ALIGN, REPEATS, ITEMSIZE = 2, 64, 9, 2
+SOURCES, ALIGN, REPEATS, ITEMSIZE = 2, 2048, 9, 2
+"""Stretches of whole rows, as the model's hidden size makes them: what the kernel cannot cut into tiles is slow."""
 SHARES = {"w13": 2 / 3, "w2": 1 / 3}
 """Of a layer's experts: gate and up, down."""
 

@@ -64,7 +64,13 @@ def plan_command(config: RunConfig) -> str:
         words.append(f"--engine-ep {ep_size}")
     words.append(f"--dtype {config.model.dtype} --bucket-bytes {config.sync.bucket_bytes}")
     words.append(f"--micro-batch-size {config.megatron.get('micro-batch-size', 1)} --lora-rank {config.lora.rank}")
-    words.append(f"--sequence-tokens {config.data.max_prompt_tokens + config.rollout.max_new_tokens}")
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    packed = int(config.megatron.get("max-seqlen-per-dp-cp-rank", 0)) * parallel_size(config, "context")
+    words.append(f"--sequence-tokens {packed or longest}")
+    if config.megatron.get("recompute-granularity") != "full":
+        words.append("--recompute-num-layers 0")
+    elif config.megatron.get("recompute-method") == "block":
+        words.append(f"--recompute-num-layers {config.megatron['recompute-num-layers']}")
     if "mem_fraction_static" in config.sglang:
         words.append(f"--mem-fraction {config.sglang['mem_fraction_static']}")
     return " ".join([*words, *(["--memory-saver"] if config.sglang.get("enable_memory_saver") else [])])

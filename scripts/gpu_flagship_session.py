@@ -9,6 +9,7 @@ Each step runs under its own deadline; one that fails or hangs costs its own tim
     cycle      where its time and memory went (benchmarks/cycle.py), also if it was cut off
     plan       the memory that was predicted for it
     training   our train step against plain Megatron's (benchmarks/training_efficiency.py)
+    recompute  a train step with more and fewer layers recomputed (benchmarks/recompute.py)
     rollout    our rollout against a bare client (benchmarks/rollout_efficiency.py)
     layouts    one train step in every layout of two GPUs (benchmarks/layouts.py); with two or more
     modes      every rollout mode with the demo's model (benchmarks/modes.py); with two or more
@@ -42,6 +43,8 @@ rollout.max_new_tokens=16 data.max_prompt_tokens=72 lora.rank=8 megatron.moe-gro
 sglang.max_total_tokens=16384 sglang.mem_fraction_static=0.1 reward.workers=1
 """.split()  # noqa: SIM905
 """The large model's configuration, cut down to a small one on a CPU."""
+GPUS, FEWER_GPUS = 8, "36"
+"""What the configuration is for, and the layers to recompute where fewer GPUs hold more of the experts each."""
 
 
 def steps(
@@ -51,7 +54,8 @@ def steps(
     python = sys.executable
     environment = {"CUDA_VISIBLE_DEVICES": ""} if rehearse else cudnn()
     sizes = (f"engine.tp_size={gpus}", "--expert-model-parallel-size", str(gpus))
-    words = (*sizes, *(SMALL if rehearse else ()), *overrides)
+    layers = () if gpus >= GPUS else ("--recompute-num-layers", FEWER_GPUS)
+    words = (*sizes, *layers, *(SMALL if rehearse else ()), *overrides)
     run_dir = str(out.resolve() / "run")
     script = {"MODEL": model, "DATA": "examples/tiny_fim/train.jsonl", "OUT": run_dir, "RANDOM_WEIGHTS": "1"}
     script |= {"PRESET": "h200", "NPROC": str(gpus), "PYTHON": python}
@@ -59,8 +63,10 @@ def steps(
     config = ("--config", CONFIG, f"model.hf_path={model}", "model.random_weights=true", *words)
     flagship = ("bash", "examples/run_qwen3moe_30b_fim_gspo.sh", "--no-save-optim", *words)
     plan = (python, "-c", COMMAND, "plan", model, "--nproc", str(gpus), "--expert-model-parallel-size", str(gpus))
-    plan += ("--micro-batch-size", "1", "--sequence-tokens", "20480", "--memory-saver")
+    plan += ("--micro-batch-size", "1", "--sequence-tokens", "12288", "--memory-saver")
+    plan += ("--recompute-num-layers", layers[-1] if layers else "12")
     output = ("--output", "{result}")
+    as_on = ("--layers", "4", "2", "--tokens", "512") if rehearse else ("--as-on", str(GPUS))
     replay_dir = str(out.resolve() / "run_replay")
     replay = (*flagship, "--num-rollout", "4", "--moe-enable-routing-replay")
     both = [
@@ -80,6 +86,7 @@ def steps(
         Step("flagship", (*flagship, "--num-rollout", str(cycles)), 580, environment | script, result=False),
         Step("cycle", (python, "benchmarks/cycle.py", run_dir, *output), 120, environment),
         Step("training", (*launcher, "benchmarks/training_efficiency.py", *config, *output), 580, environment),
+        Step("recompute", (*launcher, "benchmarks/recompute.py", *as_on, *config, *output), 400, environment),
         Step("rollout", (python, "benchmarks/rollout_efficiency.py", "--nproc", str(gpus), *config, *output), 580,
              environment),
         *(both if gpus > 1 and not rehearse else []),

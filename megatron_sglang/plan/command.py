@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora-rank", type=_positive, default=memory.Job().lora_rank, help="as lora.rank (32)")
     add("--mem-fraction", type=float, default=memory.Job().mem_fraction, help="as sglang.mem_fraction_static (0.3)")
     add("--memory-saver", action="store_true", help="as sglang.enable_memory_saver")
+    add("--recompute-num-layers", type=_counted, help="as Megatron's with --recompute-method block; default: all")
     add("--device-gb", type=float, default=memory.H200_BYTES / memory.GB, help="memory of a GPU, 10^9 bytes (150.1)")
     add("--json", action="store_true", help="print JSON")
 
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
         experts_per_token=model_shapes.experts_per_token(args.hf_folder),
         mem_fraction=args.mem_fraction,
         releases=args.memory_saver,
+        recomputed=args.recompute_num_layers,
         device_bytes=int(args.device_gb * memory.GB),
     )
     peaks = memory.peaks_of(shapes, trainer, job, [one.total for one in update.memory])
@@ -180,8 +182,12 @@ def _rate(name: str, value: float) -> str:
     return f"{value * 1e3:.1f} ms" if name in ("hand_over", "fixed") else f"{value / 1e9:.0f} GB/s"
 
 
-def _positive(text: str) -> int:
+def _positive(text: str, least: int = 1) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
     return value
+
+
+def _counted(text: str) -> int:
+    return _positive(text, least=0)

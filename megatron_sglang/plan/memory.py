@@ -1,13 +1,13 @@
 """Peak memory of a GPU by phase, from shapes, placement and a few sizes of the run. Pure; 10^9 bytes are a GB.
 
     build     weights, adapters, gradients and fp32 copies are there; the engine is, or has given its memory back
-    train     the same, Adam's state, activations with full recompute, logits; the engine as while building
+    train     the same, Adam's state, activations, logits; the engine as while building
     sync      weights, adapters, buffers of the update (`plan/update.py`); the engine's weights and KV cache
     rollout   weights, adapters; the engine with its graphs
 
 What stands for the trainer is what it has in tensors (memory/<phase>_allocated_gb of a run): torch's allocator holds
 more, for which the device's numbers allow (`KEPT`). Exact are weights, adapters, gradients, optimizer and buffers;
-`GUESSES` and a layer's activations are not.
+`GUESSES` and what a recomputed layer takes are not.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ KEPT = {"build": 1.0, "train": 1.28, "sync": 1.15, "rollout": 1.15}
 """Bytes of the device that torch's allocator holds for a byte of tensors, sizes rounded as in a run (`host.ROUNDED`):
 experts get other numbers of tokens in each layer, so blocks of many sizes pile up. Medians of 20 batches on two GPUs
 (cycle_replay_h200_2.json); under pressure it gives them back, so this is what a run takes, not what it needs."""
+KEPT_WHOLE = 1.05
+"""The same of a train step that keeps what layers have made: they lie there in the order they were made in, and what
+comes after fits into what they leave (cycle_block_h200_2.json: 1.05, 31 of 48 layers recomputed; recompute_h200_2.json:
+1.03 to 1.08)."""
 LOGIT_COPIES = 2
 """In the logits' dtype, at the peak: themselves and their gradient; with several sequences in a micro-batch also that
 gradient in the order of the output layer, of which one sequence is a view. fp32 exists in the registers of a kernel
@@ -56,6 +60,9 @@ class Job:
     """The engine's share of the device for weights and KV cache."""
     releases: bool = True
     """Does the engine give that back while the trainer trains?"""
+    recomputed: int | None = None
+    """Layers of a pipeline stage that are computed again in the backward pass (Megatron's --recompute-method block);
+    what the others have made is kept. None: all layers."""
     device_bytes: int = H200_BYTES
 
 
@@ -70,7 +77,9 @@ class Trained:
     """fp32 copies of this rank's part of the adapters."""
     adam: int
     inputs: int
-    """Of all layers, for the micro-batches in flight."""
+    """Of the layers that are recomputed, for the micro-batches in flight."""
+    kept: int
+    """What the other layers have made, for the same."""
     layer: int
     """One layer's tensors, computed again, with their gradients: a guess."""
     logits: int
@@ -84,7 +93,7 @@ class Trained:
     @property
     def passing(self) -> int:
         """At the peak of a train step: logits are gone before a layer is computed again."""
-        return self.inputs + max(self.layer, self.logits)
+        return self.inputs + self.kept + max(self.layer, self.logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +126,12 @@ def _peaks(found: Trained, job: Job, buffers: int, engine: bool) -> Peaks:
     process = GUESSES["context"] + GUESSES["nccl"]
     share = int(job.mem_fraction * job.device_bytes) if engine else 0
     kept = (process + GUESSES["graphs"]) if engine else 0
+    held = {phase: KEPT[phase] * size for phase, size in holds.items()}
+    if found.kept:
+        held["train"] = max(KEPT["train"] * (holds["train"] - found.kept), KEPT_WHOLE * holds["train"])
     device = {
-        phase: int(KEPT[phase] * size) + process + kept + (0 if job.releases and phase in ("build", "train") else share)
-        for phase, size in holds.items()
+        phase: int(size) + process + kept + (0 if job.releases and phase in ("build", "train") else share)
+        for phase, size in held.items()
     }
     return Peaks(found, holds, device)
 
@@ -145,7 +157,7 @@ def _trained(shapes: Shapes, trainer: Trainer, rank: int, job: Job) -> Trained:
     tokens = job.micro_batch * job.sequence // placement.cp
     vocabulary = shapes["model.embed_tokens.weight"][0] // placement.tp
     last = place.pp == placement.pp - 1
-    inputs, layer = _activations(shapes, placement, place.pp, tokens, job)
+    inputs, kept, layer = _activations(shapes, placement, place.pp, tokens, job)
     copies = LOGIT_COPIES + (job.micro_batch > 1)
     return Trained(
         weights=sum(elements.values()) * job.itemsize,
@@ -154,6 +166,7 @@ def _trained(shapes: Shapes, trainer: Trainer, rank: int, job: Job) -> Trained:
         main=mine * MAIN_BYTES,
         adam=mine * ADAM_BYTES,
         inputs=inputs,
+        kept=kept,
         layer=LAYER_PASSES * layer,
         logits=tokens * vocabulary * job.itemsize * copies if last else 0,
     )
@@ -168,13 +181,13 @@ def _adapter(name: str, elements: int, columns: int, lora_rank: int, tp: int) ->
     return lora_rank // tp * columns + rows * lora_rank
 
 
-def _activations(shapes: Shapes, placement: Placement, stage: int, tokens: int, job: Job) -> tuple[int, int]:
-    """Inputs of all layers, and all tensors of one."""
+def _activations(shapes: Shapes, placement: Placement, stage: int, tokens: int, job: Job) -> tuple[int, int, int]:
+    """Inputs of the recomputed layers, what the others keep, and all tensors of one that is computed again."""
     hidden = shapes["model.embed_tokens.weight"][1]
     numbers = {int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")}
     layers = len(numbers) // placement.pp
+    recomputed = layers if job.recomputed is None else min(job.recomputed, layers)
     in_flight = placement.pp - stage  # one forward, one backward: the first stage is ahead by all of them
-    inputs = layers * tokens * hidden * job.itemsize * in_flight // placement.tp
     # The last layer has experts where any has: some models begin with dense ones.
     last = f"model.layers.{max(numbers)}."
     matrices = {name: shape for name, shape in shapes.items() if name.startswith(last) and len(shape) == 2}
@@ -185,7 +198,28 @@ def _activations(shapes: Shapes, placement: Placement, stage: int, tokens: int, 
     others = sum(width for name, width in widths.items() if ".mlp." in name and ".mlp.experts." not in name)
     wide = others + routed * job.experts_per_token
     layer = tokens * (2 * attention + 4 * hidden + wide) * job.itemsize // (1 if routed else placement.tp)
-    return inputs, layer
+    each = tokens * job.itemsize * in_flight
+    inputs = recomputed * hidden * each // placement.tp
+    return inputs, (layers - recomputed) * _kept(matrices, hidden, job) * each // placement.tp, layer
+
+
+def _kept(matrices: Shapes, hidden: int, job: Job) -> int:
+    """Elements that a layer keeps of a token for its backward pass, experts' tokens evenly spread.
+
+    By what autograd must have: inputs and outputs of both norms; queries, keys and values before and after norm and
+    rotation; the output of attention; of each chosen expert its input, gate and up, their product, and its output,
+    which is weighed; what each A makes. For Qwen3-30B-A3B 150 KB; 153 were measured (recompute_h200_2.json).
+    """
+    total, routed = 4 * hidden, False
+    for name, (rows, columns) in matrices.items():
+        routed = routed or ".mlp.experts.0." in name
+        if ".self_attn." in name:
+            total += columns if name.endswith("o_proj.weight") else 2 * rows
+        elif ".mlp.experts." not in name or ".mlp.experts.0." in name:
+            inner = {"gate_proj": rows, "up_proj": rows, "down_proj": columns}.get(name.split(".")[-2], 0)
+            total += inner * (job.experts_per_token if ".experts." in name else 1)
+    each = job.experts_per_token if routed else 1
+    return total + (2 * hidden * each if routed else 0) + job.lora_rank * (2 + 2 * each)
 
 
 def as_json(found: list[Peaks], job: Job) -> dict[str, object]:
@@ -199,6 +233,7 @@ def as_text(found: list[Peaks], job: Job) -> list[str]:
     lines = [
         f"micro-batches of {job.micro_batch} x {job.sequence:,} tokens, LoRA {job.lora_rank}, engine "
         f"{job.mem_fraction:g} of {job.device_bytes / GB:.0f} GB{', given back while training' if job.releases else ''}"
+        f", {'all' if job.recomputed is None else job.recomputed} layers recomputed"
     ]
     lines.append(f"{'phase':8} {'trainer GB':>11} {'device GB':>10}")
     for phase in found[0].device:
@@ -207,5 +242,5 @@ def as_text(found: list[Peaks], job: Job) -> list[str]:
     parts = asdict(max(found, key=lambda one: one.trainer["train"]).trained)
     lines.append("trainer = " + " + ".join(f"{name} {size / GB:.1f}" for name, size in parts.items()))
     guesses = ", ".join(f"{name} {size / GB:.0f}" for name, size in GUESSES.items())
-    lines.append(f"guesses, nobody has measured them: a layer's activations; {guesses} GB (of trainer and of engine)")
+    lines.append(f"guesses, nobody has measured them: a recomputed layer; {guesses} GB (of trainer and of engine)")
     return lines

@@ -59,10 +59,11 @@ def test_loss_and_grad_norm_equal_world1(run_ranks, reference, name):
 
 
 @pytest.mark.parametrize("layout", [{}, {"pipeline-model-parallel-size": 2}], ids=["pp1", "pp2"])
-def test_recomputed_layers_train_the_same(run_ranks, reference, layout):
+@pytest.mark.parametrize("method", ["uniform", "block"])
+def test_recomputed_layers_train_the_same(run_ranks, reference, layout, method):
     """With a frozen base nothing that enters the first layer wants a gradient, and a checkpointed one would give none:
-    the adapters would stay as they are, without an error."""
-    full = {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
+    the adapters would stay as they are, without an error. block: one layer of each stage, the others keep theirs."""
+    full = {"recompute-granularity": "full", "recompute-method": method, "recompute-num-layers": 1}
     curve = run_ranks(len(layout) + 1, "train", hf=HF, layout=layout | full)[-1]
     for (loss, norm), (expected_loss, expected_norm) in zip(curve, reference, strict=True):
         assert math.isclose(loss, expected_loss, rel_tol=1e-5, abs_tol=1e-6)

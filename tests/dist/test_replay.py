@@ -21,6 +21,7 @@ LAYOUTS = {
     "tp2_sp": (2, TP2_SP),
     "pp2": (2, {"pipeline-model-parallel-size": 2}),
     "recompute": (1, RECOMPUTE),
+    "recompute_half": (1, RECOMPUTE | {"recompute-method": "block", "recompute-num-layers": 2}),
     "pp2_recompute": (2, {"pipeline-model-parallel-size": 2, **RECOMPUTE}),
 }
 

@@ -63,7 +63,10 @@ H200 = {name: value for name, value in SEED.items() if name.startswith(tuple(SAM
     "megatron.context-parallel-size": None,
     "megatron.expert-model-parallel-size": 8,
     "megatron.micro-batch-size": 1,
-    "megatron.max-seqlen-per-dp-cp-rank": 20480,
+    "megatron.max-seqlen-per-dp-cp-rank": 12288,
+    "megatron.recompute-granularity": "full",
+    "megatron.recompute-method": "block",
+    "megatron.recompute-num-layers": 12,
     "engine.tp_size": 8,
     "sglang.disable_cuda_graph": None,
 }
@@ -97,6 +100,8 @@ def test_a_dry_run_shows_every_parameter(tmp_path: Path, preset: str, expected: 
     assert "engine 0: beside trainer ranks 0, 1, 2, 3, 4, 5, 6, 7" in rest
     assert f"megatron-sglang plan {tmp_path / 'out/model'} --nproc 8 --engine-tp 8 " in rest
     assert f"--expert-model-parallel-size {expected['megatron.expert-model-parallel-size']} " in rest
+    memory = {"seed": "--sequence-tokens 3072 --mem", "h200": "--sequence-tokens 12288 --recompute-num-layers 12 --mem"}
+    assert memory[preset] in rest
 
 
 def test_grpos_clip_range_with_gspo_is_warned_of(tmp_path: Path) -> None:

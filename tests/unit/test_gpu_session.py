@@ -44,10 +44,13 @@ def test_the_flagships_steps_get_the_same_overrides() -> None:
     command = [sys.executable, str(FLAGSHIP), "rollout.max_new_tokens=512", "--lr", "2e-6", "--dry-run", "--gpus", "4"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
     found = {said[line].split()[0]: said[line + 1] for line in range(0, len(said) - 1, 2)}
-    compared = ["training", "rollout", "layouts", "modes"]
+    compared = ["training", "recompute", "rollout", "layouts", "modes"]
     assert list(found) == ["doctor", "score", "flagship", "cycle", *compared, "replay", "agreement", "plan"]
     for name in ("flagship", "training", "rollout", "replay"):
-        assert "engine.tp_size=4 --expert-model-parallel-size 4 rollout.max_new_tokens=512 --lr 2e-6" in found[name]
+        words = "engine.tp_size=4 --expert-model-parallel-size 4 --recompute-num-layers 36 rollout.max_new_tokens=512"
+        assert f"{words} --lr 2e-6" in found[name]
+    assert "--recompute-num-layers 36" in found["plan"]
+    assert "--as-on 8" in found["recompute"]
     assert "--nproc-per-node 4" in found["training"]
     assert "--moe-enable-routing-replay" in found["replay"]
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_sglang.placement import Placement
 from megatron_sglang.plan import memory
-from megatron_sglang.plan.memory import GUESSES, KEPT, Job
+from megatron_sglang.plan.memory import GUESSES, KEPT, KEPT_WHOLE, Job
+from megatron_sglang.plan.shapes import heads, hub_shapes
 from megatron_sglang.plan.trainer import Trainer
 
+ROOT = Path(__file__).parents[2]
+EXPERTS_FROM_32 = re.compile(r"\.experts\.(3[2-9]|[4-9]\d|\d{3})\.")
 LAYER = "model.layers.{}."
 DENSE = {"self_attn.q_proj": (16, 8), "self_attn.k_proj": (8, 8), "self_attn.v_proj": (8, 8)}
 DENSE |= {"self_attn.o_proj": (8, 16), "mlp.gate": (4, 8)}
@@ -53,6 +59,40 @@ def test_one_rank_by_hand() -> None:
     assert trained.passing == inputs + max(2 * layer, trained.logits)
     alone = peaks(replace(JOB, micro_batch=1), world_size=1)[0].trained
     assert alone.logits == 2 * tokens // 2 * 20 * 2, "one sequence's gradient is not put in another order"
+
+
+def test_layers_that_are_not_recomputed_keep_what_they_made() -> None:
+    """By hand: norms, attention, two experts of a token, what each A makes; the other layer keeps its input only."""
+    [none], [one], [both] = (peaks(replace(JOB, recomputed=number), world_size=1) for number in (0, 1, 5))
+    attention, experts, adapters = 2 * (16 + 8 + 8) + 16, 2 * (8 + 6 + 6 + 6 + 8), 2 * (2 + 2 * 2)
+    each = 20 * (4 * 8 + attention + experts + adapters) * 2
+    assert (none.trained.kept, none.trained.inputs) == (2 * each, 0)
+    assert (one.trained.kept, one.trained.inputs) == (each, 20 * 8 * 2)
+    assert both == peaks(world_size=1)[0], "a stage has no more layers than it has"
+    assert one.trained.passing == 20 * 8 * 2 + each + max(one.trained.layer, one.trained.logits)
+    for found in (none, one):
+        step, rest = found.trainer["train"], found.device["train"] - found.device["rollout"] + JOB.device_bytes // 2
+        held = max(KEPT["train"] * (step - found.trained.kept), KEPT_WHOLE * step)
+        assert rest == int(held) - int(KEPT["rollout"] * found.trainer["rollout"])
+    assert "1 layers recomputed" in memory.as_text([one], replace(JOB, recomputed=1))[0]
+
+
+def test_the_plan_is_what_a_train_step_took_on_a_gpu() -> None:
+    """Peaks of tensors with 0 to 36 of 48 layers recomputed, in two sizes of micro-batches; a preset rests on it."""
+    measured = json.loads((ROOT / "benchmarks/results/recompute_h200_2.json").read_text())["settings"]
+    shapes = hub_shapes(ROOT / "examples/qwen3_30b_a3b")
+    fewer = {name: shape for name, shape in shapes.items() if not EXPERTS_FROM_32.search(name)}
+    trainer = Trainer(fewer, heads(ROOT / "examples/qwen3_30b_a3b"), Placement(world_size=2, ep=2))
+    compared = 0
+    for one in measured:
+        if "allocated_peak_gb" not in one or one["layers_recomputed"] == 48:  # all: more is guessed than is known
+            continue
+        tokens = one["tokens_of_a_micro_batch"]
+        job = Job(tokens // 3072, 3072, experts_per_token=8, recomputed=one["layers_recomputed"])
+        planned = memory.peaks_of(fewer, trainer, job, [0, 0])[0].trainer["train"] / memory.GB
+        assert planned == pytest.approx(one["allocated_peak_gb"], rel=0.06), one
+        compared += 1
+    assert compared == 6
 
 
 def test_ranks_share_experts_and_optimizer() -> None:
