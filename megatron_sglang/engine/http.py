@@ -14,6 +14,10 @@ from megatron_sglang.errors import EngineDiedError, EngineError, EngineTimeoutEr
 DYING_S = 10.0
 """How long a server whose connection broke gets to end, so that the error can say what ended it."""
 
+CONNECTIONS = httpx.Limits(max_connections=100, max_keepalive_connections=100)
+"""All are kept. Above that number httpcore 1.0.9 closes idle ones, and one that it has just given to another thread's
+request counts as idle until that thread runs: the request ends with "Bad file descriptor" (connection_pool.py:293)."""
+
 _retry_connect = tenacity.retry(
     # Nothing was sent yet, so even a request that changes state may be tried again.
     retry=tenacity.retry_if_exception_type((httpx.ConnectError, httpx.ConnectTimeout)),
@@ -58,7 +62,7 @@ class Http:
         self._keys = {False: {"Authorization": f"Bearer {api_key}"}, True: {"Authorization": f"Bearer {admin_key}"}}
         self._why_dead = why_dead
         # trust_env would send loopback traffic through a proxy.
-        self._client = httpx.Client(base_url=url or f"http://127.0.0.1:{port}", trust_env=False)
+        self._client = httpx.Client(base_url=url or f"http://127.0.0.1:{port}", trust_env=False, limits=CONNECTIONS)
 
     def get(self, path: str, timeout_s: float, admin: bool = False, **query: Any) -> httpx.Response:
         """Any status; the caller judges it."""

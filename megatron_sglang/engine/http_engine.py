@@ -238,6 +238,8 @@ class HttpEngine(Controls):
         """Send one message to every rank's loader; their answers, by rank. what: names the step in errors. each: more
         of the message, by rank."""
         identity = next(self._message_ids)
+        if data is not None and self.options.kind == "fake":
+            data = data.cpu()  # it has no GPU to open a handle on
         payloads = wire.serialize_alike({"id": identity, **message}, self.options.tp_size, data, each)
         return self._send(what, identity, payloads)
 

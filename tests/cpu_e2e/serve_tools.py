@@ -20,6 +20,7 @@ from engine_tools import fake_options
 from megatron_sglang.buckets import pack
 from megatron_sglang.engine import create_engine
 from megatron_sglang.engine.beacon import NAME
+from megatron_sglang.engine.http import CONNECTIONS
 from megatron_sglang.engine.http_engine import HttpEngine
 from megatron_sglang.serve import http
 from megatron_sglang.serve.app import Endpoint, make_app
@@ -44,7 +45,8 @@ class Served:
 
     def client(self, key: str = KEY, **more: Any) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60, **more)
+        more = {"timeout": 60, "limits": CONNECTIONS} | more
+        return httpx.Client(base_url=self.url, headers=headers, trust_env=False, **more)
 
     def post(self, path: str, content: Any) -> httpx.Response:
         with self.client() as client:

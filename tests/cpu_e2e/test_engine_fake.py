@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import shutil
 import signal
@@ -75,6 +76,25 @@ def test_generation_is_a_function_of_request_and_weights(engine: HttpEngine) -> 
     assert stopped.token_ids_T == first.token_ids_T[:3]
     publish(engine, (engine.version or 0) + 1, [("a", torch.zeros(3, 4)), ("b", torch.arange(5))])
     assert engine.generate([REQUEST])[0].token_ids_T != first.token_ids_T
+
+
+class OnAGpu(torch.Tensor):
+    """As far as a message of weights can tell."""
+
+    is_cuda = True
+
+    def cpu(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_weights_of_a_gpu_reach_the_fake_by_value(engine: HttpEngine) -> None:
+    """It has no GPU: a trainer on one ended at the first update, because the fake could not open its handle."""
+    version = (engine.version or 0) + 1
+    engine.begin_update(version)
+    bucket = pack(version, 0, WEIGHTS)
+    engine.load(dataclasses.replace(bucket, data=bucket.data.as_subclass(OnAGpu)))
+    engine.commit_update(version, 1)
+    assert engine.version == version
 
 
 def test_failed_update_is_stale_until_the_next_good_one(engine: HttpEngine) -> None:
