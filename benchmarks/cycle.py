@@ -33,6 +33,7 @@ SWITCH = ("empty_cache", "stage", "offload", "resume", "sync", "release", "reloa
 TRAINING = ("batches", "logprobs", "train")
 """Outermost spans from samples to the last optimizer step."""
 AGREEMENT = ("logprob_gap_mean", "logprob_gap_max", "kl_rollout", "token_mult_prob_error", "routing_disagreement")
+GAP = "train/logprob_gap_mean"
 TIMING = "timing_s/"
 ENOUGH = 5
 Record = Mapping[str, Any]
@@ -102,12 +103,14 @@ def analyse(records: Sequence[Record], warm_up: int = 1) -> dict[str, Any]:
             for name in AGREEMENT
             if (values := [one[f"train/{name}"] for one in records if f"train/{name}" in one])
         },
+        "logprob_gap_mean_of_each": [one[GAP] for one in batches if GAP in one],
         "memory_gb": {},
         "growth_gb": {},
         "each": each,
     }
-    for name in dict.fromkeys(name for batch in batches for name in batch if name.startswith("memory/")):
-        numbers = [batch[name] for batch in batches if name in batch]
+    for name in dict.fromkeys(name for batch in records for name in batch if name.startswith("memory/")):
+        # The model is built once, in the first batch.
+        numbers = [batch[name] for batch in batches if name in batch] or [one[name] for one in records if name in one]
         short = name.removeprefix("memory/").removesuffix("_gb")
         found["memory_gb"][short] = spread(numbers)
         grown = numbers[-1] - numbers[0]

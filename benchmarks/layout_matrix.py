@@ -37,7 +37,7 @@ DENSE, SPARSE = ("qwen3", "qwen3_tied", "llama"), ("qwen3_moe", "mixtral", "glm4
 CASES = [
     *((model, tp, 1, "live", "float32") for model in (*DENSE, *SPARSE) for tp in (1, 2)),
     *((model, 2, 2, "live", "float32") for model in SPARSE),
-    *(("deepseek_v3", tp, ep, "hook", "float32") for tp, ep in ((1, 1), (2, 1), (2, 2), (4, 1))),
+    *(("deepseek_v3", tp, ep, "hook", "float32") for tp, ep in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2))),
     *((model, 4, 1, "hook", "float32") for model in (*DENSE, *SPARSE)),
     *((model, 4, 2, "hook", "float32") for model in SPARSE),
     ("glm4_moe", 2, 1, "hook", "bfloat16"),

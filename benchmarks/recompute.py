@@ -119,7 +119,7 @@ def main() -> int:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[12288, 24576], help="of a micro-batch on a rank")
     parser.add_argument("--layers", type=int, nargs="+", default=[48, 36, 24, 12, 0], help="recomputed")
-    parser.add_argument("--steps", type=int, default=3, help="measured train steps of each, after one more (3)")
+    parser.add_argument("--steps", type=int, default=5, help="measured train steps of each, after one more (5)")
     parser.add_argument("--as-on", type=int, metavar="GPUS", help="have a rank's part of so many")
     parser.add_argument("--output", type=Path, help="JSON file, written again after each setting")
     chosen, rest = parser.parse_known_args()

@@ -297,13 +297,16 @@ def _check_traffic(comm: Comm, pairs: Mapping[tuple[int, int], int], exchanges: 
 
 
 def _holdings(comm: Comm, engine: Any) -> dict[str, int]:
-    """Summed over trainer ranks and the engine's processes; the largest trainer rank's peak of device memory."""
+    """Summed over trainer ranks and the engine's processes; of device memory the fullest rank's: its tensors, their
+    peak, and all that is not free, which the engine's process and open handles take part in."""
     import torch
 
     from megatron_sglang.bench import meter
 
     mine = asdict(meter.Holdings.of([os.getpid()]))
     mine["device_peak"] = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_initialized() else (0, 0)
+    mine["device_used"] = total - free
     every = comm.gather(mine)
     pids = comm.from_leader(lambda: meter.tree(engine.server.pid))
     theirs = comm.from_leader(lambda: asdict(meter.Holdings.of(pids)))
@@ -312,6 +315,7 @@ def _holdings(comm: Comm, engine: Any) -> dict[str, int]:
         "trainer_descriptors": sum(one["descriptors"] for one in every),
         "trainer_device": max(one["device"] for one in every),
         "trainer_device_peak": max(one["device_peak"] for one in every),
+        "device_used": max(one["device_used"] for one in every),
         "engine_resident": theirs["resident"],
         "engine_descriptors": theirs["descriptors"],
     }

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from megatron_sglang.engine.client import Address, EngineClient
     from megatron_sglang.stops import Decode
 
-MEMORY_TAGS = ("kv_cache", "weights")
-"""What an engine's memory holds, in the order in which it is released."""
+MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")
+"""What an engine's memory holds, in the order in which it is released. Of CUDA graphs SGLang 0.5.17 gives back what was
+captured with SGLANG_MEMORY_SAVER_CUDA_GRAPH=1 in its environment, else nothing."""
 
 FLUSH_S = 10.0
 """The longest that one /flush_cache asks SGLang to wait for running requests."""
@@ -151,7 +152,7 @@ class Controls(Announced):
         abort_first: bool = True,
         drain_s: float = 5.0,
     ) -> None:
-        """Give back the memory of `tags` ("weights", "kv_cache"; None: both); stale until the next update is committed.
+        """Give back the memory of `tags` (`MEMORY_TAGS`; None: all); stale until the next update is committed.
 
         Running requests are aborted, without abort_first only those that do not end within `drain_s` seconds.
         Tags that are released already are left alone. `EngineTimeoutError` when it takes longer than `timeout_s`, which
@@ -173,6 +174,11 @@ class Controls(Announced):
         update is committed. (An update takes the memory back by itself, too.)"""
         if released := [tag for tag in reversed(_memory_tags(tags)) if tag in self._released]:
             self._memory("resume", *released, timeout_s=timeout_s)
+
+    def _take_the_rest_back(self) -> None:
+        """What is still released when the weights are there."""
+        if released := [tag for tag in reversed(MEMORY_TAGS) if tag in self._released]:
+            self._memory("resume", *released)
 
     def take_resume_s(self) -> float:
         """Seconds that taking memory back has cost since the last call. They are part of the updates' own seconds."""

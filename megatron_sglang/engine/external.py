@@ -240,8 +240,7 @@ class ExternalEngine(HttpEngine):
             return super().commit_update(version, buckets)
         with self._failing_as(self._in_update(version, "commit")):
             self._stock.commit(buckets)
-            if "kv_cache" in self._released:
-                self._memory("resume", "kv_cache")
+            self._take_the_rest_back()
             self._publish(version)
             if (served := self.served_version()) != str(version):
                 raise WeightSyncError(f"weight version {version}, commit: the engine says {served}")

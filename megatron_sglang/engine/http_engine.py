@@ -175,8 +175,7 @@ class HttpEngine(Controls):
                 replies = self._message(what, {"command": "commit", "version": version, "buckets": buckets})
             else:
                 replies = _of_stream(self._streamed, buckets, what)
-            if "kv_cache" in self._released:
-                self._memory("resume", "kv_cache")
+            self._take_the_rest_back()
             self._publish(version)
         return wire.engine_digest(replies)
 

@@ -167,8 +167,8 @@ class SGLangInferenceEngine:
         abort_first: bool = True,
         drain_timeout: float = 5.0,
     ) -> None:
-        """Give back the memory of tags ("weights", "kv_cache"; None: both). Nothing is served from here on until
-        weights are published and verified again.
+        """Give back the memory of tags ("weights", "kv_cache", "cuda_graph"; None: all). Nothing is served from here on
+        until weights are published and verified again.
 
         Running requests are aborted; without abort_first only those that have not ended after `drain_timeout` seconds.
         Each returns what it has. `EngineTimeoutError` after `timeout` seconds, which begin when draining has ended.

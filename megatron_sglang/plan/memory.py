@@ -23,7 +23,7 @@ GB = 10**9
 H200_BYTES = 150_110_000_000
 """Of one H200, by cudaMemGetInfo (benchmarks/results/offload_h200.json: 139.8 GiB)."""
 GUESSES = {"context": 1 * GB, "nccl": 2 * GB, "graphs": 3 * GB}
-"""How they divide nobody has measured; together they were 9.6 GB (cycle_replay_h200_2.json, two GPUs: what is not free
+"""How they divide nobody has measured; together they were 9.2 GB (cycle_replay_h200_2.json, two GPUs: what is not free
 after a release, less what the trainer's allocator holds). context and nccl: of each process, trainer and engine;
 graphs: CUDA graphs and activations of the engine, beside its share of the memory."""
 KEPT = {"build": 1.0, "train": 1.28, "sync": 1.15, "rollout": 1.15}

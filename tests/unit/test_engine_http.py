@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -25,7 +26,7 @@ class Meeting(ThreadingHTTPServer):
 
 class Answer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    ports: set[int] = set()
+    ports: ClassVar[set[int]] = set()
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))

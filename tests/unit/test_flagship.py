@@ -63,12 +63,17 @@ H200 = {name: value for name, value in SEED.items() if name.startswith(tuple(SAM
     "megatron.context-parallel-size": None,
     "megatron.expert-model-parallel-size": 8,
     "megatron.micro-batch-size": 1,
+    "megatron.expert-tensor-parallel-size": 1,
     "megatron.max-seqlen-per-dp-cp-rank": 12288,
     "megatron.recompute-granularity": "full",
     "megatron.recompute-method": "block",
     "megatron.recompute-num-layers": 12,
     "engine.tp_size": 8,
+    "engine.deterministic": False,
     "sglang.disable_cuda_graph": None,
+    "sglang.mem_fraction_static": 0.3,
+    "reward.timeout_s": 30,
+    "reward.workers": 16,
 }
 
 
