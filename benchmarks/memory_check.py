@@ -1,4 +1,4 @@
-"""What `megatron-sglang plan` says of memory beside what runs took: `python benchmarks/memory_check.py [--output FILE]`.
+"""What `megatron-sglang plan` says of memory beside what runs took: `python benchmarks/memory_check.py [--output F]`.
 
 The runs are those of the flagship on two H200s of which benchmarks/results/cycle_*.json tell, each with the tokens of
 its micro-batches and the layers that it recomputed. trainer: peak of tensors of the fullest rank; device: all that is
