@@ -115,7 +115,7 @@ class MicroBatch:
 
     def spread(self, value: Tensor) -> Tensor:
         """What the model gives for each position, as [B, S]: inverse of `lay` with 0 in the padding, differentiable."""
-        return pad_sequence(value[0].split(self._widths()), batch_first=True) if self.packed else value
+        return pad_sequence(list(value[0].split(self._widths())), batch_first=True) if self.packed else value
 
     def padding(self) -> Mean:
         """The share of positions computed for no token."""

@@ -42,7 +42,7 @@ class TorchComm:
     def __init__(self, timeout_s: float = 3600.0) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        self._group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
     def from_leader(self, produce: Callable[[], Any]) -> Any:
         """Run `produce` on rank 0 and give its JSON-able value to all; its error is raised on all ranks."""

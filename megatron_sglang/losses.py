@@ -267,6 +267,7 @@ def _aggregate(
     if options.aggregation == "token_mean":
         return token_loss_BT.sum(), mask_BT.sum().long()
     divisor_B = length_B.clamp(min=1) if options.aggregation == "sequence_mean" else options.longest_response
+    assert divisor_B is not None, "LossOptions asks for it"
     return (sum_over_context(token_loss_BT.sum(dim=-1)) / divisor_B).sum(), (length_B > 0).sum()
 
 

@@ -30,7 +30,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Any = None, grad_scaler: Any = None) -> None:
+    def step(self, closure: Any = None, grad_scaler: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             if not group["params"]:
                 continue

@@ -33,7 +33,7 @@ def by_sequence(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
             return forward(self, query, key, value, attention_mask, **kwargs)
         assert attention_mask is None, "each sequence gets the causal one"
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        padded = [pad_sequence(tensor.split(lengths)) for tensor in (query, key, value)]  # [S, B, heads, head size]
+        padded = [pad_sequence(list(one.split(lengths))) for one in (query, key, value)]  # [S, B, heads, head size]
         found = forward(self, *padded, None, **kwargs)
         return torch.cat([row[:length] for row, length in zip(found.unbind(1), lengths, strict=True)]).unsqueeze(1)
 

@@ -147,7 +147,7 @@ def _collect_little() -> None:
 
     frozen: list[bool] = []
 
-    def empty_cache(_self: Any) -> None:
+    def empty_cache(self: Any) -> None:
         gc.collect()
         if not frozen:
             frozen.append(True)

@@ -197,7 +197,8 @@ def _patch_distributed() -> None:
     def coalescing_manager(*_args: Any, **_kwargs: Any) -> Any:
         yield Coalesced()
 
-    for module in (torch.distributed, distributed_c10d):
+    modules: tuple[Any, ...] = (torch.distributed, distributed_c10d)
+    for module in modules:
         module.init_process_group = init_process_group
         module.new_group = new_group
         module.barrier = barrier

@@ -300,7 +300,8 @@ def handle_of(flat: torch.Tensor) -> dict[str, Any]:
     """CUDA IPC handle of a flat uint8 tensor, to be opened once, as JSON values. The device is named by its UUID."""
     from torch.multiprocessing.reductions import reduce_tensor
 
-    _, (_, (size,), _, offset, _, _, device, *rest) = reduce_tensor(flat)
+    reduced: Any = reduce_tensor(flat)
+    _, (_, (size,), _, offset, _, _, device, *rest) = reduced
     found = dict(zip(_FIELDS, rest, strict=True))
     found |= {name: base64.b64encode(found[name]).decode() for name in _BYTES}
     uuid = str(torch.cuda.get_device_properties(device).uuid)

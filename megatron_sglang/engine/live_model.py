@@ -55,7 +55,7 @@ def derive(model: Any) -> bool:
 def casts(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(cast, weight) of casts that SGLang takes at the first forward and keeps: GLM4-MoE's routers in fp32
     (models/glm4_moe.py:380)."""
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    modules: Any = model.modules() if isinstance(model, torch.nn.Module) else ()
     # In `_buffers`, because getattr takes ten times as long for a name that a module does not have.
     found = ((module._buffers.get("_weight_fp32"), module) for module in modules)
     return [(kept, module.weight) for kept, module in found if kept is not None]

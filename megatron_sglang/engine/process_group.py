@@ -66,7 +66,8 @@ class Group:
         try:
             if backend == "gloo":
                 # Each rank listens on one address, where the others can reach it.
-                options: Any = dist.ProcessGroupGloo._Options()
+                gloo: Any = dist.ProcessGroupGloo
+                options = gloo._Options()
                 options._timeout, options._threads = wait, 2
                 options._devices = [
                     dist.ProcessGroupGloo.create_device(hostname=address)
@@ -76,7 +77,8 @@ class Group:
                 self._group = dist.ProcessGroupGloo(store, rank, size, options)
             else:
                 # Its watchdog would end the process at the deadline; ours (`broadcast`) comes first, and aborts.
-                self._group = dist.ProcessGroupNCCL(store, rank, size, 2 * wait + datetime.timedelta(seconds=60))
+                nccl: Any = dist.ProcessGroupNCCL
+                self._group = nccl(store, rank, size, 2 * wait + datetime.timedelta(seconds=60))
         except RuntimeError as error:
             raise GroupError(f"{size} ranks did not meet within {timeout_s:g} s: {_first_line(error)}") from error
 

@@ -65,6 +65,7 @@ def replay(model: torch.nn.Module, writes: Iterable[Write], tensors: Tensors) ->
         parameter = parameters[write.param].data
         target = parameter.as_strided(write.size, write.strides, parameter.storage_offset() + write.offset)
         if write.source is None:
+            assert write.const is not None, "a write has a source or a const"
             target.fill_(write.const)
         else:
             target.copy_(_source(write, tensors))

@@ -84,7 +84,7 @@ class Tracer(TorchDispatchMode):
         self._buffers = {buffer.untyped_storage()._cdata for buffer in model.buffers()}
         seen: dict[Any, str] = {}
         for name, param in model.named_parameters(remove_duplicate=False):
-            storage, start = param.untyped_storage()._cdata, param.storage_offset()
+            storage, start = param.untyped_storage()._cdata, int(param.storage_offset())
             first = seen.setdefault((storage, start, param.shape, param.stride(), param.dtype), name)
             if first != name:
                 self.aliases[name] = first
@@ -206,7 +206,7 @@ class Tracer(TorchDispatchMode):
             return
         source, dtype = value.get("source"), self.params[param].dtype
         cast = dtype_name(dtype) if source and self.specs[source] != dtype else None
-        offset = target.storage_offset() - self.params[param].storage_offset()
+        offset = int(target.storage_offset() - self.params[param].storage_offset())
         size, strides = tuple(target.shape), target.stride()
         if source:
             value["source_strides"] = tuple(value["source_strides"])
@@ -281,7 +281,7 @@ class Tracer(TorchDispatchMode):
             dtypes = frozenset([made.dtype]).union(*(tensor.memory.dtypes for tensor in symbolic))
             memory, first = Memory(contents, frozenset() if fill else sources, dtypes, how), symbolic[0]
             if packet in COPIES and first.meta.is_contiguous() and made.is_contiguous():
-                memory.name, memory.shift = first.memory.name, first.memory.shift + first.meta.storage_offset()
+                memory.name, memory.shift = first.memory.name, first.memory.shift + int(first.meta.storage_offset())
             return Symbolic(made, memory, self)
 
         return tree_map(wrap, result)
@@ -355,7 +355,8 @@ class _NoRebinding(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") != "__set__" or func != torch.Tensor.data.__set__:
+        data: Any = torch.Tensor.data
+        if getattr(func, "__name__", "") != "__set__" or func != data.__set__:
             return func(*args, **(kwargs or {}))
         target, value = args
         param = self.tracer.owner(target)

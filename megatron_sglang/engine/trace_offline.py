@@ -164,7 +164,8 @@ def _fake_groups(arguments: Any, config: Any, rank: int) -> None:
     # SGLang asks for gloo groups besides, and waits for the others in shared memory.
     new_group = dist.new_group
     dist.new_group = functools.wraps(new_group)(lambda ranks=None, *_, **__: new_group(ranks, backend="fake"))
-    shm_broadcast.MessageQueue.create_from_process_group = staticmethod(lambda *_, **__: None)
+    queue: Any = shm_broadcast.MessageQueue
+    queue.create_from_process_group = staticmethod(lambda *_, **__: None)
     bootstrap._set_all_reduce_flags(server_args=arguments)
     sizes = {"tp_rank": rank, "tp_size": arguments.tp_size, "moe_ep_size": arguments.ep_size}
     ones = dict.fromkeys(("pp_size", "attn_dp_size", "attn_cp_size", "moe_dp_size", "dcp_size"), 1)

@@ -83,7 +83,8 @@ class _IpcPickler(ForkingPickler):
             return NotImplemented
         from torch.multiprocessing.reductions import reduce_tensor
 
-        rebuild, arguments = reduce_tensor(obj)
+        reduced: Any = reduce_tensor(obj)
+        rebuild, arguments = reduced
         index = arguments[_DEVICE_INDEX]
         uuid = str(torch.cuda.get_device_properties(index).uuid) if isinstance(index, int) else index
         return rebuild, (*arguments[:_DEVICE_INDEX], uuid, *arguments[_DEVICE_INDEX + 1 :])

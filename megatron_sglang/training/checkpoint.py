@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,8 +27,9 @@ from megatron_sglang.errors import ConfigError, DataError, OnOtherRank
 STATE_FILE = "rollout_state.json"
 
 
-def only_adapters(model: torch.nn.Module) -> None:
-    """Make `model` save and load its adapters alone: the base comes from the Hugging Face folder each time."""
+def only_adapters(model: Any) -> None:
+    """Make `model`, a module of Megatron's, save and load its adapters alone: the base comes from the Hugging Face
+    folder each time."""
     sharded_state_dict, load_state_dict = model.sharded_state_dict, model.load_state_dict
 
     def adapters_of(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _forget_what_failed_writes_held() -> None:
     """A write returns its exception, whose frames hold io.BytesIO objects and views of them, in a cycle with itself:
     CPython 3.12's collector crashes when it finds an object and its view (`getbuffer`) in the same cycle."""
     writer = filesystem_async.FileSystemWriterAsync
-    original = writer.write_preloaded_data
+    original: Any = writer.write_preloaded_data
 
     @functools.wraps(original)
     def write(*args: Any, **kwargs: Any) -> Any:

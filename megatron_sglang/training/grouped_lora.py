@@ -38,6 +38,9 @@ class PolicyLoRA(LoRA):
 class GroupedLoRALinear(LoRALinear):
     """Bridge's wrapper of one projection of all local experts. What `is_grouped` does not take goes Bridge's way."""
 
+    to_wrap: Any
+    adapter: Any
+
     def __init__(self, to_wrap: Any, adapter: GroupedExpertLinearAdapter) -> None:
         super().__init__(to_wrap, adapter)
         stack(to_wrap)

@@ -39,7 +39,7 @@ def logprobs_and_entropies(
 
 def _shards() -> torch.distributed.ProcessGroup | None:
     """Over which the vocabulary is split; None where it is not."""
-    group = mpu.get_tensor_model_parallel_group()
+    group: Any = mpu.get_tensor_model_parallel_group()
     return group if group.size() > 1 else None
 
 
@@ -113,13 +113,14 @@ def score(
 
     for chunk in model_chunks:
         chunk.eval()
+    args: Any = get_args()
     results = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators(model_chunks, batches),
         model=model_chunks,
         num_microbatches=len(batches),
         seq_length=batches[0].tokens.shape[1] * mpu.get_context_parallel_world_size(),
-        micro_batch_size=get_args().micro_batch_size,
+        micro_batch_size=args.micro_batch_size,
         forward_only=True,
         collect_non_loss_data=True,
     )

@@ -28,7 +28,8 @@ from megatron_sglang.training.grouped_lora import PolicyLoRA
 class Adapter:
     """One adapted linear layer and its place in the whole model (`expert` is None outside MoE layers)."""
 
-    wrapper: AdapterWrapper
+    wrapper: Any
+    """Bridge's `AdapterWrapper`."""
     layer: int
     expert: int | None
     module: str
@@ -69,7 +70,7 @@ def adapters(model_chunks: list[torch.nn.Module]) -> Iterator[Adapter]:
                 yield Adapter(module, layers[layer_name.group()], _global_expert(name, module), name.split(".")[-1])
 
 
-def _global_expert(name: str, wrapper: AdapterWrapper) -> int | None:
+def _global_expert(name: str, wrapper: Any) -> int | None:
     if ".experts." not in name:
         return None
     per_rank = wrapper.to_wrap.config.num_moe_experts // mpu.get_expert_model_parallel_world_size()

@@ -97,13 +97,15 @@ class Plugin:
         def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
             if self.cycle is None:  # nothing was left to train: the checkpoint that was loaded is the last one
                 return None
-            with self.cycle.span("checkpoint"), checkpoint.writing(get_args().save, iteration):
+            options: Any = get_args()
+            with self.cycle.span("checkpoint"), checkpoint.writing(options.save, iteration):
                 self._save_state(iteration)
                 return original_save(iteration, *args, **kwargs)
 
         training.train_step, training.save_checkpoint = train_step, save_checkpoint
         initialize._compile_dependencies = lambda: None
-        if not get_args().async_save:
+        options: Any = get_args()
+        if not options.async_save:
             checkpoint.write_in_process()
 
     def finish(self) -> None:
@@ -170,7 +172,8 @@ class Plugin:
         if not iteration:
             self.cycle = self.make_cycle(model, None)
         else:
-            state = checkpoint.read_state(get_args().load, iteration)
+            args: Any = get_args()
+            state = checkpoint.read_state(args.load, iteration)
             self.rollout_step, self.steps_done = state["rollout_step"], state.get("trained", 0)
             self.cycle = self.make_cycle(model, self.rollout_step - 1)
             self.cycle.restore(state["cycle"])
@@ -242,7 +245,7 @@ class Plugin:
     def _save_state(self, iteration: int) -> None:
         """Write our part of the checkpoint: `rollout_state.json` (`checkpoint.write_state`)."""
         assert self.cycle is not None
-        args = get_args()
+        args: Any = get_args()
         state = (self.state_before_batch if self.pending else self._rollout_state(self.cycle)) | {
             "trained": self.steps_done,
             "lora": dataclasses.asdict(self.config.lora),  # for `megatron-sglang convert`, with dtype

@@ -100,6 +100,7 @@ class RoutingReplay:
             return
         experts_SBLK = self._mine(batch.lay(batch.routed_experts))
         for router in routers:
+            assert router.layer_number is not None, "it is given to each when it is made"
             router.set_target_indices(experts_SBLK[:, :, router.layer_number - 1].flatten(0, 1))
             router.counting = count
             router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)

@@ -67,7 +67,7 @@ class _Scored(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, local, *reduced = ctx.saved_tensors
         rows = logits.reshape(-1, logits.shape[-1])
         given = [None if grad is None else grad.reshape(-1).contiguous() for grad in grads]

@@ -19,7 +19,7 @@ from megatron_sglang.training.replay import RoutingReplay
 
 def sum_over_context(part: torch.Tensor) -> torch.Tensor:
     """The sum over the ranks that hold parts of the same sequences; gradients are added over them too."""
-    group = mpu.get_context_parallel_group()
+    group: Any = mpu.get_context_parallel_group()
     return part if group.size() == 1 else all_reduce(part, group=group)
 
 

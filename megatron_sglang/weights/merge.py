@@ -33,7 +33,8 @@ class Unit:
     """Bridge's global parameter names."""
     bases: tuple[torch.Tensor, ...]
     """[out, in] each, of the same shape."""
-    wrapper: AdapterWrapper | None
+    wrapper: Any | None
+    """Bridge's `AdapterWrapper`; None: no adapter."""
 
     @property
     def layer(self) -> int:
@@ -145,11 +146,12 @@ def adapted_weights(model_chunks: list[torch.nn.Module]) -> dict[int, tuple[Adap
         for module in chunk.modules():
             if not isinstance(module, AdapterWrapper):
                 continue
-            if hasattr(module.to_wrap, "weight0"):  # TEGroupedLinear: weight0, weight1, ... one for each local expert
-                for expert in range(module.to_wrap.num_gemms):
-                    found[id(getattr(module.to_wrap, f"weight{expert}"))] = (module, expert)
+            base: Any = module.to_wrap
+            if hasattr(base, "weight0"):  # TEGroupedLinear: weight0, weight1, ... one for each local expert
+                for expert in range(base.num_gemms):
+                    found[id(getattr(base, f"weight{expert}"))] = (module, expert)
             else:
-                found[id(module.to_wrap.weight)] = (module, None)
+                found[id(base.weight)] = (module, None)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.knobs
 import triton.language as tl
 
 from megatron_sglang.weights.factored import Factored
@@ -74,9 +75,9 @@ def _merge(
     tile = (program - tl.load(table + 9 * jobs + job)).to(tl.int32)  # dividing 64 bits is slow
     scale = tl.load(numbers + 2 * job).to(tl.float32)
 
-    base = tl.load(pointers + 3 * weight).to(tl.pointer_type(WEIGHT))
-    down = tl.load(pointers + 3 * weight + 1).to(tl.pointer_type(FACTOR))
-    up = tl.load(pointers + 3 * weight + 2).to(tl.pointer_type(FACTOR))
+    base = tl.load(pointers + 3 * weight).to(tl.pointer_type(WEIGHT))  # pyright: ignore[reportArgumentType]
+    down = tl.load(pointers + 3 * weight + 1).to(tl.pointer_type(FACTOR))  # pyright: ignore[reportArgumentType]
+    up = tl.load(pointers + 3 * weight + 2).to(tl.pointer_type(FACTOR))  # pyright: ignore[reportArgumentType]
     if ALIGNED:  # then 16 bytes go at a time
         left, cols, flat = tl.multiple_of(left, 8), tl.multiple_of(cols, 8), tl.multiple_of(flat, 8)
         width, rank = tl.multiple_of(width, 8), tl.multiple_of(rank, 8)

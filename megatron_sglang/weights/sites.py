@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from megatron.bridge.models.conversion.param_mapping import split_qkv_weights
-from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
 from megatron.core import parallel_state as mpu
 
 from megatron_sglang.errors import DataError
@@ -30,7 +29,8 @@ class Site:
     """Megatron's name of the decoder layer, counted over the whole model."""
     modules: Mapping[str, str]
     """Part ("q", "k", "v"; "gate", "up"; "" where nothing is fused) -> module name in the Hugging Face model."""
-    wrapper: AdapterWrapper
+    wrapper: Any
+    """Bridge's `AdapterWrapper`."""
     grouped: int | None
     """Which of the experts in one grouped layer; None: the adapter is this one's alone."""
 

@@ -111,7 +111,7 @@ def load_adapters(model: Model, folder: Path) -> None:
         metadata = dist_checkpointing.load_content_metadata(str(folder)) or {}
         wanted = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
         _check_fits(model.comm, wanted, folder)
-        state = dist_checkpointing.load(wanted, str(folder))
+        state: Any = dist_checkpointing.load(wanted, str(folder))
     except (CheckpointException, CheckpointingException, OSError) as error:
         raise DataError(f"{folder} cannot be read ({error}); it is damaged, choose another with --iteration") from error
     for index, chunk in enumerate(chunks):
@@ -125,7 +125,7 @@ def save_release(model: Model, folder: Path) -> None:
     from megatron_sglang.training import checkpoint
 
     checkpoint.write_in_process()
-    args = get_args()
+    args: Any = get_args()
     args.save, args.no_save_optim, args.no_save_rng = str(folder), True, True
     checkpointing.save_checkpoint(0, model.chunks, None, None, 0, release=True)
 
