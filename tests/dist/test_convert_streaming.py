@@ -94,7 +94,8 @@ def test_a_conversion_killed_at_its_end_writes_no_shard_again(run_ranks, saved, 
 
 
 def test_memory_is_one_shard_and_one_bucket(run_ranks, tmp_path):
-    """A model that fills a machine's memory must still be converted there; and an adapter of all its experts."""
+    """A rank that has just room for its part of the model must be able to convert it; and an adapter of all its
+    experts."""
     import transformers
 
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 32, "head_dim": 64, "vocab_size": 512}
