@@ -133,7 +133,9 @@ def run_hook(folder: Path, tp: int, ep: int, dtype: str, meta: bool) -> dict[str
     from safetensors import safe_open
 
     from megatron_sglang.cpu import sglang_server as cpu
+    from megatron_sglang.engine import segments
 
+    left = segments.Segments(folder)
     found = [folder / f"{rank}.json" for rank in range(tp)]
     log = folder / "engine.log"
     order = {"folder": str(folder), "tp": tp, "ep": ep, "dtype": dtype, "meta": meta}
@@ -148,9 +150,11 @@ def run_hook(folder: Path, tp: int, ep: int, dtype: str, meta: bool) -> dict[str
                 raise RuntimeError("no result; last lines of the log:\n" + log.read_text()[-1500:])
             time.sleep(0.2)
     finally:
+        left.look()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+        segments.remove(folder)
     replies = [json.loads(path.read_text()) for path in found]
     if meta:
         names = list(shapes_30b())
@@ -165,13 +169,16 @@ def run_hook(folder: Path, tp: int, ep: int, dtype: str, meta: bool) -> dict[str
 def child(order: dict[str, Any]) -> None:
     """In a process of its own: SGLang as far as the built model."""
     from megatron_sglang.cpu import sglang_server as cpu
+    from megatron_sglang.engine import sglang_server
 
     folder = Path(order["folder"])
     cpu.install(str(folder), seeded_sampling=False)
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.layers.rotary_embedding import factory
     from sglang.srt.model_executor import model_runner
+    from sglang.srt.server_args import PortArgs
 
+    PortArgs.init_new = staticmethod(sglang_server._named(PortArgs.init_new, folder.name))  # see engine/segments.py
     # Heads and experts stay as on a GPU; DeepSeek's rope has no CPU version.
     model_runner.adjust_config_with_unaligned_cpu_tp = lambda config, *_, **__: config
     factory.get_rope_cpu = lambda *arguments: factory.get_rope(*arguments[:8])
