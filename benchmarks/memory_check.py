@@ -28,6 +28,8 @@ RUNS = {"cycle_replay_h200_2.json": None, "cycle_block_h200_2.json": 31}
 """Layers recomputed; None: all 48."""
 BUFFERS = 970_000_000
 """Of an update in buckets of 480 MB, send and receive (docs/weight_sync.md)."""
+OPPOSITE = {"min": "max", "median": "median", "max": "min"}
+"""Most is used where least is free."""
 
 
 def rows() -> list[dict[str, Any]]:
@@ -51,9 +53,6 @@ def rows() -> list[dict[str, Any]]:
                     | {"measured_gb": of_run, "off": plan / memory.GB / of_run["median"] - 1}
                 )
     return found
-
-
-OPPOSITE = {"min": "max", "median": "median", "max": "min"}
 
 
 def main() -> int:

@@ -74,12 +74,11 @@ class Settings:
         self.args.max_seqlen_per_dp_cp_rank, self.config.recompute_num_layers = tokens, layers
         trainer, on_gpu = self.trainer, torch.cuda.is_available()
         trainer.batches = micro_batches.of_this_rank(trainer.cycle.samples, self.args)
-        seconds: list[float] = []
-        for number in range(1 + steps):
-            if on_gpu and not number:
-                torch.cuda.empty_cache()  # of the setting before
-                torch.cuda.reset_peak_memory_stats()
-            seconds += trainer.ours()[0 if number else len(trainer.batches) :]
+        if on_gpu:
+            torch.cuda.empty_cache()  # of the setting before
+            torch.cuda.reset_peak_memory_stats()
+        trainer.ours()
+        seconds = [one for _ in range(steps) for one in trainer.ours()]
         peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if on_gpu else (0, 0)
         allocated, reserved = (max(each) / GB for each in zip(*trainer.cycle.comm.gather(peaks), strict=True))
         in_a_step = sum(sample.length for sample in trainer.cycle.samples) / len(trainer.batches)

@@ -271,6 +271,11 @@ def parallel_size(config: RunConfig, kind: str) -> int:
     return size
 
 
+def packed_tokens(config: RunConfig) -> int:
+    """Of a micro-batch on all its context-parallel ranks; 0 where samples are padded."""
+    return _megatron_int(config, BUDGET, 0) * parallel_size(config, "context")
+
+
 def _megatron_int(config: RunConfig, name: str, default: int) -> int:
     given = config.megatron.get(name)
     try:
@@ -322,7 +327,7 @@ def _warnings(config: RunConfig) -> Iterable[str]:
             "of sequences stay nearer to 1, GSPO's authors use 3e-4 and 4e-4"
         )
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-    if 0 < (budget := _megatron_int(config, BUDGET, 0) * parallel_size(config, "context")) < longest:
+    if 0 < (budget := packed_tokens(config)) < longest:
         yield (
             f"{BUDGET} times context-parallel-size is {budget} tokens, a sample may have {longest} and then is a "
             "micro-batch of its own, larger than that"

@@ -7,7 +7,7 @@ import os
 
 from megatron_sglang import buckets, config_load
 from megatron_sglang.config import RunConfig
-from megatron_sglang.config_check import PARALLEL, parallel_size
+from megatron_sglang.config_check import PARALLEL, packed_tokens, parallel_size
 from megatron_sglang.hf_files import ITEMSIZE, tensor_shapes
 from megatron_sglang.placement import Placement, engines
 
@@ -63,11 +63,9 @@ def plan_command(config: RunConfig) -> str:
     if (ep_size := config.sglang.get("ep_size", 1)) > 1:
         words.append(f"--engine-ep {ep_size}")
     words.append(f"--dtype {config.model.dtype} --bucket-bytes {config.sync.bucket_bytes}")
-    # Packed micro-batches are one row of so many tokens.
-    packed = int(config.megatron.get("max-seqlen-per-dp-cp-rank", 0)) * parallel_size(config, "context")
-    rows = 1 if packed else config.megatron.get("micro-batch-size", 1)
-    words.append(f"--micro-batch-size {rows} --lora-rank {config.lora.rank}")
-    words.append(f"--sequence-tokens {packed or config.data.max_prompt_tokens + config.rollout.max_new_tokens}")
+    words.append(f"--micro-batch-size {config.megatron.get('micro-batch-size', 1)} --lora-rank {config.lora.rank}")
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    words.append(f"--sequence-tokens {packed_tokens(config) or longest}")
     if config.megatron.get("recompute-granularity") != "full":
         words.append("--recompute-num-layers 0")
     elif config.megatron.get("recompute-method") == "block":

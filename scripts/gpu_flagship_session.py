@@ -43,8 +43,10 @@ rollout.max_new_tokens=16 data.max_prompt_tokens=72 lora.rank=8 megatron.moe-gro
 sglang.max_total_tokens=16384 sglang.mem_fraction_static=0.1 reward.workers=1
 """.split()  # noqa: SIM905
 """The large model's configuration, cut down to a small one on a CPU."""
-GPUS, FEWER_GPUS = 8, "36"
-"""What the configuration is for, and the layers to recompute where fewer GPUs hold more of the experts each."""
+GPUS = 8
+"""What the configuration is for."""
+RECOMPUTED, RECOMPUTED_ON_FEWER = 12, 36
+"""Layers: the configuration's, and where fewer GPUs hold more of the experts each."""
 
 
 def steps(
@@ -54,7 +56,7 @@ def steps(
     python = sys.executable
     environment = {"CUDA_VISIBLE_DEVICES": ""} if rehearse else cudnn()
     sizes = (f"engine.tp_size={gpus}", "--expert-model-parallel-size", str(gpus))
-    layers = () if gpus >= GPUS else ("--recompute-num-layers", FEWER_GPUS)
+    layers = ("--recompute-num-layers", str(RECOMPUTED if gpus >= GPUS else RECOMPUTED_ON_FEWER))
     words = (*sizes, *layers, *(SMALL if rehearse else ()), *overrides)
     run_dir = str(out.resolve() / "run")
     script = {"MODEL": model, "DATA": "examples/tiny_fim/train.jsonl", "OUT": run_dir, "RANDOM_WEIGHTS": "1"}
@@ -63,8 +65,7 @@ def steps(
     config = ("--config", CONFIG, f"model.hf_path={model}", "model.random_weights=true", *words)
     flagship = ("bash", "examples/run_qwen3moe_30b_fim_gspo.sh", "--no-save-optim", *words)
     plan = (python, "-c", COMMAND, "plan", model, "--nproc", str(gpus), "--expert-model-parallel-size", str(gpus))
-    plan += ("--micro-batch-size", "1", "--sequence-tokens", "12288", "--memory-saver")
-    plan += ("--recompute-num-layers", layers[-1] if layers else "12")
+    plan += ("--micro-batch-size", "1", "--sequence-tokens", "12288", "--memory-saver", *layers)
     output = ("--output", "{result}")
     as_on = ("--layers", "4", "2", "--tokens", "512") if rehearse else ("--as-on", str(GPUS))
     replay_dir = str(out.resolve() / "run_replay")

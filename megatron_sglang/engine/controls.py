@@ -175,11 +175,6 @@ class Controls(Announced):
         if released := [tag for tag in reversed(_memory_tags(tags)) if tag in self._released]:
             self._memory("resume", *released, timeout_s=timeout_s)
 
-    def _take_the_rest_back(self) -> None:
-        """What is still released when the weights are there."""
-        if released := [tag for tag in reversed(MEMORY_TAGS) if tag in self._released]:
-            self._memory("resume", *released)
-
     def take_resume_s(self) -> float:
         """Seconds that taking memory back has cost since the last call. They are part of the updates' own seconds."""
         taken, self._resume_s = self._resume_s, 0.0

@@ -240,7 +240,7 @@ class ExternalEngine(HttpEngine):
             return super().commit_update(version, buckets)
         with self._failing_as(self._in_update(version, "commit")):
             self._stock.commit(buckets)
-            self._take_the_rest_back()
+            self.wake_up()
             self._publish(version)
             if (served := self.served_version()) != str(version):
                 raise WeightSyncError(f"weight version {version}, commit: the engine says {served}")

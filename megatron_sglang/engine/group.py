@@ -44,7 +44,7 @@ def _options_of(engine: int, options: EngineOptions) -> EngineOptions:
     if log_path is not None:
         path = Path(log_path)
         log_path = str(path.with_name(f"{path.stem}{engine}{path.suffix}"))
-    if options.kind == "sglang" and options.resolved_device() == "cuda":
+    if options.resolved_device() == "cuda":
         step = engine * options.tp_size * extra.get("gpu_id_step", 1)
         extra["base_gpu_id"] = extra.get("base_gpu_id", 0) + step
     return dataclasses.replace(options, log_path=log_path, extra=extra)

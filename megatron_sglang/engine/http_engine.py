@@ -175,7 +175,7 @@ class HttpEngine(Controls):
                 replies = self._message(what, {"command": "commit", "version": version, "buckets": buckets})
             else:
                 replies = _of_stream(self._streamed, buckets, what)
-            self._take_the_rest_back()
+            self.wake_up()
             self._publish(version)
         return wire.engine_digest(replies)
 
@@ -237,8 +237,8 @@ class HttpEngine(Controls):
         """Send one message to every rank's loader; their answers, by rank. what: names the step in errors. each: more
         of the message, by rank."""
         identity = next(self._message_ids)
-        if data is not None and self.options.kind == "fake":
-            data = data.cpu()  # it has no GPU to open a handle on
+        if data is not None and self.options.resolved_device() == "cpu":
+            data = data.cpu()  # the engine could not open a handle
         payloads = wire.serialize_alike({"id": identity, **message}, self.options.tp_size, data, each)
         return self._send(what, identity, payloads)
 

@@ -115,7 +115,9 @@ class EngineOptions:
             check_extra(self.extra)
 
     def resolved_device(self) -> Literal["cpu", "cuda"]:
-        """`device`, with "auto" answered by torch."""
+        """`device`, with "auto" answered by torch; a fake engine has none but the CPU."""
+        if self.kind == "fake":
+            return "cpu"
         if self.device != "auto":
             return self.device
         import torch

@@ -210,16 +210,16 @@ def _kept(matrices: Shapes, hidden: int, job: Job) -> int:
     rotation; the output of attention; of each chosen expert its input, gate and up, their product, and its output,
     which is weighed; what each A makes. For Qwen3-30B-A3B 150 KB; 153 were measured (recompute_h200_2.json).
     """
-    total, routed = 4 * hidden, False
+    routed = any(".mlp.experts." in name for name in matrices)
+    chosen = job.experts_per_token if routed else 1
+    total = 4 * hidden + (2 * hidden * chosen if routed else 0) + job.lora_rank * (2 + 2 * chosen)
     for name, (rows, columns) in matrices.items():
-        routed = routed or ".mlp.experts.0." in name
         if ".self_attn." in name:
             total += columns if name.endswith("o_proj.weight") else 2 * rows
         elif ".mlp.experts." not in name or ".mlp.experts.0." in name:
             inner = {"gate_proj": rows, "up_proj": rows, "down_proj": columns}.get(name.split(".")[-2], 0)
-            total += inner * (job.experts_per_token if ".experts." in name else 1)
-    each = job.experts_per_token if routed else 1
-    return total + (2 * hidden * each if routed else 0) + job.lora_rank * (2 + 2 * each)
+            total += inner * (chosen if ".experts." in name else 1)
+    return total
 
 
 def as_json(found: list[Peaks], job: Job) -> dict[str, object]:
