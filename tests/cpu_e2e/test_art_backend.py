@@ -63,19 +63,27 @@ def tree_of(pid: int | None) -> list[psutil.Process]:
 
 
 async def sample(client: Any, model: TrainableModel) -> list[TrajectoryGroup]:
-    """Two groups of two, rewarded so that each has a signal."""
-    groups = []
-    for _ in range(2):
-        answer = await client.completions.create(
-            model=model.get_inference_name(), prompt=PROMPT, n=2, max_tokens=4, temperature=1.0
-        )
-        groups.append(
-            TrajectoryGroup(
-                Trajectory([{"role": "user", "content": "a hole"}, choice], reward=float(member))
-                for member, choice in enumerate(answer.choices)
+    """Two groups of two: one begins with the most likely token and gets 0, one does not and gets 1.
+
+    Any two would do for the surface. These two differ in their first token, so a step moves that token's logprob,
+    and by more than chance: two rows that are the same, or two groups that pull against each other, would not.
+    """
+    likely, _, _ = await greedy(client)
+    rows: dict[bool, list[Any]] = {True: [], False: []}
+    async with asyncio.timeout(60):
+        while min(len(found) for found in rows.values()) < 2:
+            answer = await client.completions.create(
+                model=model.get_inference_name(), prompt=PROMPT, n=4, max_tokens=4, temperature=1.0
             )
+            for choice in answer.choices:
+                rows[choice.token_ids[0] == likely].append(choice)
+    return [
+        TrajectoryGroup(
+            Trajectory([{"role": "user", "content": "a hole"}, choice], reward=reward)
+            for choice, reward in ((rows[True][group], 0.0), (rows[False][group], 1.0))
         )
-    return groups
+        for group in range(2)
+    ]
 
 
 async def greedy(client: Any) -> tuple[int, float, int]:
@@ -111,7 +119,7 @@ async def trains(model: TrainableModel, temp: Path) -> None:
             result = await backend.train(model, first, TrainConfig(learning_rate=1e-2))
             after = await greedy(client)
             assert (result.step, result.weight_version, after[2]) == (1, 2, 2)
-            assert abs(after[1] - before[1]) > 1e-3
+            assert after[0] != before[0] or after[1] < before[1] - 1e-2, "the likely token had no reward"
             assert result.metrics["rollout/reward"] == 0.5
             assert result.metrics["train/logprob_gap_max"] < 1e-3, "what was trained on is what was sampled"
             with pytest.raises(DataError, match="sampled with weight version 1; the run is at version 2"):
