@@ -170,7 +170,7 @@ def start(config: RunConfig) -> Any:
         engine.start()
         engine.wait_ready()
         if engine.version is None:
-            engine._publish(0)  # dummy weights, of which there is nothing to prove
+            engine.publish(0)  # dummy weights, of which there is nothing to prove
     except BaseException:
         engine.close()
         raise

@@ -102,7 +102,7 @@ def main() -> None:
     with create_engines(options, 2) as engines:
         keys = {one.url: {"Authorization": f"Bearer {one.api_key}"} for one in engines.addresses}
         for number, engine in enumerate(engines.engines):  # who served is seen by the version
-            engine._connected.post("/update_weight_version", {"new_version": str(number)}, 60.0)
+            engine.connected.post("/update_weight_version", {"new_version": str(number)}, 60.0)
 
         urls, turns = list(keys), itertools.count()
         found["client"] = asyncio.run(by_client(engines.addresses, keys))

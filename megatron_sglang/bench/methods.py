@@ -153,7 +153,7 @@ def _ask(engine: Any) -> dict[str, Any]:
     if engine.adapter:
         body["lora_path"] = [engine.adapter]
     # On a GPU the first answer waits for kernels to be compiled.
-    (reply,) = engine._connected.post("/generate", body, 300.0, admin=False)
+    (reply,) = engine.connected.post("/generate", body, 300.0, admin=False)
     meta = reply["meta_info"]
     logprobs = [found[0] for found in meta["output_token_logprobs"]]
     return {"tokens": reply["output_ids"], "logprobs": logprobs, "cached": meta["cached_tokens"]}

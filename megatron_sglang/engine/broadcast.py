@@ -26,6 +26,7 @@ from megatron_sglang.engine.http_engine import HttpEngine
 from megatron_sglang.engine.process_group import Group, GroupError
 from megatron_sglang.errors import EngineError, MegatronSglangError, WeightSyncError, from_text
 from megatron_sglang.host import CUMEM, SGLANG_CUMEM
+from megatron_sglang.store import open_store
 
 LOOPBACK = "127.0.0.1"
 
@@ -56,7 +57,7 @@ class Broadcast:
                 f"processes, for which NCCL would wait for ever; export {CUMEM}={SGLANG_CUMEM} before this process and "
                 "the engine are started"
             )
-        store, port = process_group.open_store(self._address, self._rank_timeout_s)
+        store, port = open_store(self._address, self._rank_timeout_s)
         size = 1 + sum(one.options.tp_size for one in self.engines)
         message = {"address": self._address, "port": port, "size": size, "backend": backend}
         first, each = 1, []
@@ -101,7 +102,7 @@ class Broadcast:
     ) -> list[concurrent.futures.Future[Any]]:
         def of(number: int) -> Callable[[], Any]:
             more = each[number] if each is not None else None
-            return lambda: self.engines[number]._message(what, dict(message), None, more)
+            return lambda: self.engines[number].tell(what, dict(message), None, more)
 
         return [in_thread(of(number)) for number in range(len(self.engines))]
 
@@ -131,7 +132,7 @@ class Broadcast:
         broadcast: they could not hear, and end when a connection closes."""
         for one, answer in zip(self.engines, answers, strict=True):
             if answer.done() and not one.why_dead():
-                in_thread(lambda one=one: one._message("leaving the broadcast", {"command": "leave"}))
+                in_thread(lambda one=one: one.tell("leaving the broadcast", {"command": "leave"}))
 
 
 def _failed(answer: concurrent.futures.Future[Any]) -> bool:

@@ -61,8 +61,10 @@ class Controls(Announced):
     unloaded: set[str]
     """Names of adapters that were unloaded. SGLang does not refuse them: it remembers the folder and loads it again."""
     _http: Http | None
-    _updating: int | None
-    _released: set[str]
+    updating: int | None
+    """Version of the open update."""
+    released: set[str]
+    """Tags of memory that the engine has given back (`_memory_tags`)."""
     _resume_s: float = 0.0
 
     # ---- generation ----
@@ -114,29 +116,29 @@ class Controls(Announced):
                 "use client(decode).generate"
             )
         body = answers.batch_body(requests)
-        replies = self._connected.post("/generate", body, self.options.request_timeout_s, admin=False)
+        replies = self.connected.post("/generate", body, self.options.request_timeout_s, admin=False)
         if not isinstance(replies, list) or len(replies) != len(requests):
             raise EngineError(f"engine answered {len(requests)} requests with {str(replies)[:200]}, not a list of them")
         return replies
 
     def info(self) -> dict[str, Any]:
         """SGLang's /server_info: resolved arguments, sizes, version."""
-        return self._connected.get("/server_info", self.options.update_timeout_s).json()
+        return self.connected.get("/server_info", self.options.update_timeout_s).json()
 
     def pause(self, mode: PauseMode = "abort") -> None:
         """No request runs until `resume`; new ones wait. abort: running ones end. retract: they give up their cache and
         are computed again. in_place: they keep it."""
-        self._connected.post("/pause_generation", {"mode": mode}, self.options.update_timeout_s)
+        self.connected.post("/pause_generation", {"mode": mode}, self.options.update_timeout_s)
 
     def resume(self) -> None:
         """After `pause`. Refused while the engine is stale: what waits in it would be served by unproved weights."""
         self._require_proved()
-        self._connected.post("/continue_generation", {}, self.options.update_timeout_s)
+        self.connected.post("/continue_generation", {}, self.options.update_timeout_s)
 
     def abort_requests(self) -> None:
         """End all requests in the engine, whoever sent them; each answers with what it has."""
         body = {"rid": "", "abort_all": True}
-        self._connected.post("/abort_request", body, self.options.update_timeout_s)
+        self.connected.post("/abort_request", body, self.options.update_timeout_s)
 
     # ---- memory ----
 
@@ -161,18 +163,18 @@ class Controls(Announced):
         wanted = _memory_tags(tags)
         timeout_s = timeout_s or self.options.update_timeout_s
         self.stale = "it sleeps"
-        self._updating = None
+        self.updating = None
         if not abort_first:
             self._drain(drain_s, timeout_s)
         deadline = Deadline(timeout_s)
-        self._quiesce(deadline)
-        if held := [tag for tag in wanted if tag not in self._released]:
+        self.quiesce(deadline)
+        if held := [tag for tag in wanted if tag not in self.released]:
             self._memory("release", *held, timeout_s=deadline.left("/release_memory_occupation"))
 
     def wake_up(self, tags: Iterable[str] | None = None, *, timeout_s: float | None = None) -> None:
         """Take back the memory of `tags` that is released. It holds nothing yet: the engine stays stale until the next
         update is committed. (An update takes the memory back by itself, too.)"""
-        if released := [tag for tag in reversed(_memory_tags(tags)) if tag in self._released]:
+        if released := [tag for tag in reversed(_memory_tags(tags)) if tag in self.released]:
             self._memory("resume", *released, timeout_s=timeout_s)
 
     def take_resume_s(self) -> float:
@@ -191,14 +193,14 @@ class Controls(Announced):
         """Load a PEFT folder as adapter `name`; requests name it as `GenerateRequest.adapter`. pinned: never evicted.
         `EngineError` where the engine was not started for adapters, or cannot use this one."""
         body = {"lora_name": name, "lora_path": str(path), "pinned": pinned}
-        self._connected.post("/load_lora_adapter", body, self.options.update_timeout_s)
+        self.connected.post("/load_lora_adapter", body, self.options.update_timeout_s)
         self.unloaded.discard(name)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter when its requests have ended; new ones that name it are refused at once, by `generate` and
         by clients of this process."""
         self.unloaded.add(name)
-        self._connected.post("/unload_lora_adapter", {"lora_name": name}, self.options.update_timeout_s)
+        self.connected.post("/unload_lora_adapter", {"lora_name": name}, self.options.update_timeout_s)
 
     # ---- steps ----
 
@@ -207,16 +209,16 @@ class Controls(Announced):
             raise EngineStaleError(f"engine must not serve: {self.stale}; publish a weight version first")
 
     @property
-    def _connected(self) -> Http:
+    def connected(self) -> Http:
         if self._http is None:
             raise EngineError("engine is not connected; call start() and wait_ready() first")
         return self._http
 
-    def _quiesce(self, deadline: Deadline | None = None) -> None:
+    def quiesce(self, deadline: Deadline | None = None) -> None:
         """End all requests, forget all cached prefixes, and let none start until continue_generation."""
         deadline = deadline or Deadline(self.options.update_timeout_s)
         path = "/pause_generation"
-        self._connected.post(path, {"mode": "abort"}, deadline.left(path))
+        self.connected.post(path, {"mode": "abort"}, deadline.left(path))
         self._flush(deadline)
 
     def _drain(self, seconds: float, answer_s: float) -> None:
@@ -242,15 +244,15 @@ class Controls(Announced):
     def _try_flush(self, wait_s: float, timeout_s: float) -> Any:
         """Ask SGLang once. wait_s: so long it waits itself for the requests to end. That must be less than timeout_s:
         if we gave up first we would learn nothing, and leave SGLang waiting."""
-        return self._connected.get("/flush_cache", timeout_s, admin=True, timeout=min(FLUSH_S, wait_s))
+        return self.connected.get("/flush_cache", timeout_s, admin=True, timeout=min(FLUSH_S, wait_s))
 
     def _memory(self, action: Literal["release", "resume"], *tags: str, timeout_s: float | None = None) -> None:
         """Give back or take back the memory of `tags`, and note which tags are released now."""
         timeout_s = timeout_s or self.options.update_timeout_s
         began = time.perf_counter()
-        note = self._released.update if action == "release" else self._released.difference_update
+        note = self.released.update if action == "release" else self.released.difference_update
         try:
-            self._connected.post(f"/{action}_memory_occupation", {"tags": list(tags)}, timeout_s)
+            self.connected.post(f"/{action}_memory_occupation", {"tags": list(tags)}, timeout_s)
         except EngineTimeoutError as error:
             # SGLang works off in order what it was sent, so what we send next will find it done. It must be noted now,
             # because SGLang ends if it is told the same twice.

@@ -180,7 +180,7 @@ class ExternalEngine(HttpEngine):
 
     def served_version(self) -> str:
         """Weight version as the engine says it; a new one says "default"."""
-        answer = self._connected.get("/model_info", PROBE_S)
+        answer = self.connected.get("/model_info", PROBE_S)
         if answer.status_code != 200:
             raise EngineError(f"{self.remote.url}/model_info answers {answer.status_code}, expected 200")
         return str(answer.json()["weight_version"])
@@ -188,8 +188,8 @@ class ExternalEngine(HttpEngine):
     def restart(self) -> None:
         """It is not ours to start: wait until somebody has, and connect again; stale until the next update."""
         self.close()
-        self.stale, self._updating, self.version = "it was started again", None, None
-        self._released.clear()
+        self.stale, self.updating, self.version = "it was started again", None, None
+        self.released.clear()
         self.unloaded.clear()
         self.wait_ready()
 
@@ -213,38 +213,38 @@ class ExternalEngine(HttpEngine):
         if command != "begin":
             raise self._unable(f"the method behind loader command {command!r}")
         self.note_update(version)
-        self._updating = None
-        with self._failing_as(f"weight version {version}, begin"):
-            self._quiesce()
+        self.updating = None
+        with self.failing_as(f"weight version {version}, begin"):
+            self.quiesce()
             self._take_weights_back()
         self._stock.begin()
-        self._updating = version
+        self.updating = version
 
     def load(self, bucket: Bucket) -> None:
         if self._stock is None:
             super().load(bucket)
             return
-        with self._failing_as(self._in_update(bucket.version, f"bucket {bucket.index}")):
+        with self.failing_as(self.in_update(bucket.version, f"bucket {bucket.index}")):
             self._stock.load(bucket)
 
     def load_from_disk(self, folder: str) -> None:
         """Load all weights of an HF folder that the engine can read, by SGLang's stock route, within an open update."""
-        assert self._updating is not None, "begin_update() first"
+        assert self.updating is not None, "begin_update() first"
         assert self._stock is not None, "an engine with our loader reads folders by the method `disk`"
-        with self._failing_as(f"weight version {self._updating}, {folder}"):
+        with self.failing_as(f"weight version {self.updating}, {folder}"):
             self._stock.read(Path(folder))
 
     def commit_update(self, version: int, buckets: int) -> str:
         """As `HttpEngine`; without our loader the digest is what SGLang's /weights_checker says, if it does."""
         if self._stock is None:
             return super().commit_update(version, buckets)
-        with self._failing_as(self._in_update(version, "commit")):
+        with self.failing_as(self.in_update(version, "commit")):
             self._stock.commit(buckets)
             self.wake_up()
-            self._publish(version)
+            self.publish(version)
             if (served := self.served_version()) != str(version):
                 raise WeightSyncError(f"weight version {version}, commit: the engine says {served}")
-            return stock.checksum(self._connected, self.options.update_timeout_s)
+            return stock.checksum(self.connected, self.options.update_timeout_s)
 
     def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:
         if self._stock is None:
@@ -258,7 +258,7 @@ class ExternalEngine(HttpEngine):
 
     def _checked(self) -> dict[str, Any]:
         """/server_info of an engine that will do."""
-        answer = self._connected.get("/server_info", self.options.update_timeout_s)
+        answer = self.connected.get("/server_info", self.options.update_timeout_s)
         where = self.remote.url
         if answer.status_code in (401, 403):
             raise SetupError(f"{where} refuses the key; set {KEY} (or {KEY}_FILE) to its --api-key, and {ADMIN_KEY} to "

@@ -109,7 +109,7 @@ class EngineGroup(Announced):
     def wait_ready(self) -> None:
         """Block until all answer. If one does not come up, all are closed and the others not waited for."""
         with self._all_or_none():
-            self._each(lambda _, engine: engine.wait_ready(), until_first_error=True)
+            self.each(lambda _, engine: engine.wait_ready(), until_first_error=True)
             _require_alike([engine.options for engine in self.engines])
             if self.router is not None:
                 self.router.ensure()
@@ -128,9 +128,7 @@ class EngineGroup(Announced):
             dead = [engine for engine in self.engines if engine.why_dead()]
             if not dead:
                 break
-            self._each(
-                lambda _, engine, dead=dead: engine.restart() if engine in dead else None, until_first_error=True
-            )
+            self.each(lambda _, engine, dead=dead: engine.restart() if engine in dead else None, until_first_error=True)
         if self.router is not None:
             self.router.ensure()
 
@@ -141,7 +139,7 @@ class EngineGroup(Announced):
             if self.router is not None:
                 self.router.close()
         finally:
-            self._each(lambda _, engine: engine.close())
+            self.each(lambda _, engine: engine.close())
 
     def __enter__(self) -> Self:
         self.start()
@@ -156,13 +154,13 @@ class EngineGroup(Announced):
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """One completion per request, in order. A request carries its own seed, so it does not matter who serves it."""
         parts = blocks(requests, len(self.engines))
-        answers = self._each(lambda number, engine: engine.generate(parts[number]), until_first_error=True)
+        answers = self.each(lambda number, engine: engine.generate(parts[number]), until_first_error=True)
         return [completion for answer in answers for completion in answer]
 
     def warm_up(self, requests: Sequence[GenerateRequest]) -> None:
         """See `Controls.warm_up`; each engine gets its part of them."""
         parts = blocks(requests, len(self.engines))
-        self._each(lambda number, engine: engine.warm_up(parts[number]), until_first_error=True)
+        self.each(lambda number, engine: engine.warm_up(parts[number]), until_first_error=True)
 
     @property
     def addresses(self) -> list[Address]:
@@ -179,7 +177,7 @@ class EngineGroup(Announced):
     def on_each[T](self, ask: Callable[[Controls], T]) -> list[T]:
         """Ask all engines at the same time for what they do between updates: sleep, pause, adapters (`controls.py`)."""
         try:
-            return self._each(lambda _, engine: ask(engine))
+            return self.each(lambda _, engine: ask(engine))
         finally:
             self.stale = next((engine.stale for engine in self.engines if engine.stale), self.stale)
 
@@ -187,38 +185,38 @@ class EngineGroup(Announced):
 
     def begin_update(self, version: int, *, direct: bool = False) -> None:
         self.note_update(version)
-        with self._as_one():
-            self._each(lambda _, engine: engine.begin_update(version, direct=direct))
+        with self.as_one():
+            self.each(lambda _, engine: engine.begin_update(version, direct=direct))
 
     def load(self, bucket: Bucket) -> None:
-        with self._as_one():
-            self._each(lambda _, engine: engine.load(bucket))
+        with self.as_one():
+            self.each(lambda _, engine: engine.load(bucket))
 
     def install_plan(self, receipts: Sequence[Mapping[str, Any]]) -> None:
         """receipts: by engine rank, counted through."""
         size = self._ranks_each
-        with self._as_one():
-            self._each(lambda number, engine: engine.install_plan(receipts[number * size : (number + 1) * size]))
+        with self.as_one():
+            self.each(lambda number, engine: engine.install_plan(receipts[number * size : (number + 1) * size]))
 
     def open_stream(self, version: int) -> dict[str, Any]:
         """What `line.open_line` needs on every trainer rank."""
-        with self._as_one():
-            calls = self._each(lambda _, engine: engine.open_stream(version))
+        with self.as_one():
+            calls = self.each(lambda _, engine: engine.open_stream(version))
         named = [{**call, "engine": self._name(number)} for number, call in enumerate(calls)]
         return {"version": version, "ranks_each": self._ranks_each, "engines": named}
 
     def start_stream(self, call: Mapping[str, Any]) -> None:
-        with self._as_one():
-            self._each(lambda number, engine: engine.start_stream(call["engines"][number]))
+        with self.as_one():
+            self.each(lambda number, engine: engine.start_stream(call["engines"][number]))
 
     def end_stream(self, *, gave_up: bool) -> None:
-        with self._as_one():
-            self._each(lambda _, engine: engine.end_stream(gave_up=gave_up))
+        with self.as_one():
+            self.each(lambda _, engine: engine.end_stream(gave_up=gave_up))
 
     def commit_update(self, version: int, buckets: int) -> str:
         """The digest is that of each engine: they hold the same weights in the same layout."""
-        with self._as_one():
-            digests = self._each(lambda _, engine: engine.commit_update(version, buckets))
+        with self.as_one():
+            digests = self.each(lambda _, engine: engine.commit_update(version, buckets))
         if len(set(digests)) > 1:
             found = ", ".join(f"engine {number} {digest}" for number, digest in enumerate(digests))
             reason = (
@@ -238,7 +236,7 @@ class EngineGroup(Announced):
 
     def release(self) -> None:
         self.stale = "its memory is released"
-        self._each(lambda _, engine: engine.release())
+        self.each(lambda _, engine: engine.release())
 
     def take_resume_s(self) -> float:
         """Seconds of the slowest engine, since all do it at the same time."""
@@ -246,19 +244,19 @@ class EngineGroup(Announced):
 
     def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:
         """See `HttpEngine`; by engine rank, counted through all engines."""
-        with self._as_one():
-            found = self._each(lambda _, engine: engine.layout(shapes))
+        with self.as_one():
+            found = self.each(lambda _, engine: engine.layout(shapes))
         layouts = itertools.chain.from_iterable(found)
         return [dataclasses.replace(layout, rank=rank) for rank, layout in enumerate(layouts)]
 
     def self_test(self, weights: Mapping[str, Any]) -> list[dict[str, Any]]:
         """See `HttpEngine`; by engine rank, counted through all engines."""
-        with self._as_one():
-            return list(itertools.chain.from_iterable(self._each(lambda _, engine: engine.self_test(weights))))
+        with self.as_one():
+            return list(itertools.chain.from_iterable(self.each(lambda _, engine: engine.self_test(weights))))
 
     # ---- steps ----
 
-    def _each[T](self, ask: Callable[[int, HttpEngine], T], *, until_first_error: bool = False) -> list[T]:
+    def each[T](self, ask: Callable[[int, HttpEngine], T], *, until_first_error: bool = False) -> list[T]:
         """Call `ask` with each engine and its number, all at the same time; what each gave. If some fail, the error of
         the first of them is raised, but one that is a mere consequence (`_was_cut`) only if there is no other."""
 
@@ -274,7 +272,7 @@ class EngineGroup(Announced):
         return [future.result() for future in futures]
 
     @contextlib.contextmanager
-    def _as_one(self) -> Iterator[None]:
+    def as_one(self) -> Iterator[None]:
         """If a step fails and leaves one engine stale, make all stale. An error that leaves none so is a mistake of the
         caller, and changes nothing."""
         try:

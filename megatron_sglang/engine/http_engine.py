@@ -50,9 +50,8 @@ class HttpEngine(Controls):
         """Published weight version, None before the first."""
         self._http: Http | None = None
         self.stale = "no weights were published yet"
-        self._updating: int | None = None
-        """Version of the open update."""
-        self._released: set[str] = set()
+        self.updating: int | None = None
+        self.released: set[str] = set()
         self.unloaded: set[str] = set()
         self._message_ids = itertools.count(secrets.randbits(32))
         """Not from 0: the mailbox of an external engine may still hold answers to a trainer that has ended."""
@@ -72,8 +71,8 @@ class HttpEngine(Controls):
         self.server.wait_ready()
         self._http = Http(self.server.port, self.server.api_key, self.server.admin_key, self.server.why_dead)
         if self.options.load_format == "auto":
-            self._message("weights from disk", {"command": "adopt"})
-            self._publish(0)
+            self.tell("weights from disk", {"command": "adopt"})
+            self.publish(0)
 
     def why_dead(self) -> str | None:
         """None while its processes run; else its last log lines."""
@@ -82,8 +81,8 @@ class HttpEngine(Controls):
     def restart(self) -> None:
         """End what is left of the engine and start it anew; stale until the next update."""
         self._end()
-        self.stale, self._updating, self.version = "it was started again", None, None
-        self._released.clear()
+        self.stale, self.updating, self.version = "it was started again", None, None
+        self.released.clear()
         self.unloaded.clear()
         self.start()
         self.wait_ready()
@@ -119,37 +118,37 @@ class HttpEngine(Controls):
         command: the loader's that opens it. direct: the direct path follows, and `start_stream` will open it.
         """
         self.note_update(version)
-        self._updating, self._streamed = None, [] if direct else None
-        with self._failing_as(what := f"weight version {version}, begin"):
-            self._quiesce()
+        self.updating, self._streamed = None, [] if direct else None
+        with self.failing_as(what := f"weight version {version}, begin"):
+            self.quiesce()
             self._take_weights_back()
             if not direct:
-                self._message(what, {"command": command, "version": version})
-        self._updating = version
+                self.tell(what, {"command": command, "version": version})
+        self.updating = version
 
     def load(self, bucket: Bucket) -> None:
         """Hand one bucket to every engine rank; its buffer may be reused when this returns."""
-        with self._failing_as(what := self._in_update(bucket.version, f"bucket {bucket.index}")):
+        with self.failing_as(what := self.in_update(bucket.version, f"bucket {bucket.index}")):
             message = {"command": "load", "version": bucket.version, "bucket": bucket.header()}
-            self._message(what, message, bucket.data)
+            self.tell(what, message, bucket.data)
         wire.collect_ipc()
 
     def install_plan(self, receipts: Sequence[Mapping[str, Any]]) -> None:
         """Direct path: tell each engine rank what it will write: by rank, {"buckets", "constants"} of `direct.Plan`."""
-        with self._failing_as("transfer plan"):
-            self._message("transfer plan", {"command": "plan"}, each=receipts)
+        with self.failing_as("transfer plan"):
+            self.tell("transfer plan", {"command": "plan"}, each=receipts)
 
     def open_stream(self, version: int) -> dict[str, Any]:
         """Direct path: the `call` of this version, JSON values with which every trainer rank listens for the engine
         rank beside it (`line.Line`). No message to the engine yet."""
-        self._in_update(version, "stream")
+        self.in_update(version, "stream")
         folder, timeout_s = str(self.server.mailbox), self.options.update_timeout_s
         return {"id": next(self._message_ids), "version": version, "folder": folder, "timeout_s": timeout_s}
 
     def start_stream(self, call: Mapping[str, Any]) -> None:
         """Direct path, when all trainer ranks listen: open the version in the engine ranks and let them connect.
         `end_stream` must follow."""
-        what = self._in_update(call["version"], "stream")
+        what = self.in_update(call["version"], "stream")
         payloads = wire.serialize_alike({**call, "command": "stream"}, self.options.tp_size)
         over = self.server.mailbox / line.ended_name(call["id"])
         self._stream = Background(lambda: self._send(what, call["id"], payloads), over)
@@ -162,7 +161,7 @@ class HttpEngine(Controls):
         """
         stream, self._stream = self._stream, None
         expected = (wire.LineCutError,) if gave_up else ()
-        with self._failing_as("stream"), contextlib.suppress(*expected):
+        with self.failing_as("stream"), contextlib.suppress(*expected):
             if stream is not None:
                 answers = stream.result(self.options.update_timeout_s)
                 self._streamed = [] if gave_up else answers
@@ -170,18 +169,18 @@ class HttpEngine(Controls):
     def commit_update(self, version: int, buckets: int) -> str:
         """Let every rank prove that it holds `version` whole, then serve it. Returns the digest of all parameters of
         all ranks. buckets: how many were sent; on the direct path, deliveries to each rank."""
-        with self._failing_as(what := self._in_update(version, "commit")):
+        with self.failing_as(what := self.in_update(version, "commit")):
             if self._streamed is None:
-                replies = self._message(what, {"command": "commit", "version": version, "buckets": buckets})
+                replies = self.tell(what, {"command": "commit", "version": version, "buckets": buckets})
             else:
                 replies = _of_stream(self._streamed, buckets, what)
             self.wake_up()
-            self._publish(version)
+            self.publish(version)
         return wire.engine_digest(replies)
 
     def fail_update(self, reason: str) -> None:
         """Give up the open update: the engine stays paused and stale until another one succeeds."""
-        self._updating = None
+        self.updating = None
         self.stale = f"the last update failed: {reason}"
 
     # ---- layout ----
@@ -194,9 +193,9 @@ class HttpEngine(Controls):
         `megatron_sglang.layout.problems` for what the result may lack.
         """
         message = {"command": "layout", "dtype": self.options.dtype, "shapes": dict(shapes)}
-        with self._failing_as("layout"):
+        with self.failing_as("layout"):
             self._take_weights_back()
-            replies = self._message("layout", message)
+            replies = self.tell("layout", message)
         return [RankLayout.from_json(reply["layout"]) for reply in replies]
 
     def self_test(self, weights: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -204,30 +203,30 @@ class HttpEngine(Controls):
         every rank and must give the same bits; `WeightSyncError` if they do not. Returns the reports by rank. The
         engine is stale afterwards."""
         bucket = pack(0, 0, list(weights.items()))
-        with self._failing_as("self-test"):
-            self._quiesce()
+        with self.failing_as("self-test"):
+            self.quiesce()
             self._take_weights_back()
-            replies = self._message("self-test", {"command": "self_test", "bucket": bucket.header()}, bucket.data)
+            replies = self.tell("self-test", {"command": "self_test", "bucket": bucket.header()}, bucket.data)
         self.fail_update("a self-test has overwritten the weights")
         wire.collect_ipc()
         return [reply["report"] for reply in replies]
 
-    # ---- steps ----
+    # ---- steps, also for `method_calls.py` and `broadcast.py` ----
 
     def _take_weights_back(self) -> None:
         """Take the weights' memory back if it was released. Its content is not the weights."""
-        if "weights" in self._released:
+        if "weights" in self.released:
             self._memory("resume", "weights")
 
-    def _publish(self, version: int) -> None:
+    def publish(self, version: int) -> None:
         """Give the engine its version number and let it serve."""
         timeout = self.options.update_timeout_s
         body = {"new_version": str(version), "abort_all_requests": False}
-        self._connected.post("/update_weight_version", body, timeout)
-        self._connected.post("/continue_generation", {}, timeout)
-        self.version, self._updating, self.stale = version, None, ""
+        self.connected.post("/update_weight_version", body, timeout)
+        self.connected.post("/continue_generation", {}, timeout)
+        self.version, self.updating, self.stale = version, None, ""
 
-    def _message(
+    def tell(
         self,
         what: str,
         message: dict[str, Any],
@@ -250,19 +249,19 @@ class HttpEngine(Controls):
             "flush_cache": False,
             "abort_all_requests": False,
         }
-        self._connected.post("/update_weights_from_tensor", body, self.options.update_timeout_s)
+        self.connected.post("/update_weights_from_tensor", body, self.options.update_timeout_s)
         return wire.collect(self.server.mailbox, identity, len(payloads), what)
 
-    def _in_update(self, version: int, step: str) -> str:
+    def in_update(self, version: int, step: str) -> str:
         """Name of a step of the open update, which must be of `version`."""
         what = f"weight version {version}, {step}"
-        if version != self._updating:
-            open_update = "no update is open" if self._updating is None else f"version {self._updating} is open"
+        if version != self.updating:
+            open_update = "no update is open" if self.updating is None else f"version {self.updating} is open"
             raise WeightSyncError(f"{what}: {open_update}; call begin_update({version}) first")
         return what
 
     @contextlib.contextmanager
-    def _failing_as(self, what: str) -> Iterator[None]:
+    def failing_as(self, what: str) -> Iterator[None]:
         """Turn whatever goes wrong into a failed update and a `WeightSyncError` that names the step."""
         try:
             yield

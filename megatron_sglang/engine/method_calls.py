@@ -42,7 +42,7 @@ class MethodCalls:
             if isinstance(one, ExternalEngine) and one.unproved:
                 one.load_from_disk(where)
             else:
-                _ask(one, one._in_update(version, "folder"), message)
+                _ask(one, one.in_update(version, "folder"), message)
 
         self._each(load)
 
@@ -58,7 +58,7 @@ class MethodCalls:
             model_path = str(Path(folder).resolve())
             one.options = dataclasses.replace(one.options, model_path=model_path, load_format="auto")
             one.server.options = one.options
-            with one._failing_as(f"engine on {folder}"):
+            with one.failing_as(f"engine on {folder}"):
                 one.restart()
             one.fail_update("it was started again")
             return wire.engine_digest(_ask(one, "weights from disk", {"command": "adopt"}))
@@ -70,7 +70,7 @@ class MethodCalls:
     def has_base(self) -> bool:
         """Does every engine rank hold a base to merge into, and its other weights?"""
         replies = self._each(lambda one: _ask(one, "merge state", {"command": "merge_state"}))
-        released = any("weights" in one._released for one in self._members)
+        released = any("weights" in one.released for one in self._members)
         return not released and all(reply["has_base"] for reply in _flat(replies))
 
     def take_base(self, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
@@ -94,7 +94,7 @@ class MethodCalls:
         message = {"command": "merge", "version": bucket.version, "bucket": bucket.header()}
         message |= {"factors": factors, "scale": scale}
         name = f"bucket {bucket.index} of adapters"
-        self._each(lambda one: _ask(one, one._in_update(bucket.version, name), message, bucket))
+        self._each(lambda one: _ask(one, one.in_update(bucket.version, name), message, bucket))
         wire.collect_ipc()
 
     def merge_change(self) -> list[dict[str, list[float]]]:
@@ -123,19 +123,19 @@ class MethodCalls:
 
         def begin(one: HttpEngine) -> None:
             one.note_update(version)
-            with one._failing_as(f"weight version {version}, begin"):
-                one._quiesce()
+            with one.failing_as(f"weight version {version}, begin"):
+                one.quiesce()
                 for loaded in _loaded(one):
                     if loaded != one.adapter or loaded == name:
                         one.unload_adapter(loaded)
-            one._updating = version
+            one.updating = version
 
         self.engine.note_update(version)
         self._each(begin)
 
     def load_adapter(self, version: int, name: str, folder: str) -> None:
         def load(one: HttpEngine) -> None:
-            with one._failing_as(one._in_update(version, f"adapter {name}")):
+            with one.failing_as(one.in_update(version, f"adapter {name}")):
                 one.load_adapter(name, Path(folder).resolve())
 
         self._each(load)
@@ -149,7 +149,7 @@ class MethodCalls:
         message |= {"digests": dict(digests)}
 
         def commit(one: HttpEngine) -> int:
-            with one._failing_as(what := one._in_update(version, "commit")):
+            with one.failing_as(what := one.in_update(version, "commit")):
                 replies = _ask(one, what, message)
                 found = wire.engine_digest(replies)
                 if found != base:
@@ -158,7 +158,7 @@ class MethodCalls:
                         "written to it; publish again, which starts the engine anew"
                     )
                 one.adapter = name
-                one._publish(version)
+                one.publish(version)
             return min(reply["bound"] for reply in replies)
 
         bound = min(self._each(commit))
@@ -174,8 +174,8 @@ class MethodCalls:
     def _each[T](self, ask: Callable[[HttpEngine], T]) -> list[T]:
         """What each engine gave, asked at the same time; one that fails makes all stale."""
         if isinstance(self.engine, EngineGroup):
-            with self.engine._as_one():
-                return self.engine._each(lambda _, one: ask(one))
+            with self.engine.as_one():
+                return self.engine.each(lambda _, one: ask(one))
         return [ask(self.engine)]
 
     def _alike(self, digests: Sequence[str], what: str) -> str:
@@ -190,13 +190,13 @@ def _ask(
     engine: HttpEngine, what: str, message: Mapping[str, Any], bucket: Bucket | None = None
 ) -> list[dict[str, Any]]:
     """Send one message to every rank of an engine; their answers, or a failed update."""
-    with engine._failing_as(what):
-        return engine._message(what, dict(message), bucket.data if bucket is not None else None)
+    with engine.failing_as(what):
+        return engine.tell(what, dict(message), bucket.data if bucket is not None else None)
 
 
 def _loaded(engine: HttpEngine) -> list[str]:
     """Names of the adapters that the engine has loaded."""
-    response = engine._connected.get("/v1/models", engine.options.update_timeout_s)
+    response = engine.connected.get("/v1/models", engine.options.update_timeout_s)
     if response.status_code != 200:
         raise WeightSyncError(f"engine answered /v1/models with {response.status_code}, expected 200")
     return [card["id"] for card in response.json()["data"] if card.get("parent")]

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -33,21 +31,6 @@ _SHORTEST_S, _LONGEST_S = 0.0002, 0.01
 
 class GroupError(ConnectionError):
     """A rank of the group is gone, silent or late. The group is closed."""
-
-
-def open_store(address: str, timeout_s: float) -> tuple[dist.TCPStore, int]:
-    """A store that listens on `address` alone, and its port. Torch's own would listen on all interfaces."""
-    with socket.create_server((address, 0)) as listener:
-        port = listener.getsockname()[1]
-        store = dist.TCPStore(
-            address,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=timeout_s),
-            master_listen_fd=os.dup(listener.fileno()),
-        )
-    return store, port
 
 
 class Group:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_sglang.store import AGENT_STORE, open_store
+
 
 def serve(spec: dict[str, Any], listener: socket.socket) -> None:
     """Serve until killed. `spec` is what `Server._spec` made; `listener` is bound but does not listen yet."""
@@ -24,7 +26,9 @@ def serve(spec: dict[str, Any], listener: socket.socket) -> None:
     from sglang.srt.utils import kill_process_tree
     from sglang.srt.utils.auth import add_api_key_middleware
 
-    store, arguments["dist_init_addr"] = _loopback_store()
+    store, port = open_store("127.0.0.1")
+    arguments["dist_init_addr"] = f"127.0.0.1:{port}"
+    os.environ |= AGENT_STORE
     # Keys go straight into the middleware: ServerArgs are printed to the log and served by /server_info.
     add_api_key_middleware(http_server.app, api_key=spec["api_key"], admin_api_key=spec["admin_key"])
     PortArgs.init_new = staticmethod(_named(PortArgs.init_new, Path(spec["folder"]).name))
@@ -47,21 +51,6 @@ def _named(init_new: Callable[..., Any], name: str) -> Callable[..., Any]:
         return ports
 
     return init
-
-
-def _loopback_store() -> tuple[Any, str]:
-    """A TCPStore for the ranks to meet in, and its address. Rank 0 would make one that listens on all interfaces,
-    without a key, on a port that may have been taken since it was chosen. So it is made here, and the ranks are told
-    that it exists, in the way of torchrun."""
-    from torch.distributed import TCPStore
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        store = TCPStore(
-            "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
-        )
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    return store, f"127.0.0.1:{port}"
 
 
 def _run_on(listener: socket.socket, app: Any, **config: Any) -> None:

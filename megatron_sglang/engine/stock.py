@@ -31,8 +31,9 @@ from megatron_sglang.engine.background import in_thread
 from megatron_sglang.engine.http import Http
 from megatron_sglang.engine.live_model import EMBEDDING, HEAD
 from megatron_sglang.engine.options import EngineOptions
-from megatron_sglang.engine.process_group import Group, GroupError, open_store
+from megatron_sglang.engine.process_group import Group, GroupError
 from megatron_sglang.errors import EngineError, EngineTimeoutError, WeightSyncError
+from megatron_sglang.store import open_store
 
 GROUP = "megatron_sglang"
 NOT_OFFERED = "not proved"

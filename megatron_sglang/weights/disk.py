@@ -43,7 +43,7 @@ class FolderHome:
 
     def open(self, name: str) -> Path:
         """An empty folder that becomes `name` in `close`; what an earlier run left unfinished goes."""
-        with self._failing_as(name):
+        with self.failing_as(name):
             self.home.mkdir(parents=True, exist_ok=True)
             for left in self.home.glob(f".{self.prefix}*.partial"):
                 shutil.rmtree(left)
@@ -54,7 +54,7 @@ class FolderHome:
     def close(self, name: str) -> Path:
         """Everything on the disk, then under its name; older folders than the last `KEPT` are removed."""
         partial, target = self._partial(name), self.home / name
-        with self._failing_as(name):
+        with self.failing_as(name):
             for path in (*partial.iterdir(), partial):
                 _to_disk(path)
             if target.exists():  # a version that is published once more, after a failure or a restart of the run
@@ -78,7 +78,7 @@ class FolderHome:
         return self.home / f".{name}.partial"
 
     @contextlib.contextmanager
-    def _failing_as(self, name: str) -> Iterator[None]:
+    def failing_as(self, name: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -141,7 +141,7 @@ class DiskWriter:
             where |= {spec["name"]: part.file for spec in json.loads(part.header)["specs"]}
         size = sum(part.nbytes for part in parts)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        with self.home._failing_as(name):
+        with self.home.failing_as(name):
             (partial / INDEX).write_text(json.dumps(index) + "\n")
             copy_all_but_weights(self.source, partial, self.dtype)
             manifest = write_manifest(partial, whole)

@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -220,15 +219,16 @@ def _alone_unless_launched() -> Iterator[None]:
     if "RANK" in os.environ:
         yield
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from megatron_sglang.store import AGENT_STORE, open_store
+
+    store, port = open_store("127.0.0.1")
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-    alone |= {"MASTER_PORT": port}
+    alone |= {"MASTER_PORT": port, **AGENT_STORE}
     os.environ |= {name: str(value) for name, value in alone.items()}
     try:
         yield
     finally:
         leave()
+        del store
         for name in alone:
             os.environ.pop(name, None)

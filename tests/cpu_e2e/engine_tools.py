@@ -78,13 +78,13 @@ def engine_options(model: Path, **changes: object) -> EngineOptions:
 
 
 def fake_options(**changes: object) -> EngineOptions:
-    """A fake engine with short deadlines."""
+    """A fake engine with short deadlines, but for its updates: the first one imports torch."""
     common: dict[str, object] = {
         "kind": "fake",
         "tp_size": 2,
         "start_timeout_s": 50.0,
         "request_timeout_s": 10.0,
-        "update_timeout_s": 10.0,
+        "update_timeout_s": 60.0,
     }
     return EngineOptions("unused", **(common | changes))  # pyright: ignore[reportArgumentType]
 
@@ -108,7 +108,7 @@ async def until_decoding(engine: HttpEngine, count: int) -> None:
     """Wait until a real SGLang runs as many requests, which takes a while on a busy machine."""
 
     def running() -> int:
-        loads = engine._connected.get("/v1/loads", 10.0, include="core").json()["loads"]
+        loads = engine.connected.get("/v1/loads", 10.0, include="core").json()["loads"]
         return sum(load["num_running_reqs"] for load in loads)
 
     async with asyncio.timeout(60):

@@ -132,7 +132,7 @@ def test_released_weights_are_not_touched(engine: HttpEngine, publish: Publisher
     expected = ask(engine, weights)
     engine.release()
     assert ask(engine, weights) == expected
-    assert engine._released == {"kv_cache", "cuda_graph"}
+    assert engine.released == {"kv_cache", "cuda_graph"}
     publish(weights)
     engine.release()
     for names in samples_of(weights):

@@ -220,7 +220,7 @@ def publish_next(served: tuple[HttpEngine, AdapterPath, Weights], seed: int, ran
 
 
 def loaded(engine: HttpEngine) -> list[str]:
-    cards = engine._connected.get("/v1/models", 10.0).json()["data"]
+    cards = engine.connected.get("/v1/models", 10.0).json()["data"]
     return [card["id"] for card in cards if card.get("parent")]
 
 
@@ -252,7 +252,7 @@ def test_a_loaded_adapter_begins_without_cached_prefixes(served):
             "sampling_params": [{"max_new_tokens": 1}],
             "lora_path": [engine.adapter],
         }
-        return engine._connected.post("/generate", body, 60.0, admin=False)[0]["meta_info"]["cached_tokens"]
+        return engine.connected.post("/generate", body, 60.0, admin=False)[0]["meta_info"]["cached_tokens"]
 
     publish_next(served, 4)
     assert [cached(), cached()] == [0, 63]
@@ -326,7 +326,7 @@ def test_a_base_that_changed_under_the_adapter_is_refused_and_loaded_anew(served
     answers = engine.generate(REQUESTS)
     changed = {name: 1.01 * tensor for name, tensor in weights.items() if "norm" in name}
     other = DiskWriter(Alone(), Given(changed), dense.parent / "changed", dense, "float32").write(1)
-    engine._connected.post("/update_weights_from_disk", {"model_path": other.path, "load_format": "auto"}, 60.0)
+    engine.connected.post("/update_weights_from_disk", {"model_path": other.path, "load_format": "auto"}, 60.0)
     with pytest.raises(WeightSyncError, match=r"something wrote to it since the last version"):
         publish_next(served, 9)
     with pytest.raises(EngineStaleError):

@@ -69,7 +69,7 @@ def test_stock_routes_deliver_the_same_model(
         for version, given in ((1, weights), (2, other_weights)):
             digests.append(publish(engine, version, given))
             answers.append([one.token_ids_T for one in engine.generate(REQUESTS)])
-            sums.append(stock.checksum(engine._connected, 60.0))
+            sums.append(stock.checksum(engine.connected, 60.0))
     assert len(set(digests)) == len(set(sums)) == 2
     assert answers[0] != answers[1]
     with connected(running, tiny_model, proved=False) as engine:

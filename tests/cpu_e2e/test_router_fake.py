@@ -68,7 +68,7 @@ def publish(group: EngineGroup) -> None:
 def tell_apart(group: EngineGroup) -> None:
     """Who served is seen by the version."""
     for number, engine in enumerate(group.engines):
-        engine._connected.post("/update_weight_version", {"new_version": str(number)}, 10.0)
+        engine.connected.post("/update_weight_version", {"new_version": str(number)}, 10.0)
 
 
 def ask[T](engines: EngineGroup, work: Callable[[EngineClient], Awaitable[T]]) -> T:
@@ -90,7 +90,11 @@ def test_a_client_gets_the_same_by_the_router(engines: EngineGroup, policy: Any)
     direct = ask(engines, all_of)
     engines.router = Router(engines, policy=policy)
     tell_apart(engines)
+    for engine in engines.engines:  # all are under way when sessions are placed, by what runs where
+        script(engine, token_s=0.05)
     routed = ask(engines, all_of)
+    for engine in engines.engines:
+        script(engine)
     served = [one.weight_version for one in routed]
     assert [replace(one, weight_version=0) for one in routed] == [replace(one, weight_version=0) for one in direct]
     if policy == "manual":
@@ -160,7 +164,7 @@ def test_a_router_passes_on_what_it_can_and_dies_with_the_trainer(engines: Engin
     tell_apart(engines)
     sampling = {"temperature": 0.8, "max_new_tokens": 4, "sampling_seed": 5, "stop_token_ids": [7]}
     body = {"input_ids": [1, 2, 3], "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": 2}
-    expected = engines.engines[0]._connected.post("/generate", body, 10.0, admin=False)
+    expected = engines.engines[0].connected.post("/generate", body, 10.0, admin=False)
     with Router(engines) as router:
         tree = [psutil.Process(router.pid), *psutil.Process(router.pid).children(recursive=True)]
         assert not [one for one in tree if router.address.api_key in " ".join(one.cmdline())]
@@ -172,7 +176,7 @@ def test_a_router_passes_on_what_it_can_and_dies_with_the_trainer(engines: Engin
                 assert answer["meta_info"][key] == expected["meta_info"][key]
             assert client.post("/generate", json=body).status_code == 401
             served = {}
-            for session in [f"session {number}" for number in range(12)] * 2:
+            for session in [f"session {number}" for number in range(24)] * 2:
                 named = {**headers, SESSION_HEADER: session}
                 version = client.post("/generate", json=body, headers=named).json()["meta_info"]["weight_version"]
                 served.setdefault(session, set()).add(version)
@@ -198,9 +202,9 @@ def test_the_routers_cache_aware_policy_knows_prefixes_of_token_ids(engines: Eng
         with httpx.Client(base_url=router.address.url, trust_env=False, timeout=20.0, headers=headers) as client:
             [first] = {served(client, list(range(start, start + 20))) for start in range(100, 300, 20)}
             for engine in engines.engines:
-                script(engine, token_s=1.0)
+                script(engine, token_s=3.0)
             slow = pool.submit(served, client, list(range(300, 320)))
-            asyncio.run(until_running(engines.engines[int(first)], token_s=1.0))
+            asyncio.run(until_running(engines.engines[int(first)], token_s=3.0))
             elsewhere = list(range(400, 440))
             assert served(client, elsewhere) != first
             assert slow.result() == first
