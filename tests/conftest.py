@@ -19,12 +19,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: ranks share few c
 SESSION_MARK = f"MEGATRON_SGLANG_TEST={uuid.uuid4()}"
 os.environ.update([SESSION_MARK.split("=")])
 
+import hypothesis  # noqa: E402
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = {"unit": 120, "dist": 420, "cpu_e2e": 600, "gpu": 600}
 """Tier -> longest time of one test, in the order in which the tiers run."""
+
+
+# Every run draws the same examples, so what is red once is red again, and has no clock, which a busy machine would not
+# keep. New examples: --hypothesis-profile default
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -46,7 +46,7 @@ def publish(engine: HttpEngine | EngineGroup, version: int) -> None:
 
 
 def options(**changes: Any) -> Any:
-    return fake_options(tp_size=1, update_timeout_s=60.0, **changes)
+    return fake_options(tp_size=1, request_timeout_s=60.0, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +337,7 @@ def test_a_session_stays_with_its_engine() -> None:
                 await task
                 return working[0]
 
-            homes = {f"s{n}": await watched(f"s{n}") for n in range(12)}
+            homes = {f"s{n}": await watched(f"s{n}") for n in range(24)}
             assert len(set(homes.values())) == 2
             assert {session: await watched(session) for session in homes} == homes
             news = [replace(request(), session_id=f"new{number // 2}") for number in range(12)]
@@ -347,7 +347,8 @@ def test_a_session_stays_with_its_engine() -> None:
             assert len({client._homes[one.session_id] for one in news[:4]}) == 2
             await asyncio.gather(*tasks)
             tasks = [asyncio.create_task(client.generate(request())) for _ in range(8)]
-            await asyncio.sleep(0.05)
+            while sum(http.load for http in client._https.values()) < len(tasks):
+                await asyncio.sleep(0)
             assert [http.load for http in client._https.values()] == [4, 4]
             await asyncio.gather(*tasks)
             await asyncio.to_thread(engines.on_each, lambda one: one.sleep())

@@ -163,7 +163,7 @@ def test_abort_returns_what_was_sampled(serving: HttpEngine, tokenizer: Tokenize
     async def work() -> list[Completion]:
         addresses = [replace(one, **({} if has_admin_key else {"admin_key": ""})) for one in serving.addresses]
         async with EngineClient(addresses, decode=tokenizer.decode, concurrency=60) as client:
-            asked = (client.generate(request(seed, max_new_tokens=230)) for seed in range(80))
+            asked = (client.generate(request(seed, max_new_tokens=230)) for seed in range(200))
             tasks = [asyncio.create_task(one) for one in asked]
             await until_decoding(serving, 20)
             await client.abort()

@@ -28,7 +28,7 @@ from megatron_sglang.errors import (
 )
 from megatron_sglang.types import GenerateRequest, SamplingParams
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(200)
 WEIGHTS = [("a", torch.arange(12.0).view(3, 4)), ("b", torch.arange(5))]
 REQUESTS = [
     GenerateRequest((prompt, 2, 3), SamplingParams(max_new_tokens=8, seed=10 * prompt + member))

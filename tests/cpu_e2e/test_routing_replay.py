@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from engine_tools import Publisher, Weights, engine_options
+from engine_tools import Publisher, Weights, engine_options, until_decoding
 
 from megatron_sglang.batching import expert_numbers
 from megatron_sglang.engine import create_engine
@@ -109,7 +109,7 @@ def test_an_aborted_completion_tells_what_was_processed(telling: HttpEngine) -> 
     async def aborted() -> list[Completion]:
         async with telling.client() as client:
             tasks = [asyncio.create_task(client.generate(request)) for request in asked]
-            await asyncio.sleep(0.5)
+            await until_decoding(telling, 4)
             await client.abort()
             return list(await asyncio.gather(*tasks))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -108,7 +109,7 @@ def test_box_killed_during_a_job_fails_that_job_only():
         def kill_amid_the_job() -> None:
             while not server.children():
                 time.sleep(0.01)
-            time.sleep(0.3)  # until the box has said so
+            time.sleep(1.0)  # until the box has said so
             server.kill()
 
         killer = threading.Thread(target=kill_amid_the_job, daemon=True)
@@ -161,9 +162,11 @@ def running(owner: int, *, folders: bool) -> tuple[list[psutil.Process], set[str
 def test_many_jobs_leak_neither_descriptors_nor_processes():
     with Sandbox("namespaces", workers=2) as sandbox:
         sandbox.run([GOOD] * 4)
+        gc.collect()  # what earlier tests left open
         before = psutil.Process().num_fds(), psutil.Process().children(recursive=True)
         sandbox.run([GOOD, Job("def f(", "f", GOOD.tests)] * 50)
-        assert (psutil.Process().num_fds(), psutil.Process().children(recursive=True)) == before
+        assert psutil.Process().num_fds() <= before[0]
+        assert psutil.Process().children(recursive=True) == before[1]
 
 
 def test_close_leaves_no_process_and_no_folder():

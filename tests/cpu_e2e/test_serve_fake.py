@@ -231,7 +231,7 @@ def test_a_stream_says_of_each_choice_what_the_whole_answer_does(
 ) -> None:
     """Choices that come in turns, each in parts: offsets that go on from another choice's, logprobs lost or doubled at
     the seams, texts mixed up."""
-    pace(engine, 0.003)  # so that the choices take turns
+    pace(engine, 0.02)  # so that the choices take turns
     body = body | {"max_tokens": 30, "min_tokens": 2, "seed": 5, "return_token_ids": True}
     whole = plain.post(path, body).json()
     found = plain.post(path, body | {"stream": True, "stream_options": {"include_usage": True}})

@@ -222,7 +222,7 @@ def test_a_client_that_does_not_read_is_cut_off(run_folder: Path, engine: HttpEn
 
 def test_a_full_queue_says_when_to_come_again(run_folder: Path, engine: HttpEngine) -> None:
     """503s from an overloaded engine, or a queue without end."""
-    pace(engine, 0.02)
+    pace(engine, 0.5)
     body = {"prompt": "a", "max_tokens": 20, "min_tokens": 20}
     with (
         serving(run_folder, concurrency=2, queue=3, max_choices=2) as served,
@@ -233,6 +233,7 @@ def test_a_full_queue_says_when_to_come_again(run_folder: Path, engine: HttpEngi
         refused = served.post(COMPLETIONS, body)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert error_of(refused)["type"] == "rate_limit_error"
+        pace(engine, 0.0)
         assert [one.result().status_code for one in first] == [200] * 5
         idle(served, engine)
 

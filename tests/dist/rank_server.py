@@ -35,20 +35,23 @@ def main() -> None:
 
 
 def _run(job: dict) -> dict:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # Bound before the ranks exist, so that nobody takes the port while they are forked.
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
     pipes, pids = [], []
     for rank in range(job["ranks"]):
         read_end, write_end = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(read_end)
+            listener.close()
             _be_rank(job, rank, port, write_end)
         os.close(write_end)
         pids.append(pid)
         pipes.append(read_end)
-    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
     reply = _collect(job, pids, pipes)
     del store  # with its thread and its sockets, which the next fork would copy
     return reply

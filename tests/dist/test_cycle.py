@@ -93,9 +93,9 @@ def two_ranks(case: Callable[[Path], Any], folder: Path) -> list[Any]:
         send.close()
         pipes.append(receive)
         ranks.append(process)
-    replies = [json.loads(pipe.recv()) if pipe.poll(60) else {"error": "no answer"} for pipe in pipes]
+    replies = [json.loads(pipe.recv()) if pipe.poll(240) else {"error": "no answer"} for pipe in pipes]
     for process in ranks:
-        process.join(20)
+        process.join(60)
         assert process.exitcode == 0
     assert not [reply for reply in replies if "error" in reply], replies
     return [reply["value"] for reply in replies]

@@ -74,7 +74,7 @@ def sampled(
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(limits=LIMITS, tokens=st.integers(8, 40), ends=st.integers(1, 9), first=st.integers(0, 3))
 def test_every_token_has_its_own_mask_logprob_and_version(limits: Limits, tokens: int, ends: int, first: int) -> None:
     """One place off, and the loss trains observations, or compares a token with another's logprob."""
@@ -83,7 +83,7 @@ def test_every_token_has_its_own_mask_logprob_and_version(limits: Limits, tokens
     check(engine, rollout.batch(source(), 0), tokens, limits)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     limits=LIMITS,
     tokens=st.integers(8, 40),

@@ -2,15 +2,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sglang.batching import collate, split
 from megatron_sglang.errors import ConfigError
 from megatron_sglang.losses import policy_loss
 from megatron_sglang.types import TrainSample
-
-unhurried = settings(deadline=None)  # the machine may be busy
 
 
 def sample(prompt: tuple[int, ...], response: tuple[int, ...], advantage: float = 1.0) -> TrainSample:
@@ -42,7 +40,6 @@ samples = st.lists(
 )
 
 
-@unhurried
 @given(samples, st.integers(1, 16))
 def test_every_response_token_is_found_again_under_the_mask(items: list[TrainSample], multiple_of: int) -> None:
     batch = collate(items, multiple_of=multiple_of)
@@ -82,7 +79,6 @@ def test_moving_a_batch_moves_all_of_it() -> None:
 sizes = st.integers(1, 4)
 
 
-@unhurried
 @given(steps=sizes, dp_size=sizes, micros=sizes, micro_batch=sizes)
 def test_ranks_share_every_item_once_and_joining_restores_the_order(
     steps: int, dp_size: int, micros: int, micro_batch: int

@@ -32,7 +32,7 @@ def test_round_trip_keeps_names_shapes_dtypes_and_bits() -> None:
         assert digest(got) == spec.digest
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(length=st.integers(1, 70), data=st.data())
 def test_any_flipped_bit_changes_the_digest(length: int, data: st.DataObject) -> None:
     """The whole proof of delivery stands on this."""

@@ -55,7 +55,7 @@ def adapter(folder: Path, modules: list[str], **config: Any) -> Path:
     return folder
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     shared=st.integers(0, 3),
     own=st.lists(st.integers(0, 3), min_size=1, max_size=3),

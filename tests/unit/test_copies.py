@@ -30,7 +30,7 @@ def rectangles(draw: st.DrawFn) -> list[Rectangle]:
     return draw(st.permutations(found))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rectangles())
 def test_a_fold_moves_what_its_rectangles_say(given_rectangles: list[Rectangle]) -> None:
     """Order included: the other side cuts the flat segment by its own rectangles of the same sizes."""

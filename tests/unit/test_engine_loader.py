@@ -146,7 +146,7 @@ def test_a_stream_ends_what_another_path_has_begun(rank: Rank, weights: Named) -
     assert rank.publish(3, weights)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(byte=st.integers(0, 191), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_named(rank: Rank, byte: int, bit: int) -> None:
     """Corruption must be found whichever bit it hits (16 tensor-aligned floats: no padding between)."""

@@ -83,7 +83,7 @@ def run(folder: Path, *argv: str, **environment: str | None) -> subprocess.Compl
     given |= environment
     env = {name: value for name, value in given.items() if value is not None}
     command = ["bash", str(SCRIPT), *argv]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=110, check=False)
 
 
 def value(config: Any, name: str) -> Any:

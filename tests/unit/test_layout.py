@@ -61,7 +61,7 @@ def layouts_of_one(draw: st.DrawFn) -> tuple[Param, list[Write]]:
     return param, writes
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(layouts_of_one())
 def test_coverage_counts_every_element(case: tuple[Param, list[Write]]) -> None:
     """An element that is missed keeps an old version's value; one that is written twice depends on the order."""
@@ -76,7 +76,7 @@ def test_coverage_counts_every_element(case: tuple[Param, list[Write]]) -> None:
     assert surplus == Counter({element: n - 1 for element, n in count.items() if n > 1})
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(layouts_of_one())
 def test_boxes_are_the_elements_of_the_write(case: tuple[Param, list[Write]]) -> None:
     """Whoever cuts slices out of boxes must not send an element too many."""
@@ -143,7 +143,7 @@ constants = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(sourced | constants, max_size=30))
 def test_folding_is_lossless(writes: list[Write]) -> None:
     """A fold that generalised too much would fill weights from the wrong expert."""

@@ -6,15 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sglang.batching import MicroBatch, collate, split_by_tokens
 from megatron_sglang.errors import ConfigError
 from megatron_sglang.packing import micro_batches
 from megatron_sglang.types import TrainSample
-
-unhurried = settings(deadline=None)  # the machine may be busy
 
 
 def sample(length: int, first: int = 1) -> TrainSample:
@@ -31,7 +29,6 @@ def shares(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
     return lengths * ranks * run, draw(st.integers(1, 120)), ranks, run
 
 
-@unhurried
 @given(shares())
 def test_every_sample_once_within_the_budget_and_as_many_on_all_ranks(share: tuple[list[int], int, int, int]) -> None:
     """A sample twice or never trains something else, one micro-batch more on one rank hangs all of them, and one over
@@ -48,7 +45,6 @@ def test_every_sample_once_within_the_budget_and_as_many_on_all_ranks(share: tup
     assert micro_batches(list(lengths), budget, ranks, run) == by_rank
 
 
-@unhurried
 @given(shares())
 def test_micro_batches_of_the_same_turn_are_alike(share: tuple[list[int], int, int, int]) -> None:
     """Ranks wait for each other in each turn: the next turn's largest is no larger than this one's smallest."""
@@ -104,7 +100,6 @@ def test_the_example_of_the_module() -> None:
 lengths = st.lists(st.integers(2, 20), min_size=1, max_size=6)
 
 
-@unhurried
 @given(lengths, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
 def test_what_is_laid_out_comes_back_with_its_gradient(found: list[int], tp: int, cp: int) -> None:
     """A place off by one gives a sample its neighbour's logprobs, one twice or never a wrong gradient."""

@@ -103,7 +103,7 @@ def test_line_holes_are_those_of_the_paper():
     assert SOURCE[body[0] : body[1]].rstrip("\n") in multi
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(), kind=st.sampled_from(KINDS))
 def test_holes_lie_in_the_body_and_fill_back(seed, kind):
     start, end = function_body(SOURCE, "area")

@@ -188,13 +188,13 @@ literals = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(literals)
 def test_every_literal_survives_the_wire(value):
     assert same(unpack(json.loads(json.dumps(pack(value)))), value)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda i: st.lists(i) | st.dictionaries(st.text(), i)))
 def test_hostile_forms_raise_only_channel_errors(form):
     with contextlib.suppress(ChannelError):

@@ -137,14 +137,14 @@ def sentencepiece_ids(draw: st.DrawFn) -> list[int]:
     return ids[: draw(st.integers(0, len(ids)))]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(byte_level_ids(), STOPS, st.integers(0, 4))
 def test_byte_level_tokens(ids: list[int], stops: list[str], ignore_first: int) -> None:
     """Stops across tokens, overlapping, within a cut character's token, after bytes that are no text."""
     assert run(ids, stops, decode_bytes, ignore_first) == decode_all_prefixes(ids, stops, decode_bytes, ignore_first)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(sentencepiece_ids(), STOPS, st.integers(0, 4))
 def test_decoder_that_drops_the_first_space(ids: list[int], stops: list[str], ignore_first: int) -> None:
     """A token alone does not decode to what it adds to the text: its space is lost, or its byte is no character."""
@@ -154,7 +154,7 @@ def test_decoder_that_drops_the_first_space(ids: list[int], stops: list[str], ig
     assert (found.kept, found.matched, found.given) == (expected.kept, expected.matched, expected.given)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(byte_level_ids(), STOPS, st.lists(st.integers(1, 5), max_size=8))
 def test_chunks_do_not_matter(ids: list[int], stops: list[str], sizes: list[int]) -> None:
     """An event of a stream holds as many tokens as the engine happens to have."""

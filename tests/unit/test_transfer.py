@@ -30,7 +30,7 @@ def regions(boxes: list[Box], tensor: str, ranks: int, name: str = NAME) -> list
     return [Region(i % ranks, name, box, Place(f"{tensor}{i}", 0, box.cols, 1)) for i, box in enumerate(boxes)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_cuts_are_delivered_exactly(data: st.DataObject) -> None:
     """Played back on element numbers, every slot must hold its own elements: none missing, none twice, none moved."""
