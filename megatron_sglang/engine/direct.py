@@ -107,7 +107,10 @@ def deliver(live: Live, plan: Plan, index: int, message: dict[str, Any], data: t
     lengths, digests = message["lengths"], message["digests"]
     expected = sum(math.prod(copy.sizes) for copy in copies)
     if sum(lengths) != flat.numel() or flat.numel() != expected:
-        raise ValueError(f"delivery {index} has {flat.numel()} elements, expected {expected} by plan")
+        raise ValueError(
+            f"delivery {index}, {named(copies)}: it has {flat.numel()} elements of {message['dtype']}, expected "
+            f"{expected} by plan"
+        )
     if index not in plan.launches:
         plan.launches[index] = _moves(live, copies, lengths, flat)
     moves = plan.launches[index]
@@ -139,6 +142,12 @@ def _moves(live: Live, copies: Sequence[Copy], lengths: Sequence[int], flat: tor
     if not copy_kernel.Moves.fits(copies, lengths, flat.element_size()):
         return None
     return copy_kernel.Moves(copies, lengths, live.numbers, flat.element_size(), flat.device)
+
+
+def named(copies: Sequence[Copy]) -> str:
+    """For errors: which parameters copies are for."""
+    names = list(dict.fromkeys(copy.tensor for copy in copies))
+    return f"for {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @torch.no_grad()
@@ -184,9 +193,9 @@ def _compare(
     begin = 0
     for source, length in enumerate(lengths):
         if length and found[source] != sent[source]:
-            names = dict.fromkeys(copy.tensor for copy in copies if copy.flat < begin + length and _end(copy) > begin)
+            within = [copy for copy in copies if copy.flat < begin + length and _end(copy) > begin]
             raise ValueError(
-                f"delivery {index}, part of trainer rank {source}, for {', '.join(names)}: {how} digest "
+                f"delivery {index}, part of trainer rank {source}, {named(within)}: {how} digest "
                 f"{found[source]:#x}, sent {sent[source]:#x}"
             )
         begin += length

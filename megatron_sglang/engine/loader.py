@@ -274,9 +274,10 @@ def _stream(model: Any, message: dict[str, Any]) -> dict[str, Any]:
     def deliver(header: dict[str, Any], data: torch.Tensor) -> None:
         nonlocal taken
         if (header["version"], header["index"]) != (version, taken) or taken == expected:
+            due = f", {direct.named(plan.buckets[taken])}" if taken < expected else ""
             raise ValueError(
                 f"got delivery {header['index']} of version {header['version']}, expected {taken} of version "
-                f"{version}, {expected} in all: one was dropped, repeated or reordered"
+                f"{version}{due}, {expected} in all: one was dropped, repeated or reordered"
             )
         # Nothing of the buffer is read any more when this returns, since its last step waits for a digest of what was
         # written: the sender may overwrite it.

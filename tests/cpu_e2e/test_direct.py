@@ -130,13 +130,15 @@ def other_dtype(index: int, _flat: torch.Tensor, header: dict[str, Any]) -> None
         header["dtype"] = "bfloat16"
 
 
+FOR = r"for model\.[\w.]+(, model\.[\w.]+)*( and \d+ more)?"
+"""A bucket has many parameters, so the first of them are named."""
 FAULTS = [
-    (flip_a_bit, None, "arrived with digest"),
-    (cut_short, None, "expected"),
-    (other_dtype, None, "expected"),
-    (older_version, None, "got delivery 2 of version 0, expected 2"),
-    (None, [0, 2, 1], "got delivery 2 .*dropped, repeated or reordered"),
-    (None, [0, 1, 1], "got delivery 1 .*dropped, repeated or reordered"),
+    (flip_a_bit, None, rf"delivery 1, part of trainer rank 0, {FOR}: arrived with digest"),
+    (cut_short, None, rf"delivery 1, {FOR}: it has \d+ elements of float32, expected"),
+    (other_dtype, None, rf"delivery 1, {FOR}: it has \d+ elements of bfloat16, expected"),
+    (older_version, None, rf"got delivery 2 of version 0, expected 2 of version \d+, {FOR}"),
+    (None, [0, 2, 1], rf"got delivery 2 .*, expected 1 .*, {FOR}, .*dropped, repeated or reordered"),
+    (None, [0, 1, 1], rf"got delivery 1 .*, expected 2 .*, {FOR}, .*dropped, repeated or reordered"),
 ]
 
 
