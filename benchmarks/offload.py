@@ -96,7 +96,7 @@ def deliveries(count: int = 6, mib: int = 512) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         call = {"id": 1, "version": 1, "folder": folder, "timeout_s": 120.0}
-        slots = [torch.empty(mib << 18, device="cuda") for _ in range(2)]
+        buffers = [torch.empty(mib << 18, device="cuda") for _ in range(2)]
         results = context.Queue()
         with line.Line(call, 0) as end:
             child = context.Process(target=_receive, args=(call, results))
@@ -105,11 +105,11 @@ def deliveries(count: int = 6, mib: int = 512) -> dict[str, Any]:
             for index in range(count):
                 if index >= 2:
                     end.wait(index - 2)
-                slots[index % 2].normal_()
-                sent.append(digest(slots[index % 2]))
+                buffers[index % 2].normal_()
+                sent.append(digest(buffers[index % 2]))
                 torch.cuda.synchronize()
                 header = {"index": index, "dtype": "float32", "lengths": [], "digests": []}
-                end.send(header, index % 2, slots[index % 2], slots[index % 2])
+                end.send(header, index % 2, buffers[index % 2], buffers[index % 2])
                 began = began or time.perf_counter()  # the first one waits for the other's CUDA context
             end.finish()
             took = time.perf_counter() - began

@@ -47,7 +47,7 @@ def rows_of(gpus: int) -> list[dict[str, Any]]:
             update = update_of(shards, slots, gpus, ITEMSIZE, size, host_for(gpus), buffers)
             seconds = found["seconds"]["total"]["median"]
             rows.append(
-                {"gpus": gpus, "run": run["step"], "bucket_bytes": size, "slots": buffers}
+                {"gpus": gpus, "run": run["step"], "bucket_bytes": size, "buffers": buffers}
                 | {"of_older_code": gpus > GPUS[0] or OLDER in run["step"]}
                 | {"measured_s": seconds, "predicted_s": update.seconds.total}
                 | {"off": update.seconds.total / seconds - 1, "seconds": asdict(update.seconds)}
@@ -65,9 +65,9 @@ def rows_of(gpus: int) -> list[dict[str, Any]]:
 def measured(run: dict[str, Any], gpus: int) -> dict[tuple[int, int], dict[str, Any]]:
     """The direct path's results by (buffers of each kind, bytes of a bucket)."""
     assert (run["ranks"], run["device"]) == (gpus, "NVIDIA H200"), run["command"]
-    found = {(run.get("slots", 2), run["bucket_bytes"]): run["paths"]["direct"]}
-    found |= {(run.get("slots", 2), int(size)): one for size, one in run["direct_with_buckets"].items()}
-    for count, sizes in run.get("direct_with_slots", {}).items():
+    found = {(run.get("buffers", 2), run["bucket_bytes"]): run["paths"]["direct"]}
+    found |= {(run.get("buffers", 2), int(size)): one for size, one in run["direct_with_buckets"].items()}
+    for count, sizes in run.get("direct_with_buffers", {}).items():
         found |= {(int(count), int(size)): one for size, one in sizes.items()}
     return found
 

@@ -102,7 +102,7 @@ class Delivery(Protocol):
     @property
     def index(self) -> int: ...
     @property
-    def slot(self) -> int: ...
+    def buffer(self) -> int: ...
     @property
     def memory(self) -> torch.Tensor: ...
     @property
@@ -132,7 +132,7 @@ class Line(Protocol):
 
     def __exit__(self, *_: object) -> None: ...
 
-    def send(self, header: Mapping[str, Any], slot: int, memory: torch.Tensor, data: torch.Tensor) -> None: ...
+    def send(self, header: Mapping[str, Any], buffer: int, memory: torch.Tensor, data: torch.Tensor) -> None: ...
 
     def wait(self, index: int) -> None: ...
 
@@ -241,7 +241,7 @@ class DirectPath:
         for delivery in self.sender.deliveries(free, lambda: bool(failures)):
             if (line := lines.get(delivery.target)) is not None:
                 header = {"index": delivery.index, "lengths": delivery.lengths, "digests": delivery.digests}
-                what = ({**header, "dtype": dtype}, delivery.slot, delivery.memory, delivery.data)
+                what = ({**header, "dtype": dtype}, delivery.buffer, delivery.memory, delivery.data)
                 unless_failed(lambda line=line, what=what: line.send(*what))
         for line in lines.values():
             unless_failed(line.finish)

@@ -5,7 +5,7 @@ placement alone, so it is made once and used for every weight version. The words
 
     shard      where a rectangle of an HF tensor lies in a trainer rank's merged weights (`weights/shards.py`)
     slot       where a rectangle of an HF tensor belongs in an engine rank's parameters, learned by tracing the engine's
-               own loader (`layout.py`); also the number of a buffer that deliveries take in turns (`SLOTS`)
+               own loader (`layout.py`)
     piece      what a shard and a slot have in common: the rectangle that travels
     bucket     pieces that travel together
     host       the trainer rank that hands over to an engine rank (`host_of`); it may serve several, in rounds
@@ -28,7 +28,7 @@ from megatron_sglang.copies import Copy, Rectangle, fold
 from megatron_sglang.errors import WeightSyncError
 from megatron_sglang.layout import RankLayout, Write
 
-SLOTS = 1
+BUFFERS = 1
 """Send buffers, and receive buffers of each engine rank. With two of each, a bucket is merged while the one before it
 is exchanged, and exchanged while the engine takes the one before that; with one of each a bucket may be twice as large
 in the same memory, and is merged while the engine takes the one before. Measured, the larger bucket wins by a fifth:

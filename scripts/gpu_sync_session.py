@@ -91,7 +91,7 @@ def steps(gpus: int, rehearse: bool, random_tiny: str) -> list[Step]:
     memory = {1: ("--mem-fraction", "0.48")} if not rehearse else {}
     sweep = ("--paths", "direct", "--bucket-bytes", str(buckets[0]), "--also-buckets", *map(str, buckets[1:]))
     for size in reversed(sizes):
-        more = (*sweep, "--also-slots", "2", *memory.get(size, ()))
+        more = (*sweep, "--also-buffers", "2", *memory.get(size, ()))
         found.append(_bench(f"30b-{size}", size, size, 300, *large, *more))
     soak = ("--paths", "direct", "--syncs", "10" if rehearse else "200")
     found.append(_bench("soak", most, min(most, ENGINE_TP_OF_TINY), 500, *small, *soak))
@@ -188,7 +188,7 @@ def summary(records: Sequence[dict[str, Any]], targets: dict[str, float]) -> str
         if switch := record.get("result", {}).get("seconds", {}).get("switch"):
             text += f"switch {switch['median']:.3f} s"
         lines.append(text.rstrip())
-        if record.get("result", {}).get("direct_with_slots"):
+        if record.get("result", {}).get("direct_with_buffers"):
             lines += [f"{'':4}{line}" for line in _table(record["result"])]
     return "\n".join([*lines, f"targets: {targets}"])
 

@@ -130,23 +130,23 @@ LITTLE_MEMORY = 10**9
 
 def variants(found: Mapping[str, Any]) -> list[str]:
     """The direct path with each size of buckets and number of buffers, and which was the fastest."""
-    tried = [(found["slots"], size, path) for size, path in found["direct_with_buckets"].items()]
-    tried += [(int(n), size, path) for n, sizes in found["direct_with_slots"].items() for size, path in sizes.items()]
+    tried = [(found["buffers"], size, path) for size, path in found["direct_with_buckets"].items()]
+    tried += [(int(n), size, path) for n, sizes in found["direct_with_buffers"].items() for size, path in sizes.items()]
     if "direct" in found["paths"]:
-        tried.insert(0, (found["slots"], found["bucket_bytes"], found["paths"]["direct"]))
+        tried.insert(0, (found["buffers"], found["bucket_bytes"], found["paths"]["direct"]))
     if len(tried) < 2:
         return []
-    rows = [(path["seconds"]["total"]["median"], slots, int(size), path) for slots, size, path in tried]
+    rows = [(path["seconds"]["total"]["median"], count, int(size), path) for count, size, path in tried]
     rows.sort(key=lambda row: row[:3])
-    lines = [f"{'slots':>5} {'a bucket':>12} {'buckets':>8} {'median s':>9} {'extra MB':>9}"]
-    for median, slots, size, path in rows:
+    lines = [f"{'buffers':>7} {'a bucket':>12} {'buckets':>8} {'median s':>9} {'extra MB':>9}"]
+    for median, count, size, path in rows:
         extra = path["extra_device_bytes"] / 1e6
-        lines.append(f"{slots:5} {size:12,} {path['buckets']:8} {median:9.3f} {extra:9.0f}")
+        lines.append(f"{count:7} {size:12,} {path['buckets']:8} {median:9.3f} {extra:9.0f}")
     within = [row for row in rows if row[3]["extra_device_bytes"] <= LITTLE_MEMORY]
     for what, chosen in (("fastest", rows), (f"fastest within {LITTLE_MEMORY / 1e6:.0f} MB", within)):
         if chosen:
-            median, slots, size, _ = chosen[0]
-            lines.append(f"{what}: {slots} of each buffer, buckets of at most {size:,} bytes: {median:.3f} s")
+            median, count, size, _ = chosen[0]
+            lines.append(f"{what}: {count} of each buffer, buckets of at most {size:,} bytes: {median:.3f} s")
     return lines
 
 

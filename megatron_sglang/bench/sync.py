@@ -64,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     also = "afterwards the direct path with these as well"
     sync.add_argument("--also-buckets", type=int, nargs="+", default=[], metavar="BYTES", help=also)
     buffers = (
-        f"afterwards the direct path with so many send and receive buffers, too, instead of {transfer.SLOTS} of each"
+        f"afterwards the direct path with so many send and receive buffers, too, instead of {transfer.BUFFERS} of each"
     )
-    sync.add_argument("--also-slots", type=int, nargs="+", default=[], metavar="N", help=buffers)
+    sync.add_argument("--also-buffers", type=int, nargs="+", default=[], metavar="N", help=buffers)
     sync.add_argument("--syncs", type=int, default=5, help="measured versions (5)")
     sync.add_argument("--warm-up", type=int, default=2, help="versions before them (2)")
     sync.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="which to measure (all)")
@@ -215,10 +215,10 @@ def _measure(args: argparse.Namespace, model: Model, engine: Any) -> Iterator[di
     peaks = comm.gather(found.device_peaks)
     found.device_peaks = {name: max(one[name] for one in peaks) for name in args.paths}
     written = result.of(args, comm.world_size, found, difference, held, limit, moved)
-    written |= {"slots": made.slots, "direct_with_buckets": {}, "direct_with_slots": {}}
+    written |= {"buffers": made.buffers, "direct_with_buckets": {}, "direct_with_buffers": {}}
     yield written
-    for slots, size, path in _variants(args, made, direct, model):
-        sizes = written["direct_with_slots"].setdefault(slots, {}) if slots else written["direct_with_buckets"]
+    for count, size, path in _variants(args, made, direct, model):
+        sizes = written["direct_with_buffers"].setdefault(count, {}) if count else written["direct_with_buckets"]
         sizes[size] = path
         yield written
 
@@ -233,9 +233,9 @@ def _variants(
         if path is not direct:
             yield 0, size, _repeated(args, made, path, model)
         sender: Any = path.sender
-        for slots in args.also_slots:
-            sender.slots = slots
-            yield slots, size, _repeated(args, made, path, model)
+        for count in args.also_buffers:
+            sender.buffers = count
+            yield count, size, _repeated(args, made, path, model)
 
 
 def _repeated(args: argparse.Namespace, made: Paths, path: DirectPath, model: Model) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """The direct path's line: a Unix socket between a trainer rank and the engine rank beside it. Torch only.
 
     frame   ">IQ" (header length, body length), header as JSON, body
-    there   {"index", "version", "lengths", "digests", "dtype", "slot", "bytes"}: a delivery; the body is its bytes, or
-            empty where the header's "handle" gives the slot's memory (CUDA IPC, once for each slot and version)
+    there   {"index", "version", "lengths", "digests", "dtype", "buffer", "bytes"}: a delivery; the body is its bytes,
+            or empty where the header's "handle" gives the buffer's memory (CUDA IPC, once for each and version)
             {"end": number of deliveries}: these were all
-    back    {"index", "error"}: delivery `index` is in the parameters, and its slot may be written again
+    back    {"index", "error"}: delivery `index` is in the parameters, and its buffer may be written again
 
 The trainer listens in the engine's private mailbox folder, the engine rank connects: one SGLang message starts it, and
 no further one is needed until the version is proved. No pickle: a handle is the JSON of torch's own numbers.
@@ -121,8 +121,8 @@ class Line:
         self._end: End | None = None
         self._sent = self._answered = 0
         self._lent: dict[int, dict[str, Any]] = {}
-        """Slot -> handle that was given out. Emptied when the engine rank, which gives them back itself, has ended
-        well."""
+        """Number of a buffer -> handle that was given out. Emptied when the engine rank, which gives them back itself,
+        has ended well."""
         self._listener = socket.socket(socket.AF_UNIX)
         with short_name(Path(call["folder"], socket_name(call["id"], rank))) as path:
             self._listener.bind(path)
@@ -140,24 +140,24 @@ class Line:
         self._listener.close()
         self._path.unlink(missing_ok=True)
 
-    def send(self, header: Mapping[str, Any], slot: int, memory: torch.Tensor, data: torch.Tensor) -> None:
-        """Hand over the next delivery: flat `data`, the beginning of the flat buffer `memory` that this slot has for
+    def send(self, header: Mapping[str, Any], buffer: int, memory: torch.Tensor, data: torch.Tensor) -> None:
+        """Hand over the next delivery: flat `data`, the beginning of the flat buffer `memory` that has this number for
         the whole version. Its bytes must be complete on their device now, and stay until `wait`.
 
         header: "index", "lengths", "digests", "dtype" (see `direct.deliver`).
         """
         flat = data.view(torch.uint8)
-        whole = {"version": self._version, **header, "slot": slot, "bytes": flat.numel()}
+        whole = {"version": self._version, **header, "buffer": buffer, "bytes": flat.numel()}
         with self._naming(self._sent):
             if self._end is None:
                 self._end = self._accept()
             if not data.is_cuda:
                 self._end.send(whole, memoryview(flat.numpy()))
-            elif slot in self._lent:
+            elif buffer in self._lent:
                 self._end.send(whole)
             else:
-                self._lent[slot] = handle_of(memory.view(torch.uint8))
-                self._end.send({**whole, "handle": self._lent[slot]})
+                self._lent[buffer] = handle_of(memory.view(torch.uint8))
+                self._end.send({**whole, "handle": self._lent[buffer]})
         self._sent += 1
 
     def wait(self, index: int) -> None:
@@ -231,7 +231,7 @@ def receive(
     Raises what `handle` raises, after telling the trainer. Raises `CutError` if the trainer is gone before the end, or
     ends after another number of deliveries than `expected`: both happen when another trainer rank has failed.
     """
-    slots: dict[int, torch.Tensor] = {}
+    buffers: dict[int, torch.Tensor] = {}
     connection = socket.socket(socket.AF_UNIX)
     with connection, short_name(Path(call["folder"], socket_name(call["id"], call["rank"]))) as path:
         try:
@@ -249,8 +249,8 @@ def receive(
                         raise CutError(f"the trainer ended after {taken} deliveries, expected {expected} by plan")
                     return
                 if "handle" in header:
-                    slots[header["slot"]] = open_handle(header["handle"])
-                memory = slots.get(header["slot"], room.memory)[: header["bytes"]]
+                    buffers[header["buffer"]] = open_handle(header["handle"])
+                memory = buffers.get(header["buffer"], room.memory)[: header["bytes"]]
                 try:
                     # From another GPU of the node one copy; from the CPU (and on it) `handle` takes it from there.
                     handle(header, memory.to(device) if memory.is_cuda else memory)

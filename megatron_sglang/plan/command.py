@@ -40,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine-ep", type=_positive, default=1, help="expert parallelism inside the engine")
     add("--dtype", choices=sorted(ITEMSIZE), default="bfloat16", help="of the engine's parameters")
     add("--bucket-bytes", type=_positive, default=SyncConfig().bucket_bytes, help="as sync.bucket_bytes")
-    add("--slots", type=_positive, default=transfer.SLOTS, help=f"send and receive buffers ({transfer.SLOTS})")
+    add(
+        "--buffers",
+        type=_positive,
+        default=transfer.BUFFERS,
+        help=f"send buffers, receive buffers ({transfer.BUFFERS})",
+    )
     add("--micro-batch-size", type=_positive, default=1, help="as Megatron's; for the memory of a train step")
     add("--sequence-tokens", type=_positive, default=memory.Job().sequence, help="longest prompt and completion (3072)")
     add("--lora-rank", type=_positive, default=memory.Job().lora_rank, help="as lora.rank (32)")
@@ -72,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     slots = engine_slots(options, shapes)
     began = time.perf_counter()
     host = replace(host_for(min(args.nproc, args.nproc_per_node)), gpus=args.nproc_per_node)
-    update = update_of(shards, slots, args.nproc, ITEMSIZE[args.dtype], args.bucket_bytes, host, args.slots)
+    update = update_of(shards, slots, args.nproc, ITEMSIZE[args.dtype], args.bucket_bytes, host, args.buffers)
     print(f"planned in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     job = memory.Job(
         micro_batch=args.micro_batch_size,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_sglang import transfer
 from megatron_sglang.plan.cost import H200, Host, Load, Prediction, Steps, predict
-from megatron_sglang.transfer import SLOTS, Piece, Region
+from megatron_sglang.transfer import BUFFERS, Piece, Region
 
 DIGESTS_SENT, DIGESTS_RECEIVED = 1, 1
 """Passes that a digest costs: where a byte is packed; when it is read back from the parameters. That of what arrives is
@@ -21,7 +21,7 @@ class Memory:
     writes into the send buffer (`weights/merge_kernel.py`)."""
 
     send: int
-    """So many buffers as there are slots (`transfer.SLOTS`)."""
+    """Of all buffers (`transfer.BUFFERS`)."""
     receive: int
     """As many for each engine rank that it hands over to, which needs none of its own."""
 
@@ -74,7 +74,7 @@ def update_of(
     itemsize: int,
     bucket_bytes: int,
     host: Host = H200,
-    buffers: int = SLOTS,
+    buffers: int = BUFFERS,
 ) -> Update:
     """Plan an update as `sync_plan.plan_for` does. shards and slots: of all ranks; ranks: of the trainer; itemsize: of
     the engine's dtype, in bytes; buffers: of each kind.

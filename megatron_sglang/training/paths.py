@@ -21,7 +21,7 @@ from megatron_sglang.sync import BroadcastPath, DirectPath, GenericPath
 from megatron_sglang.sync import Path as SyncPath
 from megatron_sglang.sync_methods import AdapterPath, DiskPath, MergeOnEnginePath, RestartPath
 from megatron_sglang.sync_plan import Plans, plan_for
-from megatron_sglang.transfer import SLOTS
+from megatron_sglang.transfer import BUFFERS
 from megatron_sglang.weights import shards
 from megatron_sglang.weights.adapters import AdapterStream
 from megatron_sglang.weights.direct import DirectSender
@@ -55,7 +55,7 @@ class Paths:
     on_disk: bool = True
     say: Callable[[str], None] = lambda _: None
     plans: Plans = field(default_factory=Plans)
-    slots: int = SLOTS
+    buffers: int = BUFFERS
     """Receive buffers of the direct path."""
 
     def of(self, method: str) -> tuple[SyncPath | None, Callable[[], DirectPath] | None]:
@@ -181,5 +181,5 @@ class Paths:
             self.hosts,
             self.plans,
         )
-        sender = DirectSender(self.bridge, self.model_chunks, plan, self.dtype, shapes, self.hosts, self.slots)
+        sender = DirectSender(self.bridge, self.model_chunks, plan, self.dtype, shapes, self.hosts, self.buffers)
         return DirectPath(self.comm, sender, self.engine, self.engine_ranks, open_line, self.hosts)

@@ -4,7 +4,7 @@ After the all-to-all, trainer rank k holds exactly the bytes that engine rank k 
 that they share if they share one. Where there are more engine ranks than trainer ranks beside them (`hosts`), there are
 several rounds: round j is for engine ranks j * hosts .. j * hosts + hosts - 1. Every element travels once, and no rank
 ever holds a full tensor that it does not own. The plan depends on placement alone, so what each rank does with each
-bucket is worked out once (`_Part`). The words (piece, bucket, delivery, slot) are explained in `transfer.py`; a unit is
+bucket is worked out once (`_Part`). The words (piece, bucket, delivery) are explained in `transfer.py`; a unit is
 what is merged in one go (`merge.Unit`).
 """
 
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megatron_sglang import transfer
 from megatron_sglang.copies import Copy, fold
 from megatron_sglang.digests import digests_of, segments_of
-from megatron_sglang.transfer import SLOTS, Piece
+from megatron_sglang.transfer import BUFFERS, Piece
 from megatron_sglang.types import MergeFidelity
 from megatron_sglang.weights.merge import MergeStats, Unit, factored, kernel_for, merged, units_of
 
@@ -33,12 +33,13 @@ class Delivery:
     """What one rank hands to engine rank `target`: `data` [elements] in the engine's dtype, one segment from each
     trainer rank in rank order, with the segments' lengths in elements and their digests, computed at the source.
 
-    memory: buffer `slot`, with which `data` begins; the same for every delivery to this target in that slot.
+    memory: the receive buffer with the number `buffer`, with which `data` begins; the same for every delivery to this
+    target that has this number.
     """
 
     target: int
     index: int
-    slot: int
+    buffer: int
     memory: torch.Tensor
     data: torch.Tensor
     lengths: tuple[int, ...]
@@ -69,8 +70,8 @@ class DirectSender:
     """Sends weight versions by a plan. Collective: all ranks iterate together.
 
     buckets: the plan as `transfer.cut` gives it; the same on all ranks. shapes: of the HF tensors. hosts: how many
-    trainer ranks, the first ones, hand over; None: all. slots: how many buffers there are to send from, and as many to
-    receive into for each round (`transfer.SLOTS`); may be set anew between two versions.
+    trainer ranks, the first ones, hand over; None: all. buffers: how many there are to send from, and as many to
+    receive into for each round (`transfer.BUFFERS`); may be set anew between two versions.
     """
 
     def __init__(
@@ -81,10 +82,10 @@ class DirectSender:
         dtype: torch.dtype,
         shapes: Mapping[str, tuple[int, ...]],
         hosts: int | None = None,
-        slots: int = SLOTS,
+        buffers: int = BUFFERS,
     ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.dtype, self.buckets, self.hosts, self.slots = dtype, buckets, hosts or self.world_size, slots
+        self.dtype, self.buckets, self.hosts, self.buffers = dtype, buckets, hosts or self.world_size, buffers
         last = max((piece.target for bucket in buckets for piece in bucket), default=0)
         self.rounds: Sequence[int] = range(last // self.hosts + 1)
         self.stats = MergeStats()
@@ -118,9 +119,9 @@ class DirectSender:
         """
         self.stats = MergeStats()
         largest = max(part.offset_of_round(len(self.rounds)) for part in self._parts)
-        sends = [self._buffer(largest) for _ in range(min(self.slots, len(self._parts)))]
-        slots = [
-            [self._buffer(max(sum(part.receive_sizes[number]) for part in self._parts)) for _ in range(self.slots)]
+        sends = [self._buffer(largest) for _ in range(min(self.buffers, len(self._parts)))]
+        receives = [
+            [self._buffer(max(sum(part.receive_sizes[number]) for part in self._parts)) for _ in range(self.buffers)]
             for number in self.rounds
         ]
         # Working ahead: the next bucket is merged while this one's all-to-all runs. Not where merging gathers factors
@@ -130,10 +131,10 @@ class DirectSender:
         kept: dict[int, torch.Tensor] = {}
         self._merge_part(0, sends[0], counted, kept)
         for index in range(len(self._parts)):
-            if index >= self.slots:
-                free(index - self.slots)
+            if index >= self.buffers:
+                free(index - self.buffers)
             under_way = [
-                self._exchange(index, number, sends[index % len(sends)], slots[number][index % self.slots])
+                self._exchange(index, number, sends[index % len(sends)], receives[number][index % self.buffers])
                 for number in self.rounds
             ]
             if not ahead:
@@ -271,7 +272,7 @@ class DirectSender:
             self._segments[key] = segments_of(outgoing, send_sizes)
         segments = self._segments[key]
         digests = segments.digests(outgoing) if segments is not None else digests_of(outgoing.split(send_sizes))
-        place = (self._target(number, self.rank), index, index % self.slots)
+        place = (self._target(number, self.rank), index, index % self.buffers)
         return _Exchange(place, memory, incoming, tuple(receive_sizes), work, digests)
 
     def _tell(self, under_way: Sequence[_Exchange], failed: bool) -> None:
@@ -287,7 +288,7 @@ class DirectSender:
 class _Exchange:
     """An all-to-all under way. Used in this order: `wait`, `tell`, maybe `before_next`, `delivery`.
 
-    place: target, bucket and slot of the delivery. work: torch's handle of the all-to-all. digests: int64 [ranks], of
+    place: target, bucket and buffer of the delivery. work: torch's handle of the all-to-all. digests: int64 [ranks], of
     the segments that this rank sends, begun but not waited for.
     """
 

@@ -22,7 +22,7 @@ def test_direct_beats_generic_at_equal_result(tmp_path: Path) -> None:
     command += [str(binaries / "megatron-sglang"), "bench", "sync", "--hf-model", "examples/tiny_fim/model"]
     command += ["--expert-model-parallel-size", "2", "--engine-tp", "2", "--dtype", "float32", "--lora-rank", "8"]
     command += ["--bucket-bytes", "1000000", "--syncs", "5", "--output", str(output)]
-    command += ["--also-buckets", "300000", "--also-slots", "2"]
+    command += ["--also-buckets", "300000", "--also-buffers", "2"]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400,
         check=False,
@@ -33,9 +33,9 @@ def test_direct_beats_generic_at_equal_result(tmp_path: Path) -> None:
     assert found["planned_bytes"] == found["paths"]["direct"]["bytes"] == 4_500_480
     assert found["paths"]["direct"]["buckets"] == 3
     assert found["direct_with_buckets"].keys() == {"300000"}
-    counts = {size: path["buckets"] for size, path in found["direct_with_slots"]["2"].items()}
+    counts = {size: path["buckets"] for size, path in found["direct_with_buffers"]["2"].items()}
     assert counts == {"1000000": 3, "300000": found["direct_with_buckets"]["300000"]["buckets"]}
-    assert found["slots"] == 1
+    assert found["buffers"] == 1
     assert "fastest within 1000 MB: " in done.stderr, "nothing is on a device"
     assert found["generic_over_direct"] > 1.2, found["paths"]
     assert found["paths"]["stock"]["bytes"] == found["paths"]["generic"]["bytes"]

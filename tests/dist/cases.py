@@ -247,7 +247,7 @@ def direct(
     hosts: int | None = None,
     fused: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    slots: int = 2,
+    buffers: int = 2,
 ) -> dict[str, Any]:
     """Send to engine ranks that each want a strange rectangle of every tensor; compare with the generic export. fused:
     both merge by the GPU's kernel."""
@@ -278,7 +278,7 @@ def direct(
     by_torch = {name: tensor.clone() for layer in hf_layers(recipe.bridge, model) for name, tensor in layer}
     off = max(float((full[name] - tensor).abs().max()) for name, tensor in by_torch.items())
     merge._is_on_gpu = lambda _: fused
-    sender = DirectSender(recipe.bridge, model, cut(plan, limit), sent_as, shapes, hosts, slots)
+    sender = DirectSender(recipe.bridge, model, cut(plan, limit), sent_as, shapes, hosts, buffers)
     wrong, elements = 0, 0
     rank, ranks = torch.distributed.get_rank(), hosts or len(everyone)
     received: dict[tuple[int, str], torch.Tensor] = {}
@@ -286,7 +286,7 @@ def direct(
     freed: list[int] = []
     for delivery in sender.deliveries(freed.append, lambda: False):
         # The buffer so many deliveries back is the one that was overwritten, and it was asked for first.
-        assert freed == list(range(delivery.index + 1 - slots)), (freed, delivery.index)
+        assert freed == list(range(delivery.index + 1 - buffers)), (freed, delivery.index)
         at = 0
         for piece in incoming(sender.buckets[delivery.index], delivery.target):
             box = boxes[key := (delivery.target, piece.name)]

@@ -125,7 +125,7 @@ def test_direct_path_between_sides_of_other_sizes(run_ranks, name, engine_ranks,
 def test_with_one_buffer_of_each_kind_no_bucket_is_sent_before_the_last_one_was_taken(run_ranks):
     """Where trainer and engine take turns on a GPU; the engine rank would read what is being overwritten."""
     ranks, layout = LAYOUTS["ep2"]
-    found = run_ranks(ranks, "direct", hf=HF, layout=layout, engine_ranks=2, limit=100_000, slots=1)
+    found = run_ranks(ranks, "direct", hf=HF, layout=layout, engine_ranks=2, limit=100_000, buffers=1)
     assert [result["wrong"] for result in found] == [0, 0]
     assert all(result["elements"] == result["wanted"] > 400_000 and result["buckets"] > 3 for result in found)
 

@@ -36,7 +36,7 @@ def test_every_number_of_gpus_up_to_what_is_there() -> None:
     large = next(line for line in said.splitlines() if "qwen3_30b_a3b" in line)
     assert "--engine-tp 4 --expert-model-parallel-size 4" in large
     assert "--random-weights --dtype bfloat16 --lora-rank 32 --moe-grouped-gemm" in large
-    assert "--paths direct --bucket-bytes 240000000 --also-buckets 330000000 480000000 --also-slots 2" in large
+    assert "--paths direct --bucket-bytes 240000000 --also-buckets 330000000 480000000 --also-buffers 2" in large
 
 
 def test_the_flagships_steps_get_the_same_overrides() -> None:

@@ -172,8 +172,8 @@ def test_what_was_predicted_for_measured_updates() -> None:
         runs = json.loads((CHECKS / f"sync_h200_{row['gpus']}.json").read_text())
         run = next(one["result"] for one in runs if one["step"] == row["run"])
         sizes = run["direct_with_buckets"] | {str(run["bucket_bytes"]): run["paths"]["direct"]}
-        if row["slots"] != run.get("slots", 2):
-            sizes = run["direct_with_slots"][str(row["slots"])]
+        if row["buffers"] != run.get("buffers", 2):
+            sizes = run["direct_with_buffers"][str(row["buffers"])]
         measured = sizes[str(row["bucket_bytes"])]
         assert measured["seconds"]["total"]["median"] == row["measured_s"]
         assert measured["buckets"] == steps.buckets or row["of_older_code"]
