@@ -119,7 +119,7 @@ class RewardConfig:
     """Longest CPU time for one completion's code, in seconds, and a third of its longest time by the clock; past it the
     completion scores 0. For Lean, and for a function of yours, whose lateness ends the run: by the clock."""
     memory_mb: int = 512
-    """Memory one completion's code may use, in MiB."""
+    """Memory one completion's code may use, in MiB. Lean gets at least 8192."""
     lean_project: str = ""
     """Folder of the Lake project that Lean problems are checked in."""
 

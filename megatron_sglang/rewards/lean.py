@@ -1,8 +1,10 @@
 """Scores a hole filled in Lean 4: the file must check without errors, and its theorem without new axioms.
 
 Problem: {"prefix", "suffix", optional "preamble", "entry_point"}; `entry_point` is the theorem's full name, by default
-the last one declared in the prefix. Elaborating a file runs code, so Lean runs in namespaces where those work. Words
-that could bend the check itself (`sorry`, `axiom`, `macro`, `#eval`, ...) are refused in a completion unseen.
+that of the last one declared in the prefix. It is asked for from the root, since a completion may leave a namespace
+open in which the same name means another theorem. Elaborating a file runs code, so Lean runs in namespaces where those
+work. Words that could bend the check itself (`sorry`, `axiom`, `macro`, `#eval`, ...) are refused in a completion
+unseen.
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ OUTPUT_BYTES = 1 << 20
 START_S = 120.0  # `lake env` may have to load a large package graph
 SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 _FORBIDDEN = re.compile(
-    r"(?<![\w.'])(sorry|admit|axiom|constant|opaque|unsafe|extern|implemented_by|import|macro|macro_rules|elab|elab_rules"
+    r"(?<!\w)(sorry|admit|axiom|constant|opaque|unsafe|extern|implemented_by|import|macro|macro_rules|elab|elab_rules"
     r"|by_elab|syntax|notation|infix[lr]?|prefix|postfix|initialize|builtin_initialize|run_cmd|run_elab|run_meta|run_tac"
     r"|simproc|set_option|attribute|export|deriving|IO|Lean|Elab|Meta|csimp|reduceBool|ofReduceBool)(?![\w'])|#|@\["
 )
-_DECLARATION = re.compile(r"^\s*(?:theorem|lemma)\s+([^\s:({\[]+)", re.MULTILINE)
+_DECLARATION = re.compile(r"^\s*(?:@\[[^\]]*\]\s*)?(?:protected\s+)?(?:theorem|lemma)\s+([^\s:({\[]+)", re.MULTILINE)
+_SCOPE = re.compile(r"^\s*(?:noncomputable\s+)?(namespace|section|mutual|end)\b[ \t]*([^\s:]*)", re.MULTILINE)
+_ROOT = "_root_."
 _AXIOMS = re.compile(r"^'(?P<name>.+)' (?:depends on axioms: \[(?P<axioms>[^\]]*)\]|does not depend on any axioms)\s*$")
 
 
@@ -104,9 +108,9 @@ class Lean:
         if forbidden:
             return _wrong(f"forbidden: {forbidden[0] if isinstance(forbidden, re.Match) else 'native_decide'}")
         problem = prompt.problem
-        theorem = _theorem(prompt.id, problem)
+        theorem = theorem_of(prompt.id, problem)
         source = problem.get("preamble", "") + problem["prefix"] + completion.text + problem["suffix"]
-        source = f"{source.rstrip()}\n\n#print axioms {theorem}\n"
+        source = f"{source.rstrip()}\n\n#print axioms {_ROOT}{theorem}\n"
         try:
             status, output = self._run(source)
         except TimeoutError:
@@ -157,7 +161,8 @@ class Lean:
 
 
 def judge(output: str, status: int, *, line: int, theorem: str, allowed: frozenset[str]) -> str:
-    """Why Lean's `--json` output does not accept the theorem, or "". `line` has the command that prints the axioms."""
+    """Why Lean's `--json` output does not accept the theorem, or "". theorem: its full name. line: that of the command
+    which prints its axioms."""
     axioms: list[re.Match[str]] = []
     for row in output.splitlines():
         try:
@@ -173,7 +178,7 @@ def judge(output: str, status: int, *, line: int, theorem: str, allowed: frozens
             axioms += filter(None, [_AXIOMS.match(text)])
     if status != 0:
         return f"lean ended with status {status}"
-    if len(axioms) != 1 or not f".{axioms[0]['name']}".endswith(f".{theorem}"):
+    if len(axioms) != 1 or axioms[0]["name"] != theorem:
         return f"the axioms of {theorem} were not printed"
     used = {name.strip() for name in (axioms[0]["axioms"] or "").split(",")} - {""}
     return f"axioms: {', '.join(sorted(used - allowed))}" if used - allowed else ""
@@ -203,12 +208,30 @@ def _ask(command: Sequence[str], project: Path) -> str:
     return answer.stdout.strip()
 
 
-def _theorem(prompt_id: str, problem: Mapping[str, Any]) -> str:
-    declared = _DECLARATION.findall(problem.get("prefix", ""))
-    theorem = problem.get("entry_point") or (declared[-1] if declared else "")
+def theorem_of(prompt_id: str, problem: Mapping[str, Any]) -> str:
+    """Its full name, without `_root_.`."""
+    theorem = problem.get("entry_point") or _declared(problem.get("preamble", ""), problem.get("prefix", ""))
     if not theorem or "suffix" not in problem:
         raise RewardError(f"problem {prompt_id!r} has no prefix, suffix or theorem; expected all three")
-    return theorem
+    return theorem.removeprefix(_ROOT)
+
+
+def _declared(preamble: str, prefix: str) -> str:
+    """The last theorem that the prefix declares, with the namespaces that are open there; "" if there is none."""
+    declared = list(_DECLARATION.finditer(prefix))
+    if not declared:
+        return ""
+    name = declared[-1][1].rstrip(".")  # of its universes, in foo.{u}
+    if name.startswith(_ROOT):
+        return name
+    scopes: list[str] = []
+    for kind, given in _SCOPE.findall(preamble + prefix[: declared[-1].start()]):
+        parts = given.split(".") if given and kind != "mutual" else [""]
+        if kind == "end":
+            del scopes[max(0, len(scopes) - len(parts)) :]
+        else:
+            scopes += parts if kind == "namespace" else [""] * len(parts)
+    return ".".join([*filter(None, scopes), name])
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

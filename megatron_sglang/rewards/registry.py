@@ -16,6 +16,8 @@ from megatron_sglang.rewards.sandbox import Limits, Sandbox
 from megatron_sglang.types import Completion, Prompt, Score
 
 WALL_PER_CPU = 3.0
+LEAN_MEMORY_MB = 8192
+"""Of one Lean process at least, whatever is given for a completion's code: it holds the libraries that it imports."""
 
 
 class Verifier(Protocol):
@@ -73,7 +75,14 @@ def _python(options: Options) -> PythonFim:
 
 
 def _lean(options: Options) -> Lean:
-    return Lean(options.lean_project, workers=options.workers, timeout_s=options.timeout_s, unsafe=options.unsafe)
+    memory_mb = max(options.memory_mb, LEAN_MEMORY_MB)
+    return Lean(
+        options.lean_project,
+        workers=options.workers,
+        timeout_s=options.timeout_s,
+        memory_mb=memory_mb,
+        unsafe=options.unsafe,
+    )
 
 
 class BySource:

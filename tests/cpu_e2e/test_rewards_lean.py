@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -11,7 +13,8 @@ import pytest
 
 from megatron_sglang.errors import ConfigError, RewardError, SandboxError, SetupError
 from megatron_sglang.rewards import create_reward
-from megatron_sglang.rewards.lean import STANDARD_AXIOMS, Lean, judge
+from megatron_sglang.rewards.lean import STANDARD_AXIOMS, Lean, judge, theorem_of
+from megatron_sglang.rewards.registry import Options, _lean
 from megatron_sglang.types import Completion, Prompt
 
 PROBLEM = {"prefix": "theorem two : 1 + 1 = 2 := by\n  ", "suffix": "\n", "middle": "rfl"}
@@ -66,6 +69,13 @@ def test_accepts_a_proof_and_runs_it_isolated(lean):
         ("rfl\naxiom cheat : False", "forbidden: axiom"),
         ("rfl\nmacro_rules", "forbidden: macro_rules"),
         ("rfl\nrun_cmd f", "forbidden: run_cmd"),
+        ("f ..axiom cheat : False", "forbidden: axiom"),
+        ("exact 'a'by_elab x", "forbidden: by_elab"),
+        ("_root_.Lean.Elab.f", "forbidden: Lean"),
+        (
+            "decide\n\nnamespace Evil\ntheorem two : True := trivial -- prints:Evil.two",
+            "the axioms of two were not printed",
+        ),
     ],
 )
 def test_rejects_with_the_reason(lean, text, detail):
@@ -84,6 +94,9 @@ def test_sorry_in_the_problem_itself_is_seen_by_lean(lean):
 
 def test_theorem_comes_from_the_entry_point_or_the_prefix(lean):
     assert score(lean, "rfl", entry_point="Named.two").passed
+    assert score(
+        lean, "rfl", preamble="namespace A.B\n", prefix="@[simp] protected theorem two.{u} : a = b := by\n"
+    ).passed
     with pytest.raises(RewardError, match="'t' has no prefix, suffix or theorem"):
         score(lean, "rfl", prefix="example : True := by ")
 
@@ -126,6 +139,34 @@ def test_lean_that_cannot_be_isolated_is_refused(toolchain, monkeypatch):
     unsafe.close()
 
 
+@pytest.mark.parametrize(
+    ("before", "name"),
+    [
+        ("", "two"),
+        ("namespace A.B\n", "A.B.two"),
+        ("namespace A\nnamespace B\nend A.B\n", "two"),
+        ("namespace A\nnoncomputable section\nend\nsection C\n", "A.two"),
+        ("mutual\nend\nnamespace A\n  theorem one : p := q\n", "A.two"),
+        ("end\nend A\n", "two"),
+    ],
+)
+def test_the_full_name_has_the_open_namespaces(before, name):
+    """Asked for by another name, Lean would speak of another theorem, or of none."""
+    prefix = PROBLEM["prefix"]
+    assert theorem_of("t", {"preamble": before, "prefix": prefix, "suffix": ""}) == name
+    assert theorem_of("t", {"prefix": before + prefix, "suffix": ""}) == name
+    rooted = prefix.replace("two", "_root_.two")
+    assert theorem_of("t", {"preamble": before, "prefix": rooted, "suffix": ""}) == "two"
+
+
+def test_more_memory_than_a_completions_code_has(toolchain, monkeypatch):
+    monkeypatch.setenv("PATH", f"{toolchain / 'bin'}:{os.environ['PATH']}")
+    options = Options("namespaces", 1, 8.0, 512, False, True, False, str(toolchain / "project"))
+    for asked, given in ((512, 8192), (20_000, 20_000)):
+        with contextlib.closing(_lean(replace(options, memory_mb=asked))) as lean:
+            assert lean._memory_mb == given
+
+
 RECORDED_AXIOMS = (
     '{"caption":"","data":"\'two\' depends on axioms: [propext,\\n Classical.choice,\\n Quot.sound]","endPos":'
     '{"column":6,"line":9},"fileName":"<stdin>","isSilent":false,"keepFullRange":false,"kind":"[anonymous]",'
@@ -141,6 +182,7 @@ RECORDED_AXIOMS = (
         (RECORDED_AXIOMS, 0, 8, "the axioms of two were not printed"),
         (RECORDED_AXIOMS * 2, 0, 9, "the axioms of two were not printed"),
         (RECORDED_AXIOMS.replace("'two'", "'one'"), 0, 9, "the axioms of two were not printed"),
+        (RECORDED_AXIOMS.replace("'two'", "'Evil.two'"), 0, 9, "the axioms of two were not printed"),
         (RECORDED_AXIOMS, 134, 9, "lean ended with status 134"),
         ("", 0, 9, "the axioms of two were not printed"),
         ("Stack overflow detected. Aborting.\n", 134, 9, "lean said: Stack overflow detected. Aborting."),
