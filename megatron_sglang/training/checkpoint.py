@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -20,8 +21,10 @@ from typing import Any, NoReturn
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import ConfigError, DataError, OnOtherRank
 
 STATE_FILE = "rollout_state.json"
@@ -99,6 +102,27 @@ def read_state(load: str, iteration: int) -> dict[str, Any]:
             f"{path} cannot be read ({error}); the checkpoint is not of this package or is damaged, "
             "load an earlier one with --ckpt-step"
         ) from error
+
+
+def require_same_adapters(args: Any, lora: LoraConfig) -> None:
+    """DataError unless the checkpoint that `args`, Megatron's, will load has adapters like `lora`. Asked before it is
+    loaded: with another alpha it would be read without an error, and each adapter would count more, or less, than it
+    was trained to; of another rank or other targets Megatron only says that a shape or a key is not what it expected.
+    Not with --finetune, which begins a new run."""
+    tracker = Path(get_checkpoint_tracker_filename(args.load)) if args.load and not args.finetune else None
+    if tracker is None or not (args.ckpt_step or tracker.exists()):
+        return
+    iteration = str(args.ckpt_step or tracker.read_text().strip())
+    if not iteration.isdecimal():  # "release": a converted model, which is nobody's run
+        return
+    saved = read_state(args.load, int(iteration)).get("lora", {})
+    for name, wanted in dataclasses.asdict(lora).items():
+        wanted = list(wanted) if isinstance(wanted, tuple) else wanted
+        if (found := saved.get(name, wanted)) != wanted:
+            raise DataError(
+                f"the checkpoint of iteration {iteration} in {args.load} was saved with lora.{name}={found}, this run "
+                f"has lora.{name}={wanted}; resume with the lora.* options it was saved with"
+            )
 
 
 @contextlib.contextmanager

@@ -111,6 +111,7 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
     plugin.register()
     if setup is not None:
         setup.start.make_room()
+    checkpoint.require_same_adapters(recipe.args, config.lora)
     board.meet()
     with checkpoint.reading(recipe.args.load):
         pretrain(

@@ -250,6 +250,20 @@ def test_damaged_checkpoint(run_ranks, tmp_path, checkpoint, name):
     assert "cannot be read" in text
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("lora.alpha=16", r"lora.alpha=32.0, this run has lora.alpha=16.0"),
+        ("lora.rank=4", r"lora.rank=16, this run has lora.rank=4"),
+        ("lora.targets=[linear_qkv]", r"lora.targets=\[.*'linear_fc2'\], this run has lora.targets=\['linear_qkv'\]"),
+    ],
+)
+def test_a_checkpoint_with_other_adapters(run_ranks, tmp_path, checkpoint, given, said):
+    """Another alpha fits in every shape, and would go on as another policy."""
+    text = fails(run_ranks, tmp_path / "run", f"--load={checkpoint}", given)
+    assert re.search(rf"DataError: the checkpoint of iteration 1 in {checkpoint} was saved with {said}; resume", text)
+
+
 def test_longer_run_from_a_checkpoint(run_ranks, tmp_path, checkpoint):
     text = fails(run_ranks, tmp_path / "run", f"--load={checkpoint}")
     assert "ConfigError: " in text
