@@ -6,10 +6,12 @@ config.json through Megatron-Bridge, so that it is written down once.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import sys
 import traceback
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,16 @@ _PLUGIN_FLAGS = [
     "--rerun-mode=disabled",
     "--log-interval=1000000000",
 ]
+
+
+def fields_of(flags: Iterable[str]) -> dict[str, str]:
+    """Name under which Megatron keeps a flag's value, and its model's configuration too -> the flag, of those given.
+    Not always the flag's own: --norm-epsilon is layernorm_epsilon, --no-rope-fusion apply_rope_fusion."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    kept = {option: action.dest for action in parser._actions for option in action.option_strings}
+    return {kept.get(f"--{flag}", flag.replace("-", "_")): flag for flag in flags}
 
 
 def check_versions() -> None:
@@ -138,6 +150,11 @@ def parse(config: RunConfig, provider: Any) -> Any:
     """
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
+    for flag, given in config.megatron.items():
+        if given is False and f"--{flag}" in _PLUGIN_FLAGS:
+            raise ConfigError(
+                f"megatron.{flag}=false has no effect here: this package trains with --{flag}; leave it out"
+            )
     device = _CPU_FLAGS if cpu_room.needed() else []
     argv = [*architecture_flags(provider), *device, *_PLUGIN_FLAGS, *config_check.megatron_argv(config)]
     program, sys.argv = sys.argv, [sys.argv[0], *argv]

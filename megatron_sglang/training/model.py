@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ _EXECUTION_FIELDS = [
 through Bridge."""
 _EXECUTION_FIELDS_IF_GIVEN = [
     "attention_softmax_in_fp32",
+    "barrier_with_L1_time",
+    "clone_scatter_output_in_embedding",
     "cp_comm_type",
     "cpu_offloading_num_layers",
     "disable_bf16_reduced_precision_matmul",
@@ -58,6 +61,12 @@ _EXECUTION_FIELDS_IF_GIVEN = [
     "moe_enable_deepep",
     "moe_flex_dispatcher_backend",
     "moe_router_dtype",
+    "tp_comm_bulk_dgrad",
+    "tp_comm_bulk_wgrad",
+    "tp_comm_overlap_ag",
+    "tp_comm_overlap_rs",
+    "tp_comm_split_ag",
+    "tp_comm_split_rs",
 ]
 """Such fields, too, but only where the flag was given: its default must not replace what Bridge chose for the model."""
 _UNUSED_BY_PROVIDER = {
@@ -68,8 +77,6 @@ _UNUSED_BY_PROVIDER = {
     "max_seqlen_per_dp_cp_rank",
 }
 """Fields that a provider has but does not use here, so that it does not matter if the flag says something else."""
-_RENAMED = {"fp8_format": "fp8", "fp4_format": "fp4"}
-"""Megatron's flag -> field of the provider, where the two have different names."""
 
 
 class ModelRecipe:
@@ -145,11 +152,12 @@ class ModelRecipe:
     def _configure(self) -> None:
         """Copy what Megatron's flags say about execution into the provider, and finalize it."""
         args = self.args
-        asked = {_RENAMED.get(name, name) for name in (flag.replace("-", "_") for flag in self.config.megatron)}
+        asked = arguments.fields_of(self.config.megatron)
         names = [*_EXECUTION_FIELDS, *(name for name in _EXECUTION_FIELDS_IF_GIVEN if name in asked)]
         overrides = {name: getattr(args, name) for name in names if hasattr(args, name)}
         if isinstance(kinds := overrides.get("cp_comm_type"), list) and len(kinds) == 1:
             overrides["cp_comm_type"] = kinds[0]
+        copied = overrides.keys() | _UNUSED_BY_PROVIDER
         overrides |= {
             "pipeline_dtype": args.params_dtype,
             "autocast_dtype": args.params_dtype,
@@ -171,14 +179,17 @@ class ModelRecipe:
             self.provider.apply_overrides_and_finalize(dtype=args.params_dtype, overrides=known)
         except (AssertionError, ValueError) as error:
             raise ConfigError(f"Megatron refuses these arguments for {self.config.model.hf_path}: {error}") from error
-        self._refuse_without_effect(asked - overrides.keys() - _UNUSED_BY_PROVIDER)
+        self._refuse_without_effect({name: flag for name, flag in asked.items() if name not in copied})
 
-    def _refuse_without_effect(self, names: set[str]) -> None:
-        """ConfigError for a given flag that contradicts the model: it would silently have no effect."""
-        for name in sorted(names):
+    def _refuse_without_effect(self, flags: Mapping[str, str]) -> None:
+        """ConfigError for a given flag that contradicts the model: it would silently have no effect. flags: field of
+        the provider -> Megatron's flag for it."""
+        for name, flag in sorted(flags.items()):
             wanted, found = getattr(self.args, name, None), getattr(self.provider, name, None)
+            if isinstance(wanted, list) and len(wanted) == 1:  # it may be given several times
+                wanted = wanted[0]
             if hasattr(self.args, name) and hasattr(self.provider, name) and wanted != found:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')}={wanted} has no effect here: Megatron-Bridge builds the model from "
+                    f"--{flag}={wanted} has no effect here: Megatron-Bridge builds the model from "
                     f"{self.config.model.hf_path}, with {name}={found}; leave it out, or change config.json"
                 )
