@@ -160,7 +160,7 @@ def _trained(shapes: Shapes, trainer: Trainer, rank: int, job: Job) -> Trained:
     inputs, kept, layer = _activations(shapes, placement, place.pp, tokens, job)
     copies = LOGIT_COPIES + (job.micro_batch > 1)
     return Trained(
-        weights=sum(elements.values()) * job.itemsize,
+        weights=(sum(elements.values()) + _tied_copy(shapes, placement, place.pp)) * job.itemsize,
         adapters=(dense + experts) * job.itemsize,
         gradients=(dense + experts) * GRADIENT_BYTES,
         main=mine * MAIN_BYTES,
@@ -170,6 +170,15 @@ def _trained(shapes: Shapes, trainer: Trainer, rank: int, job: Job) -> Trained:
         layer=LAYER_PASSES * layer,
         logits=tokens * vocabulary * job.itemsize * copies if last else 0,
     )
+
+
+def _tied_copy(shapes: Shapes, placement: Placement, stage: int) -> int:
+    """Elements of the copy of a tied embedding that Megatron allocates as the head where the last pipeline stage is not
+    also the first. `Trainer` does not list it, since an update takes these elements from the first stage."""
+    if "lm_head.weight" in shapes or placement.pp == 1 or stage < placement.pp - 1:
+        return 0
+    vocabulary, hidden = shapes["model.embed_tokens.weight"]
+    return vocabulary // placement.tp * hidden
 
 
 def _adapter(name: str, elements: int, columns: int, lora_rank: int, tp: int) -> int:

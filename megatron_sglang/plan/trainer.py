@@ -83,7 +83,8 @@ class Trainer:
     def _holds(self, place: RankPlace, tensor: _Tensor) -> bool:
         last = self.placement.pp - 1
         if tensor.layer is None:
-            # A tied head on the last stage is a copy of the embedding, which Bridge's mapping leaves out.
+            # A tied head on the last stage is a copy of the embedding, which Bridge's mapping leaves out; its memory
+            # counts (`plan/memory.py`).
             return place.pp == (0 if tensor.name == "model.embed_tokens.weight" else last)
         if tensor.layer // (self._layers // self.placement.pp) != place.pp:
             return False

@@ -120,6 +120,31 @@ def test_pipeline_stages_differ() -> None:
     assert first.inputs - last.inputs == 20 * 8 * 2, "one more input of one layer"
 
 
+@pytest.mark.parametrize(
+    ("sizes", "copies"),
+    [
+        ({"world_size": 1}, [0]),
+        ({"world_size": 2, "ep": 2}, [0, 0]),
+        ({"world_size": 2, "pp": 2}, [0, 20 * 8]),
+        ({"world_size": 2, "tp": 2}, [0, 0]),
+        ({"world_size": 4, "tp": 2, "pp": 2}, [0, 0, 10 * 8, 10 * 8]),
+        ({"world_size": 4, "pp": 2, "ep": 2}, [0, 0, 20 * 8, 20 * 8]),
+    ],
+)
+def test_a_tied_head_is_a_copy_on_the_last_of_several_stages(sizes: dict[str, Any], copies: list[int]) -> None:
+    """Megatron allocates it there, split as the embedding is. No update takes anything from it, so no shard is one."""
+    two_groups = {LAYER.format(layer) + f"self_attn.{part}_proj.weight": (16, 8) for layer in (0, 1) for part in "kv"}
+    untied = small_model() | two_groups
+    tied = {name: shape for name, shape in untied.items() if name != "lm_head.weight"}
+    placement = Placement(**sizes)
+    for shapes, expected in ((tied, copies), (untied, [0] * placement.world_size)):
+        trainer = Trainer(shapes, (2, 2), placement)
+        planned = memory.peaks_of(shapes, trainer, JOB, [0] * placement.world_size)
+        held = [sum(shard.box.size for shard in trainer.of(rank)) for rank in range(placement.world_size)]
+        found = [peak.trained.weights // JOB.itemsize - size for peak, size in zip(planned, held, strict=True)]
+        assert found == expected
+
+
 def test_phases_add_what_is_there_at_that_time() -> None:
     """The engine's share counts while it serves, and while it trains only where it is not given back."""
     [found] = peaks(buffers=7, world_size=1)
