@@ -28,9 +28,9 @@ from megatron_sglang.engine.options import EngineOptions  # noqa: E402
 from megatron_sglang.placement import Placement  # noqa: E402
 from megatron_sglang.plan import shapes as model_shapes  # noqa: E402
 from megatron_sglang.plan.command import engine_slots  # noqa: E402
-from megatron_sglang.plan.cost import H200, Figure, Host, Steps, predict  # noqa: E402
+from megatron_sglang.plan.cost import H200, Figure, Host, predict  # noqa: E402
 from megatron_sglang.plan.trainer import Trainer  # noqa: E402
-from megatron_sglang.plan.update import loads_of, update_of  # noqa: E402
+from megatron_sglang.plan.update import loads_of, steps_of, update_of  # noqa: E402
 
 ITEMSIZE, BUCKET_BYTES = 2, 480_000_000
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -74,9 +74,11 @@ def curve(folder: Path) -> dict[str, Any]:
                 groups[ep] = planned_group(shapes, heads, slots, ep)
                 print(f"EP {ep} planned", flush=True)
             loads = loads_of(groups[ep], ep, H200.gpus)
+            # Every bucket is supposed to keep all ranks as busy as the whole update does.
+            steps = replace(steps_of([groups[ep]], ep, H200.gpus), buckets=whole.buckets)
             for network in NETWORKS:
                 host: Host = replace(H200, network=Figure(network, "assumed", ""))
-                seconds = predict(loads, Steps.even(loads, whole.buckets), host)
+                seconds = predict(loads, steps, host)
                 rows.append(
                     {"gpus": gpus, "ep": ep, "widest_ep": widest, "network": network}
                     | {"leaves_machine": max(load.sent_far for load in loads)}

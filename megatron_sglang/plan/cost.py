@@ -3,8 +3,8 @@
     seconds = merged / merge + moved / link + far / network + received / copy + digested / digest
             + buckets x hand_over + fixed
 
-Ranks meet in every bucket, so what is merged and moved counts as the busiest rank's of each bucket, added up (`Steps`);
-the rest as the busiest rank's of all. Nothing is supposed to overlap. Bytes are those of the engine's dtype.
+Ranks meet in every bucket, so what is merged, moved and far counts as the busiest rank's of each bucket, added up
+(`Steps`); the rest as the busiest rank's of all. Nothing is supposed to overlap. Bytes are those of the engine's dtype.
 """
 
 from __future__ import annotations
@@ -117,13 +117,7 @@ class Steps:
     moved: int
     """Sent to, or received from, other GPUs of the machine, whichever is more."""
     far: int
-    """The same of other machines."""
-
-    @classmethod
-    def even(cls, loads: Sequence[Load], buckets: int) -> Steps:
-        """Where every bucket keeps all ranks as busy as the whole update does."""
-        merged, moved = max(load.merged for load in loads), max(load.sent for load in loads)
-        return cls(buckets, merged, moved, max(load.sent_far for load in loads))
+    """The same of other machines: a network adapter takes in no more a second than it sends."""
 
 
 @dataclass(frozen=True, slots=True)

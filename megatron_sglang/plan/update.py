@@ -130,21 +130,26 @@ def loads_of(pairs: Mapping[tuple[int, int], int], ranks: int, gpus: int) -> lis
 
 def steps_of(pairs: Sequence[Mapping[tuple[int, int], int]], ranks: int, gpus: int) -> Steps:
     """pairs: of each bucket, as for `loads_of`."""
-    each = [loads_of(bucket, ranks, gpus) for bucket in pairs]
-    arrive = [Counter[int]() for _ in each]
-    for count, bucket in zip(arrive, pairs, strict=True):
-        for (source, target), size in bucket.items():
-            host = transfer.host_of(target, ranks)
-            if source != host and source // gpus == host // gpus:
-                count[host] += size
+    each = [(loads_of(bucket, ranks, gpus), *_arrivals(bucket, ranks, gpus)) for bucket in pairs]
     return Steps(
         buckets=len(each),
-        merged=sum(max(load.merged for load in loads) for loads in each),
-        moved=sum(
-            max(*(load.sent for load in loads), *count.values(), 0) for loads, count in zip(each, arrive, strict=True)
-        ),
-        far=sum(max(load.sent_far for load in loads) for loads in each),
+        merged=sum(max(load.merged for load in loads) for loads, _, _ in each),
+        moved=sum(max(*(load.sent for load in loads), *near.values(), 0) for loads, near, _ in each),
+        far=sum(max(*(load.sent_far for load in loads), *far.values(), 0) for loads, _, far in each),
     )
+
+
+def _arrivals(pairs: Mapping[tuple[int, int], int], ranks: int, gpus: int) -> tuple[Counter[int], Counter[int]]:
+    """Bytes by the rank that takes them in for an engine rank, from its own machine and from others: few engine ranks
+    may get what many ranks send, and are busier than any of these."""
+    near, far = Counter[int](), Counter[int]()
+    for (source, target), size in pairs.items():
+        host = transfer.host_of(target, ranks)
+        if source // gpus != host // gpus:
+            far[host] += size
+        elif source != host:
+            near[host] += size
+    return near, far
 
 
 def _memory(buckets: Sequence[Sequence[Piece]], ranks: int, itemsize: int, buffers: int) -> list[Memory]:

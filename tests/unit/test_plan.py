@@ -139,7 +139,7 @@ def test_seconds_are_those_of_the_busiest_rank() -> None:
     load, idle = Load(merged=50, sent=20, sent_far=3, received=50, digested=150), Load(0, 0, 0, 0, 0)
     expected = {"merge": 5.0, "link": 2.0, "network": 3.0, "copy": 5.0, "digest": 15.0, "hand_over": 4.0, "fixed": 1.0}
     for loads in ([load], [idle, load, idle]):
-        found = predict(loads, Steps.even(loads, buckets=4), host)
+        found = predict(loads, Steps(buckets=4, merged=50, moved=20, far=3), host)
         assert asdict(found) == expected
         assert found.total == 35.0
     uneven = Steps(buckets=4, merged=100, moved=40, far=3)
@@ -153,6 +153,22 @@ def test_buckets_in_which_one_rank_sends_cost_its_time() -> None:
     assert steps_of(apart, ranks=2, gpus=8) == Steps(buckets=2, merged=16, moved=16, far=0)
     assert steps_of(apart, ranks=2, gpus=1) == Steps(buckets=2, merged=16, moved=0, far=16)
     assert steps_of([{(0, 2): 3, (1, 2): 4}], ranks=3, gpus=8).moved == 7, "a link is busy with what arrives, too"
+
+
+def test_a_network_adapter_is_busy_with_what_arrives_too() -> None:
+    """An engine on one machine, experts on four: its GPU takes in what three others send, bucket after bucket."""
+    pairs = {(rank, 0): 4 for rank in range(4)}
+    assert steps_of([pairs, pairs], ranks=4, gpus=1) == Steps(buckets=2, merged=8, moved=0, far=2 * 3 * 4)
+    near_and_far = {(0, 0): 9, (1, 0): 5, (2, 0): 3, (3, 0): 4}
+    assert steps_of([near_and_far], ranks=4, gpus=2) == Steps(buckets=1, merged=9, moved=5, far=3 + 4)
+    assert steps_of([{(0, 2): 3, (0, 4): 4}], ranks=6, gpus=2).far == 7, "one that sends to several sends the more"
+    assert steps_of([{(2, 0): 3, (3, 4): 4}], ranks=4, gpus=2).far == 7, "both engine ranks are handed to by rank 0"
+    found = {UP.format(expert): (4, 2) for expert in range(4)}
+    shards = Trainer(found, (1, 1), Placement(world_size=4, ep=4)).shards()
+    slots = [Region(0, name, Box(0, 0, 4, 2), Place(name, 0, 2, 1)) for name in found]
+    update = update_of(shards, slots, 4, 2, 1 << 20, replace(H200, gpus=1))
+    assert (update.steps.far, max(load.sent_far for load in update.loads)) == (3 * 16, 16)
+    assert update.seconds.network == 3 * 16 / H200.network.value
 
 
 def test_the_host_is_the_one_that_was_measured_with_as_many_gpus() -> None:
