@@ -9,7 +9,8 @@ old tokens are off-policy: "resume" leaves them to the loss, where `algo.tis` co
 out of it.
 
 With over_sampling 1.0 a batch depends on nothing but its seeds, whatever finishes first, with dynamic sampling too: it
-is the first P informative groups in the order of the prompts. Above 1.0 it depends on timing, by its nature.
+is the first P informative groups in the order of the prompts, and what it leaves of the prompts is the same as well.
+Above 1.0 it depends on timing, by its nature.
 """
 
 from __future__ import annotations
@@ -155,16 +156,18 @@ class AgentRollout:
                 while running.groups and len(kept) < wanted:
                     for group in await running.completed():
                         (dropped if self.dynamic_sampling and not group.informative else kept).append(group)
-                    missing = wanted - len(kept) - len(running.groups)
-                    if missing > 0 and len(groups) + missing <= MAX_DRAWS * wanted:
-                        groups += (more := draw(missing))
+                    # One prompt at a time: what a draw of several gives at an epoch's end, and whether it is within the
+                    # limit, would depend on how many groups were complete together.
+                    while len(kept) + len(running.groups) < wanted and len(groups) < MAX_DRAWS * wanted:
+                        groups += (more := draw(1))
                         running.start(more)
                 aborted = await running.stop()
         except BaseException:
             self.restore(before)  # resumed trajectories have grown since
             raise
         order = {id(group): place for place, group in enumerate(groups)}
-        kept.sort(key=lambda group: order[id(group)])
+        for ended in (kept, dropped):
+            ended.sort(key=lambda group: order[id(group)])
         self._fill(kept, dropped, wanted)
         rest = [group for group in groups if not any(group is other for other in (*kept[:wanted], *dropped))]
         if self.stragglers != "abort":

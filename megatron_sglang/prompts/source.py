@@ -217,8 +217,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
 class PromptSource:
     """Endless batches of prompts in a seeded order that can be taken up where it was left.
 
-    Every epoch draws a new order from (seed, epoch), or keeps file order without `shuffle`. A batch never crosses
-    epochs, so it holds no prompt twice: what is left of an epoch, less than a batch, is dropped.
+    Every epoch draws a new order from (seed, epoch), or keeps file order without `shuffle`. A draw never crosses
+    epochs, so it holds no prompt twice: what is left of an epoch, less than is drawn, is dropped.
     """
 
     def __init__(self, prompts: Sequence[Prompt], prompts_per_batch: int, seed: int = 0, shuffle: bool = True) -> None:

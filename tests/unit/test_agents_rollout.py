@@ -149,17 +149,51 @@ def test_groups_without_a_signal_are_replaced() -> None:
         assert (found["rollout/started_groups"], found["rollout/dropped_groups"]) == (drawn, 4)
 
 
+def few() -> PromptSource:
+    """The third prompt alone has a signal with `Alike`."""
+    return PromptSource([one for one in prompts(60) if one.token_ids_T[0] % 2 == 0 or one.id == "p3"], 4, shuffle=False)
+
+
 def test_without_enough_signal_a_batch_is_filled_up_and_says_so_and_without_any_it_is_an_error() -> None:
     said: list[str] = []
     rollout = make_rollout(ScriptedEngine(), kind=Alike, dynamic_sampling=True, say=said.append)
-    few = PromptSource([one for one in prompts(60) if one.token_ids_T[0] % 2 == 0 or one.id == "p3"], 4, shuffle=False)
-    groups = rollout.batch(few, 0)
+    groups = rollout.batch(few(), 0)
     assert len(groups) == 4
     assert "p3" in [group.prompt.id for group in groups]
     assert said == ["dynamic sampling: 31 of 32 groups had equal rewards; 3 of them fill the batch of 4"]
     none = PromptSource([one for one in prompts(80) if one.token_ids_T[0] % 2 == 0], 4, shuffle=False)
     with pytest.raises(RewardError, match="32 of 32 groups had equal rewards, so nothing can be learned"):
         make_rollout(ScriptedEngine(), kind=Alike, dynamic_sampling=True).batch(none, 0)
+
+
+def paced(pace: float) -> ScriptedEngine:
+    """With pace 0 all groups that are under way are complete together, otherwise one by one."""
+    engine = ScriptedEngine()
+    engine.slow = lambda request: pace * (1 + request.token_ids_T[0] % 100 / 7)
+    return engine
+
+
+def test_replacements_at_an_epochs_end_do_not_depend_on_how_many_groups_are_complete_together() -> None:
+    """Of six prompts five are drawn at first; a draw of three would pass the sixth over, three draws of one do not."""
+    found: list[Any] = []
+    for pace in (0.0, 1.0):
+        left = source(6, 5)
+        groups = make_rollout(paced(pace), kind=Alike, dynamic_sampling=True).batch(left, 0)
+        found.append((groups, left.state()))
+    assert found[0] == found[1]
+    assert [group.prompt.id for group in found[0][0]] == ["p1", "p3", "p5", "p1", "p3"]
+
+
+def test_the_limit_and_what_fills_a_batch_do_not_depend_on_how_many_groups_are_complete_together() -> None:
+    """Three of four are replaced again and again; draws of three would end at 31 groups, below the limit of 32."""
+    found: list[Any] = []
+    for pace in (0.0, 1.0):
+        said: list[str] = []
+        left = few()
+        rollout = make_rollout(paced(pace), kind=Alike, dynamic_sampling=True, say=said.append)
+        found.append((rollout.batch(left, 0), left.state(), said))
+    assert found[0] == found[1]
+    assert found[0][2] == ["dynamic sampling: 31 of 32 groups had equal rewards; 3 of them fill the batch of 4"]
 
 
 def test_a_prompt_that_is_drawn_again_in_one_batch_gets_other_samples() -> None:
