@@ -48,7 +48,7 @@ class Batch:
 
     groups: tuple[RolloutGroup, ...]
     learning_rate: float | None
-    """None: the run's own."""
+    """None: the one that holds already: of an earlier batch, else of Megatron's schedule."""
 
 
 def parse(line: bytes, wanted: Wanted) -> Batch:
@@ -63,7 +63,9 @@ def parse(line: bytes, wanted: Wanted) -> Batch:
         raise DataError(f"this is batch {message.get('batch')!r}; the run waits for batch {wanted.batch}")
     rate = message.get("learning_rate")
     if rate is not None and not (is_number(rate) and rate >= 0):
-        raise DataError(f"learning_rate={rate!r}; expected a finite number, 0 or above, or null for the run's own")
+        raise DataError(
+            f"learning_rate={rate!r}; expected a finite number, 0 or above, or null for the one that holds already"
+        )
     groups = message.get("groups")
     if not isinstance(groups, list) or not all(isinstance(rows, list) for rows in groups):
         raise DataError("groups is not a list of lists of rows")

@@ -27,7 +27,8 @@ class Feed:
     """Takes rollout batches from another process, the peer: both the `rollout.Sampler` of the run and, since the peer
     chooses the prompts, its `rollout.Source`. On the rank that leads the engine.
 
-    why_dead, version: of the engine. A learning rate that comes with a batch holds from that batch on.
+    why_dead, version: of the engine. A learning rate that comes with a batch holds from that batch on, after a
+    resume too.
     """
 
     door: Door
@@ -111,13 +112,16 @@ class Feed:
         return ()
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: there is no position in a data set."""
-        return {"feed": True}
+        """For a checkpoint: there is no position in a data set, but the learning rate holds on."""
+        return {"feed": True, "learning_rate": self.learning_rate}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """`DataError` for the checkpoint of a run that drew prompts itself."""
+        """`DataError` for the checkpoint of a run that drew prompts itself. One without a learning rate, as older ones
+        are, leaves it to Megatron's schedule."""
         if not state.get("feed"):
             raise DataError("the checkpoint is of a run with prompts of its own; expected one that was fed batches")
+        rate = state.get("learning_rate")
+        self._rate[:] = [] if rate is None else [float(rate)]
 
     def _idle(self) -> None:
         if reason := self.why_dead():

@@ -87,7 +87,7 @@ def test_prompts_of_a_group_may_differ_and_turns_may_follow() -> None:
         (b"[]", "expected an object"),
         (message(more=1), "expected an object"),
         (message(batch=1), "waits for batch 0"),
-        (message(learning_rate=-1), "learning_rate"),
+        (message(learning_rate=-1), "learning_rate=-1; expected .*, or null for the one that holds already"),
         (message().replace(b'"learning_rate": null', b'"learning_rate": NaN'), "not JSON"),
         (message(groups=groups()[:1]), "1 groups of 2 rows; this run takes 2 groups of 2 rows"),
         (message(groups=[one[:1] for one in groups()]), "2 groups of 1 rows; this run takes 2 groups of 2 rows"),
@@ -172,6 +172,37 @@ def test_the_backends_end_and_the_runs_end_fit(feed: Feed, later: Callable[..., 
     assert feed.learning_rate == 0.5
     with pytest.raises(DataError, match="is gone"):
         feed.batch(feed, 2)
+
+
+def test_a_learning_rate_outlives_a_resume(tmp_path: Path, feed: Feed, later: Callable[..., Future[Any]]) -> None:
+    """Else a resumed run would train at Megatron's rate where an uninterrupted one keeps the peer's."""
+    begun = json.loads(json.dumps(feed.state()))
+    done = later(feed.batch, feed, 0)
+    with connect(feed) as peer:
+        assert b"ready" in peer.recv(4096)
+        peer.sendall(message(learning_rate=0.5) + b"\n")
+        done.result(10)
+    state = json.loads(json.dumps(feed.state()))
+    door = Door(tmp_path / "resumed")
+    resumed = Feed(door, str, lambda: None, lambda: 1, 2, 2, 8, 100, timeout_s=10.0)
+    resumed.restore(state)
+    assert resumed.learning_rate == 0.5
+    done = later(resumed.batch, resumed, 0)
+    with connect(resumed) as peer:
+        assert b"ready" in peer.recv(4096)
+        peer.sendall(message() + b"\n")
+        done.result(10)
+    assert resumed.learning_rate == 0.5
+    resumed.restore(begun)  # as the cycle does where a batch failed after it was taken
+    assert resumed.learning_rate is None
+    door.close()
+
+
+def test_a_checkpoint_without_a_learning_rate_leaves_it_to_megatron(feed: Feed) -> None:
+    feed.restore({"feed": True})
+    assert feed.learning_rate is None
+    with pytest.raises(DataError, match="prompts of its own"):
+        feed.restore({"epoch": 0, "position": 4})
 
 
 def test_only_one_peer_and_only_of_this_user(feed: Feed, later: Callable[..., Future[Any]]) -> None:
