@@ -53,7 +53,8 @@ BUDGET = "max-seqlen-per-dp-cp-rank"
 """Megatron's argument for the tokens that a rank can train on at a time; here, of a packed micro-batch."""
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("data.max_prompt_tokens algo.tis_cap algo.max_bad_steps", lambda v: v > 0, "above 0"),
+    ("data.max_prompt_tokens algo.max_bad_steps", lambda v: v > 0, "above 0"),
+    ("algo.tis_cap", lambda v: v >= 1, "1 or above: less would cut down even equal probabilities"),
     (
         "rollout.prompts_per_batch rollout.temperature rollout.max_new_tokens rollout.batches",
         lambda v: v > 0,
@@ -200,6 +201,11 @@ def _check_ranges(config: RunConfig) -> None:
             given = getattr(getattr(config, section) if section else config, name)
             if not fulfils(given):
                 raise ConfigError(f"{path}={given}; expected {expected}")
+    if config.algo.loss.startswith("gspo") and config.algo.aggregation not in ("auto", "sequence_mean"):
+        raise ConfigError(
+            f"algo.aggregation={config.algo.aggregation} with algo.loss={config.algo.loss}, whose ratios are those of "
+            "sequences; set it to sequence_mean, or algo.loss to grpo"
+        )
     if config.rollout.eval_interval and not config.data.eval:
         raise ConfigError(
             f"rollout.eval_interval={config.rollout.eval_interval} but data.eval is empty; set --eval-prompt-data FILE"
@@ -334,5 +340,10 @@ def _warnings(config: RunConfig) -> Iterable[str]:
         )
     if rollout.top_p < 1 or rollout.top_k != -1:
         yield "rollout.top_p/top_k cut the sampler's distribution; the trainer's ratios are taken against the uncut one"
+    if rollout.stragglers != "abort" and rollout.over_sampling == 1:
+        yield (
+            f"rollout.stragglers={rollout.stragglers} has no effect: with rollout.over_sampling=1.0 every completion "
+            "is waited for, so none is left to resume"
+        )
     if algo.shuffle_rewards:
         yield "algo.shuffle_rewards permutes the rewards: this is the control experiment, nothing should be learned"

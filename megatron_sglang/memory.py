@@ -60,7 +60,7 @@ class Ledger:
         self._seen: dict[str, tuple[int, ...]] = {}
         """By phase, what was free the first two times, with what this process's allocator kept."""
         self.room = 0
-        """What the engine gave back the last time, and will take; 0: not known."""
+        """What the engine gives back, and will take again; 0: not known."""
 
     @classmethod
     def of_device(cls) -> Ledger | None:
@@ -93,8 +93,16 @@ class Ledger:
         return noted | {f"memory/{phase}_free_gb": metrics.Last(min(rank["free"] for rank in ranks) / GB)}
 
     def note_room(self, before: int) -> None:
-        """The engine has given its memory back; `before` bytes were free until then."""
-        self.room = max(0, self.free() - before)
+        """The engine has given its memory back; `before` bytes were free until then. It gives the same each time, but
+        a rank of it may be late: the most that was seen counts."""
+        self.room = max(self.room, self.free() - before)
+
+    def await_room(self, size: int) -> None:
+        """Return when so many bytes are free, or after `SETTLES_S`: a rank of the engine may be late with its release.
+        Whoever needs them then finds out."""
+        deadline = time.monotonic() + SETTLES_S
+        while self.free() < size and time.monotonic() < deadline:
+            time.sleep(SETTLES_S / 1000)
 
     def require_room(self, comm: Comm) -> None:
         """`MegatronSglangError` on all ranks if the engine rank beside one of them would find less memory than it gave

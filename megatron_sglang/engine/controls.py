@@ -106,7 +106,8 @@ class Controls(Announced):
     def warm_up(self, requests: Sequence[GenerateRequest]) -> None:
         """Have `requests` answered, whatever the weights are, so that the engine compiles the kernels they need. The
         answers are nobody's, and the next update forgets the prefixes that were cached."""
-        self._ask(requests)
+        if requests:  # of a group, one engine may have none; SGLang refuses a message without any
+            self._ask(requests)
 
     def _ask(self, requests: Sequence[GenerateRequest]) -> list[dict[str, Any]]:
         """SGLang's answers to all of them, in order."""

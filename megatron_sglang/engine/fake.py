@@ -212,6 +212,8 @@ class FakeEngine:
         return 200, None
 
     def generate(self, body: dict[str, Any], due: dict[str, Fault]) -> tuple[int, Any]:
+        if not body["input_ids"]:
+            return 400, {"error": {"message": "input_ids cannot be empty."}}
         if isinstance(body["sampling_params"], list):
             replies = [self._finished(one, due) for one in singles(body)]
             return next((reply for reply in replies if reply[0] != 200), (200, [reply for _, reply in replies]))

@@ -28,6 +28,10 @@ class Offload:
     def is_out(self) -> bool:
         return bool(self._shelf)
 
+    @property
+    def bytes_away(self) -> int:
+        return sum(room.numel() for _, room in self._shelf.values())
+
     @torch.no_grad()
     def out(self) -> int:
         """Move everything to the host and give the device's memory back; bytes moved."""
@@ -42,7 +46,7 @@ class Offload:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-        return sum(room.numel() for _, room in self._shelf.values())
+        return self.bytes_away
 
     @torch.no_grad()
     def back(self) -> None:

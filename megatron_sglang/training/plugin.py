@@ -233,8 +233,10 @@ class Plugin:
             parts.append(self.step.replay.take_metrics())
         rows = cycle.comm.gather([metrics.to_rows(part) for part in parts])
         merged = metrics.merge(metrics.from_rows(row) for rank in rows for row in rank)
+        rollout = self.config.rollout
         # Tokens that older weights sampled are not expected to agree with this version's.
-        alike = self.config.rollout.engine != "fake" and self.config.rollout.stragglers != "resume"
+        older = rollout.stragglers == "resume" and rollout.over_sampling > 1
+        alike = rollout.engine != "fake" and not older
         if (gap := merged.get("train/logprob_gap_mean")) is not None and alike:
             require_agreement(gap.value(), getattr(torch, self.config.model.dtype))
         cycle.add(merged | ({} if grad_norm is None else {"train/grad_norm": metrics.Mean(grad_norm)}))

@@ -91,7 +91,7 @@ class SharedCycle(Cycle):
         """As `Cycle.collect`; afterwards it is the trainer's turn."""
         samples = super().collect(step)
         with _releasing(self):
-            self.comm.from_leader(lambda: self._lead.engine.release())
+            self._surviving(lambda: self.comm.from_leader(lambda: self._lead.engine.release()), needs_weights=False)
         with self.span("reload"):
             self._bring_back()
         return samples
@@ -99,6 +99,8 @@ class SharedCycle(Cycle):
     def _bring_back(self) -> None:
         assert self.offload is not None
         failure = None
+        if self.ledger is not None:
+            self.ledger.await_room(self.offload.bytes_away)
         try:
             self.offload.back()
         except RuntimeError as error:  # the device has no room for it

@@ -79,6 +79,14 @@ def next_version(group: EngineGroup) -> int:
     return max(engine.version or 0 for engine in group.engines) + 1
 
 
+def test_an_engine_for_which_no_request_is_left_is_asked_for_none(group: EngineGroup) -> None:
+    """Members of a group of requests stay together, and SGLang refuses a message without any: a run with more engines
+    than prompts would not start."""
+    same = REQUESTS[:3]
+    group.warm_up(same)
+    assert len(group.generate(same)) == 3
+
+
 def test_one_engine_is_no_group() -> None:
     """What has run on GPUs must stay what it was."""
     assert isinstance(create_engines(options(), 1), HttpEngine)

@@ -219,6 +219,11 @@ WRONG = {
         ["--tensor-model-parallel-size=2", "lora.targets=[linear_qkv,router]"],
         "with router among lora.targets",
     ),
+    "tokens for a loss of sequences": (
+        ["algo.aggregation=token_mean"],
+        "set it to sequence_mean, or algo.loss to grpo",
+    ),
+    "a cap that cuts equals": (["--tis-clip", "0.5"], "algo.tis_cap=0.5; expected 1 or above"),
     "owned by us": (["--bf16"], "it follows from model.dtype"),
     "owned in sglang": (["sglang.tp_size=2"], "it follows from engine.tp_size"),
     "megatron's own RL": (["--rl-partial-rollouts"], "Megatron's own RL loop, which this package replaces"),
@@ -256,6 +261,8 @@ def test_warnings_name_what_is_probably_not_meant() -> None:
     assert parse("--eps-clip", "0.2", "--advantage-estimator", "grpo").warnings == ()
     assert "a sample may have 3072" in parse("--max-tokens-per-gpu", "2048").warnings[0]
     assert parse("--max-tokens-per-gpu", "2048", "--context-parallel-size", "2").warnings == ()
+    assert "rollout.stragglers=resume has no effect" in parse("--partial-rollout").warnings[0]
+    assert parse("--partial-rollout", "--over-sampling", "1.5").warnings == ()
 
 
 def test_short_flags_do_not_hide_megatrons() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -134,6 +135,20 @@ def test_there_is_none_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its numbers would be those of nothing."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert Ledger.of_device() is None
+
+
+def test_room_that_is_late_is_waited_for_and_not_taken_for_less() -> None:
+    """SGLang answers when its first rank is done with a release."""
+    ledger = Ledger(readings(10.0, 10.0, 70.0))
+    ledger.await_room(60 * GB)
+    assert ledger.free() == 70 * GB
+    began = time.monotonic()
+    ledger.await_room(90 * GB)
+    assert time.monotonic() - began >= memory.SETTLES_S, "whoever needs it finds out"
+    for free, room in ((70.0, 50), (25.0, 50), (75.0, 55)):
+        ledger.free = readings(free)
+        ledger.note_room(20 * GB)
+        assert ledger.room == room * GB
 
 
 def test_an_engine_finds_as_much_as_it_gave_or_is_not_asked_back() -> None:
