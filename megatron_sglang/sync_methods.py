@@ -73,6 +73,9 @@ class Calls(Protocol):
 
     def load_folder(self, version: int, folder: str, manifest: str) -> None: ...
     def serve_folder(self, folder: str) -> str: ...
+    def stop(self, version: int) -> None: ...
+    def hold_back(self, reason: str) -> None: ...
+    def serve(self, version: int) -> None: ...
     def has_base(self) -> bool: ...
     def take_base(self, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int: ...
     def begin_merge(self, version: int) -> None: ...
@@ -125,10 +128,14 @@ class RestartPath(DiskPath):
         leaders(self.engine).fail_update(f"an update to version {version} is under way")
 
     def send(self, version: int) -> Sent:
-        folder = leaders(self._folder)
-        self._loaded = self.comm.from_leader(lambda: leaders(self.calls).serve_folder(folder.path))
+        self._loaded = self.comm.from_leader(lambda: self._start_on(leaders(self._folder).path))
         self.comm.from_leader(lambda: leaders(self.engine).begin_update(version))
         return super().send(version)
+
+    def _start_on(self, folder: str) -> str:
+        digest = leaders(self.calls).serve_folder(folder)
+        leaders(self.calls).hold_back("its files are not compared with what it holds yet")
+        return digest
 
     def commit(self, version: int, buckets: int) -> str:
         digest = super().commit(version, buckets)
@@ -137,6 +144,7 @@ class RestartPath(DiskPath):
                 f"the engine that was started on {leaders(self._folder).path} had digest {self._loaded}, its weights "
                 f"checked one by one give {digest}; SGLang loads this model in another way than it is updated"
             )
+        leaders(self.calls).serve(version)
         return digest
 
 
@@ -174,19 +182,22 @@ class MergeOnEnginePath:
 
     def prepare(self, version: int) -> None:
         """Give the engine the base, and keep the version merged by the trainer as the witness of the first merge there;
-        nothing if the last version went well."""
-        sound = self.comm.from_leader(lambda: self._sound and leaders(self.calls).has_base())
+        nothing if the last version went well. Until that merge is compared with it the engine serves nothing."""
+        sound = self.comm.from_leader(lambda: self._sound and self._still_has_base(version))
         self._sound, self._expected = False, None
         if sound:
             return
+        self.comm.from_leader(lambda: leaders(self.calls).hold_back("it holds nothing that is proved to be the policy"))
         publish(self.comm, self.engine, self.base, version)
-        if self.engine is not None:
-            self.engine.fail_update("it holds the base alone, which is not the policy")
         names = self.adapters.names
         self.base_bytes = self.comm.from_leader(lambda: leaders(self.calls).take_base(names, self.shapes, self.dtype))
         report = publish(self.comm, self.engine, self.whole, version)
         self.comm.from_leader(lambda: leaders(self.calls).keep_witness())
         self._expected = report.engine_digest
+
+    def _still_has_base(self, version: int) -> bool:
+        leaders(self.calls).stop(version)
+        return leaders(self.calls).has_base()
 
     def begin(self, version: int) -> None:
         leaders(self.calls).begin_merge(version)
@@ -207,6 +218,7 @@ class MergeOnEnginePath:
             found = calls.compare(TOLERANCE[self.dtype])
             if digest != self._expected:
                 self._tolerate(version, digest, found)
+            calls.serve(version)
         self._change = dataclasses.asdict(fidelity_of(change, self.adapters.names, self.shapes))
         self._sound = True
         return digest
@@ -270,8 +282,8 @@ class AdapterPath:
             self.home = self.base.write(0).path
             self.comm.from_leader(lambda: leaders(self.calls).serve_folder(self.home))
             self.base = None
-        self.comm.from_leader(self._check_base)
         self._folder = self.adapters.write(version)
+        self.comm.from_leader(lambda: self._check_base(version))
 
     def begin(self, version: int) -> None:
         leaders(self.calls).begin_adapter(version, adapter_name(version))
@@ -291,9 +303,10 @@ class AdapterPath:
     def fidelity(self) -> MergeFidelity:
         return self.adapters.fidelity()
 
-    def _check_base(self) -> None:
+    def _check_base(self, version: int) -> None:
         """The engine's base is that of version 0; it is loaded anew if it is not after a failed update."""
         sound, self._sound = self._sound, False
+        leaders(self.calls).stop(version)
         found = leaders(self.calls).base_digest()
         if self._base_digest in ("", found):
             self._base_digest = found

@@ -225,7 +225,7 @@ class EngineGroup(Announced):
             )
             self.fail_update(reason)
             raise WeightSyncError(reason)
-        self.stale = ""
+        self.stale = next((engine.stale for engine in self.engines if engine.stale), "")  # they may be held back
         return digests[0]
 
     def fail_update(self, reason: str) -> None:

@@ -9,7 +9,7 @@
                    resume(kv_cache) if released, continue
     release        pause(abort), flush until 200, release(kv_cache, weights)
     wait_ready     with load_format="auto": loader "adopt", weight version 0
-    layout         loader "layout"
+    layout         loader "layout"; while it serves pause(abort) and flush before it, continue after it
     self_test      pause(abort), flush until 200, loader "self_test"
 
 SGLang kills itself when an update flushes, or memory is released, while a request is alive: hence pause and flush
@@ -42,6 +42,8 @@ class HttpEngine(Controls):
 
     unproved = ""
     """What is not proved of its weights, for people to read; empty where all is, as always here (see `external.py`)."""
+    held_back = ""
+    """Why a version is not served when it is committed, but by `serve` only; empty: it is. Until an update fails."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
@@ -86,6 +88,7 @@ class HttpEngine(Controls):
         self.unloaded.clear()
         self.start()
         self.wait_ready()
+        self.stale = "it was started again"  # also where SGLang has loaded weights: they are of another version
 
     def close(self) -> None:
         """End every process of the engine; idempotent, safe at any point."""
@@ -167,20 +170,30 @@ class HttpEngine(Controls):
                 self._streamed = [] if gave_up else answers
 
     def commit_update(self, version: int, buckets: int) -> str:
-        """Let every rank prove that it holds `version` whole, then serve it. Returns the digest of all parameters of
-        all ranks. buckets: how many were sent; on the direct path, deliveries to each rank."""
+        """Let every rank prove that it holds `version` whole, then serve it, unless it is `held_back`. Returns the
+        digest of all parameters of all ranks. buckets: how many were sent; on the direct path, deliveries to each rank.
+        """
         with self.failing_as(what := self.in_update(version, "commit")):
             if self._streamed is None:
                 replies = self.tell(what, {"command": "commit", "version": version, "buckets": buckets})
             else:
                 replies = _of_stream(self._streamed, buckets, what)
             self.wake_up()
-            self.publish(version)
+            if self.held_back:
+                self.updating, self.stale = None, self.held_back
+            else:
+                self.publish(version)
         return wire.engine_digest(replies)
+
+    def serve(self, version: int) -> None:
+        """Serve `version`, which was committed and held back."""
+        self.held_back = ""
+        with self.failing_as(f"weight version {version}, serve"):
+            self.publish(version)
 
     def fail_update(self, reason: str) -> None:
         """Give up the open update: the engine stays paused and stale until another one succeeds."""
-        self.updating = None
+        self.updating, self.held_back = None, ""
         self.stale = f"the last update failed: {reason}"
 
     # ---- layout ----
@@ -188,14 +201,19 @@ class HttpEngine(Controls):
     def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RankLayout]:
         """Where each engine rank's parameters come from, by rank. shapes: of all HF tensors to be sent.
 
-        Weights stay as they are and may be served meanwhile; those that were released have their memory back, as an
+        Weights stay as they are, and an engine that serves goes on to; but its requests are aborted, since SGLang would
+        take the message only when the last of them has ended. Weights that were released have their memory back, as an
         update would give it. `WeightSyncError`, and a stale engine, where the model's loader cannot be traced; see
         `megatron_sglang.layout.problems` for what the result may lack.
         """
         message = {"command": "layout", "dtype": self.options.dtype, "shapes": dict(shapes)}
         with self.failing_as("layout"):
+            if not self.stale:
+                self.quiesce()
             self._take_weights_back()
             replies = self.tell("layout", message)
+            if not self.stale:
+                self.resume()
         return [RankLayout.from_json(reply["layout"]) for reply in replies]
 
     def self_test(self, weights: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -65,6 +65,30 @@ class MethodCalls:
 
         return self._alike(self._each(restart), f"engines on {folder}")
 
+    # ---- when it serves ----
+
+    def stop(self, version: int) -> None:
+        """End all requests, for an update to `version`. SGLang takes a message for the loader only when none is alive,
+        so whoever asks the engine something before `begin_*` would wait for them."""
+        self.engine.note_update(version)
+
+        def stop(one: HttpEngine) -> None:
+            one.note_update(version)
+            with one.failing_as(f"weight version {version}, begin"):
+                one.quiesce()
+
+        self._each(stop)
+
+    def hold_back(self, reason: str) -> None:
+        """Versions are committed, but not served until `serve`."""
+        for one in self._members:
+            one.held_back = reason
+
+    def serve(self, version: int) -> None:
+        """Serve the version that was committed last."""
+        self._each(lambda one: one.serve(version))
+        self.engine.stale = ""  # of a group, which has no version of its own
+
     # ---- merging in the engine ----
 
     def has_base(self) -> bool:

@@ -73,7 +73,7 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
     modes.releases(config)  # asked here because a mistake in the options must not be found only when the model is built
 
     def make_cycle(model_chunks: list[Any], resume_after: int | None) -> Cycle:
-        comm = TorchComm()
+        comm = TorchComm(_patience(config))
         leader = setup.to_leader(resume_after) if setup is not None else None
         if not modes.engine_first(config):  # otherwise `LeaderSetup.open` has waited for it
             comm.from_leader(lambda: setup and modes.wait_ready(setup.start.engine, setup.show))
@@ -123,6 +123,13 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
         )
     plugin.finish()
     torch.distributed.destroy_process_group()  # after an error it might wait for ranks that are gone
+
+
+def _patience(config: RunConfig) -> float:
+    """Seconds that a rank waits for the leader's work, such as a rollout: longer than the leader waits for anything."""
+    engine, given = config.engine, config.rollout.environment.get("timeout_s")
+    waits = [engine.start_timeout_s, engine.request_timeout_s, engine.update_timeout_s]
+    return 3600.0 + max([*waits, given] if isinstance(given, (int, float)) else waits)
 
 
 def _import_trainer() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from engine_tools import Publisher, Weights, engine_options
+from engine_tools import Publisher, Weights, engine_options, until_decoding
 from safetensors.torch import load_file
 from tiny_models import make_model
 
@@ -49,6 +51,19 @@ def test_layout_leaves_a_serving_engine_alone(engine: HttpEngine, publish: Publi
         heads = {write.source for write in layout.writes if write.param == "lm_head.weight"}
         assert heads == {"model.embed_tokens.weight"}
     assert publish(weights) == digest
+
+
+def test_a_layout_does_not_wait_for_requests(engine: HttpEngine, publish: Publisher, weights: Weights) -> None:
+    """SGLang takes the message when the last request has ended, and lets no other begin: an endpoint's long completion
+    would hold up the trainer, or make it give the direct path up."""
+    publish(weights)
+    long = [GenerateRequest((7, 8, 9), SamplingParams(max_new_tokens=200, seed=seed)) for seed in range(160)]
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(engine.generate, long)
+        asyncio.run(until_decoding(engine, 20))
+        ask(engine, weights)
+        assert "abort" in {one.finish_reason for one in others.result()}
+    assert engine.generate(ASKED)[0].weight_version == engine.version
 
 
 def test_an_engine_that_is_not_there_has_the_same_layout(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from engine_tools import Publisher, Weights, engine_options
+from engine_tools import Publisher, Weights, engine_options, until_decoding
 from methods_tools import RANK, Drawn, Given, draw, merged
 from one_rank import Alone
 from safetensors.torch import load_file
@@ -33,6 +35,7 @@ pytestmark = pytest.mark.cpu_e2e
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=6)
 REQUESTS = [GenerateRequest((1, 40, 2, 41, seed), GREEDY) for seed in range(3, 9)]
+LONG = [GenerateRequest((1, 40, 2, 41), SamplingParams(max_new_tokens=200, seed=seed)) for seed in range(160)]
 
 
 def disk_path(engine: HttpEngine, weights: Given, home: Path, model: Path, kind: type[DiskPath] = DiskPath) -> DiskPath:
@@ -150,6 +153,36 @@ def test_merging_in_the_engine_leaves_the_bits_of_merged_weights(engine, publish
     norm = float(torch.cat([delta.flatten() for delta in deltas]).double().norm())
     assert report.fidelity.update_norm == pytest.approx(norm, rel=1e-5)
     assert len(report.fidelity.layers) == 4
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.001])
+def test_nothing_is_served_before_the_first_merge_is_compared(
+    engine, publish_direct, merging, weights, monkeypatch, scale
+):
+    """The base alone is another policy, and a merge that nobody has compared may be. The second version is proved by
+    the first, and does not wait for requests of others."""
+    serve, compare, happened = engine.publish, merging.calls.compare, []
+    monkeypatch.setattr(engine, "publish", lambda version: (happened.append("served"), serve(version)))
+    monkeypatch.setattr(merging.calls, "compare", lambda limit: (happened.append("compared"), compare(limit))[1])
+    set_adapters(merging, weights, 1)
+    merging.adapters.scale *= scale
+    if scale != 1:
+        with pytest.raises(WeightSyncError, match="elements are not what the trainer merges"):
+            publish(Alone(), engine, merging, publish_direct.next_version)
+        assert happened == ["compared"]
+        publish_direct(weights)
+        assert happened == ["compared", "served"]
+        return
+    publish(Alone(), engine, merging, publish_direct.next_version)
+    assert happened == ["compared", "served"]
+    assert engine.generate(REQUESTS[:1])[0].weight_version == engine.version
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        others = pool.submit(engine.generate, LONG)
+        asyncio.run(until_decoding(engine, 20))
+        publish(Alone(), engine, merging, publish_direct.next_version)
+        assert "abort" in {one.finish_reason for one in others.result()}
+    assert happened == ["compared", "served", "served"]
+    publish_direct(weights)
 
 
 def test_an_adapter_that_does_not_arrive_is_noticed_and_healed(engine, publish_direct, merging, weights):
@@ -357,6 +390,9 @@ def test_an_engine_that_is_started_on_a_folder_holds_the_bits_of_buckets(
             publish(Alone(), engine, path, 2)
         assert engine.server.pid != process
         with pytest.raises(EngineStaleError):
+            engine.generate(REQUESTS)
+        engine.restart()
+        with pytest.raises(EngineStaleError, match="it was started again"):  # whatever the folder's weights are
             engine.generate(REQUESTS)
     finally:
         engine.close()

@@ -13,7 +13,7 @@ from megatron_sglang.config import RunConfig
 from megatron_sglang.config_load import split_argv
 from megatron_sglang.errors import EngineError, MegatronSglangError
 from megatron_sglang.memory import Ledger
-from megatron_sglang.training import engine_start, modes
+from megatron_sglang.training import engine_start, modes, run
 from megatron_sglang.training.engine_start import EngineStart
 from megatron_sglang.types import GenerateRequest, Prompt, SamplingParams
 
@@ -113,3 +113,11 @@ def test_what_fails_in_the_background_ends_the_start(monkeypatch: pytest.MonkeyP
     engine.may_answer.set()
     with pytest.raises(EngineError, match="died in its first batch"):
         starting.make_room()
+
+
+def test_ranks_wait_longer_for_the_leader_than_it_waits_itself() -> None:
+    """They gave up after an hour, whatever deadline the user had given the leader's own work."""
+    common = ["model.hf_path=x", "data.train=y"]
+    feed = "rollout.environment={name: feed, timeout_s: 90000}"
+    for given, longest in (([], 600.0), (["engine.request_timeout_s=7200"], 7200.0), ([feed], 90_000.0)):
+        assert run._patience(split_argv([*common, *given]).config) > longest
