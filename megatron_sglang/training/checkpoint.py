@@ -94,7 +94,10 @@ def write_state(save: str, iteration: int, state: dict[str, Any]) -> None:
 
 def read_state(load: str, iteration: int) -> dict[str, Any]:
     """The JSON part; DataError when the checkpoint has none."""
-    path = _folder(load, iteration) / STATE_FILE
+    return _read(_folder(load, iteration) / STATE_FILE)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -108,20 +111,21 @@ def require_same_adapters(args: Any, lora: LoraConfig) -> None:
     """DataError unless the checkpoint that `args`, Megatron's, will load has adapters like `lora`. Asked before it is
     loaded: with another alpha it would be read without an error, and each adapter would count more, or less, than it
     was trained to; of another rank or other targets Megatron only says that a shape or a key is not what it expected.
-    Not with --finetune, which begins a new run."""
+    A converted one ("release") has them, too. Not with --finetune, which begins a new run."""
     tracker = Path(get_checkpoint_tracker_filename(args.load)) if args.load and not args.finetune else None
     if tracker is None or not (args.ckpt_step or tracker.exists()):
         return
     iteration = str(args.ckpt_step or tracker.read_text().strip())
-    if not iteration.isdecimal():  # "release": a converted model, which is nobody's run
+    folder = _folder(args.load, int(iteration)) if iteration.isdecimal() else Path(args.load, iteration)
+    if not iteration.isdecimal() and not (folder / STATE_FILE).exists():  # converted by others
         return
-    saved = read_state(args.load, int(iteration)).get("lora", {})
+    saved = _read(folder / STATE_FILE).get("lora", {})
     for name, wanted in dataclasses.asdict(lora).items():
         wanted = list(wanted) if isinstance(wanted, tuple) else wanted
         if (found := saved.get(name, wanted)) != wanted:
             raise DataError(
-                f"the checkpoint of iteration {iteration} in {args.load} was saved with lora.{name}={found}, this run "
-                f"has lora.{name}={wanted}; resume with the lora.* options it was saved with"
+                f"the checkpoint {folder} was saved with lora.{name}={found}, this run has lora.{name}={wanted}; give "
+                "the lora.* options that it was saved with"
             )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from megatron_sglang.errors import DataError
 from megatron_sglang.hf_files import read_header
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Names under which config.json counts the experts of a layer."""
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -69,7 +70,7 @@ def _compare(config: Mapping[str, Any], shapes: Shapes, folder: Path) -> None:
         "vocab_size": (embedding and embedding[0], {config.get("vocab_size")}),
         "hidden_size": (embedding and embedding[1], {config.get("hidden_size")}),
     }
-    for name in _EXPERTS:
+    for name in EXPERTS:
         if name in config:
             found[name] = (_count(r"\bexperts\.(\d+)\.", shapes), {config[name]})
     for name, (in_weights, allowed) in found.items():

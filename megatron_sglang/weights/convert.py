@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         given = {name: value for name, value in given.items() if value is not None}
         lora = import_adapter(args.hf_model, args.save, adapter=args.adapter, sizes=sizes, dtype=args.dtype, **given)
         targets = ",".join(lora.targets)
-        text = f"{args.save}: train with lora.rank={lora.rank} lora.alpha={lora.alpha:g} lora.targets={targets}"
+        text = f"{args.save}: train with lora.rank={lora.rank} lora.alpha={lora.alpha!r} lora.targets={targets}"
     standalone.leave()
     if is_leader():
         print(text)

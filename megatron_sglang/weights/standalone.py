@@ -17,7 +17,9 @@ from typing import Any, Literal, cast
 from megatron_sglang.comm import TorchComm
 from megatron_sglang.config import DataConfig, LoraConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_sglang.config_check import check, resolve
+from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.errors import ConfigError, DataError
+from megatron_sglang.training.hf_folder import EXPERTS
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -84,10 +86,10 @@ def adapted_model(
     sizes: Megatron's parallel sizes by flag name. base: False leaves the base weights unread. What Megatron prints
     goes into the notes of an error.
     """
-    from megatron_sglang.cpu import trainer as cpu_room
-
     said = io.StringIO()
     with _alone_unless_launched():
+        # Megatron demands it with tensor parallelism; the launcher of a run sets it for that.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 cpu_room.enter()
@@ -177,6 +179,8 @@ def _config(
             )
     # Nothing is trained; and without APEX Megatron refuses to build layers that would fuse it.
     megatron = dict(sizes) | {"micro-batch-size": 1, "no-gradient-accumulation-fusion": True}
+    if not cpu_room.needed() and any(json.loads((hf_model / "config.json").read_text()).get(name) for name in EXPERTS):
+        megatron["moe-grouped-gemm"] = True  # as in runs on GPUs; Bridge knows the experts of GLM4-MoE in no other way
     if sizes.get("tensor-model-parallel-size", 1) > 1:
         megatron["sequence-parallel"] = True  # Megatron demands it for experts; weights are the same without
     config = RunConfig(

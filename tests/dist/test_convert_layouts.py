@@ -179,6 +179,11 @@ def test_the_trainer_starts_from_an_imported_adapter(run_ranks, exported, tmp_pa
         f"--lora-alpha 16 lora.targets=linear_qkv,linear_proj,linear_fc1,linear_fc2 --load {checkpoint} "
         f"--save {tmp_path / 'run'} --save-interval 1 log.run_dir={tmp_path / 'log'} --lr 0 --min-lr 0"
     ).split()
+    other = [word if word != "16" else "32" for word in argv]
+    for said in run_ranks(2, "run", argv=other):
+        assert (
+            f"the checkpoint {checkpoint}/release was saved with lora.alpha=16.0, this run has lora.alpha=32.0" in said
+        )
     assert run_ranks(2, "run", argv=argv) == ["", ""]
     first = json.loads((tmp_path / "log" / "metrics.jsonl").read_text().splitlines()[0])
     deltas = base_weights_plus(exported / "adapter", 2.0)

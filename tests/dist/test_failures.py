@@ -261,7 +261,7 @@ def test_damaged_checkpoint(run_ranks, tmp_path, checkpoint, name):
 def test_a_checkpoint_with_other_adapters(run_ranks, tmp_path, checkpoint, given, said):
     """Another alpha fits in every shape, and would go on as another policy."""
     text = fails(run_ranks, tmp_path / "run", f"--load={checkpoint}", given)
-    assert re.search(rf"DataError: the checkpoint of iteration 1 in {checkpoint} was saved with {said}; resume", text)
+    assert re.search(rf"DataError: the checkpoint {checkpoint}/iter_0000001 was saved with {said}; give", text)
 
 
 def test_longer_run_from_a_checkpoint(run_ranks, tmp_path, checkpoint):

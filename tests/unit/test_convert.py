@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import DataError
-from megatron_sglang.weights import write
+from megatron_sglang.weights import standalone, write
 from megatron_sglang.weights.peft_format import CONFIG, WEIGHTS, AdapterFolder, AdapterWriter, Factors, join
 from megatron_sglang.weights.progress import progress
 from megatron_sglang.weights.shard_folder import INDEX, continued, require_continuable, state_of_files
@@ -352,3 +353,15 @@ def test_a_terminal_gets_a_bar() -> None:
     os.close(reader)
     assert re.search(r"merging:  25%.*1\.00M/4\.00M .*[kM]B/s\]", shown)
     assert re.search(r"merging: 100%.*4\.00M/4\.00M .*[kM]B/s\]", shown)
+
+
+@pytest.mark.parametrize(("on_cpu", "experts", "grouped"), [(True, 4, None), (False, 4, True), (False, 0, None)])
+def test_experts_are_grouped_on_a_gpu_as_in_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_cpu: bool, experts: int, grouped: bool | None
+) -> None:
+    """Megatron-Bridge has no names for the single experts of GLM4-MoE."""
+    monkeypatch.setattr(standalone.cpu_room, "needed", lambda: on_cpu)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    (tmp_path / "config.json").write_text(json.dumps({"n_routed_experts": experts}))
+    config = standalone._config(tmp_path, LoraConfig(), "float32", {}, base=True)
+    assert config.megatron.get("moe-grouped-gemm") is grouped
