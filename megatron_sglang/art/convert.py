@@ -13,6 +13,7 @@ policy is trained on the very sequence that it saw. What comes between is an obs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,10 @@ def _row(trajectory: Any, where: str) -> dict[str, Any]:
             f"{where} has {len(items)} messages and no choice: the model said nothing that could be trained"
         )
     ids, mask, logprobs = _stitch(turns, where)
-    reward = float(_get(trajectory, "reward"))
+    reward = _get(trajectory, "reward")
+    if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+        raise DataError(f"{where} has reward {reward!r}; expected a finite number")
+    reward = float(reward)
     passed = (_get(trajectory, "metrics") or {}).get("passed", reward >= 1.0)
     return {
         "ids": ids,

@@ -1,6 +1,7 @@
 """The process above all others of a backend: `python -m megatron_sglang.art.keeper`. Standard library and psutil.
 
-    stdin    {"start": "trainer", "argv": [...], "environment": {...}, "cwd": "...", "log": "...", "remove": [...]}
+    stdin    {"start": "trainer", "argv": [...], "environment": {...}, "cwd": "...", "log": "...", "remove": [...],
+              "held": [file descriptors that it inherits]}
     stdout   {"started": "trainer", "pid": 4711}   {"ended": "trainer", "code": 1}
 
 One JSON object a line. When its parent is gone (stdin at its end, or another parent) or on SIGTERM it asks its
@@ -87,6 +88,7 @@ class Keeper:
                 cwd=command["cwd"],
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
+                pass_fds=command["held"],
             )
         self.children[name] = child
         _say({"started": name, "pid": child.pid})

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from megatron_sglang.art.keeper import GRACE_S
 from megatron_sglang.errors import EngineDiedError, EngineTimeoutError, MegatronSglangError, SetupError, from_text
 
@@ -28,6 +30,8 @@ class Child:
     """Bytes that the log had before it."""
     ended: asyncio.Event
     code: int | None = None
+    process: psutil.Process | None = None
+    """None where it ended before it could be looked at."""
 
     def text(self) -> str:
         """What it has written."""
@@ -48,8 +52,8 @@ class Child:
 
 
 class Tree:
-    """A backend's processes, under one keeper. For one event loop. held: file descriptors (locks) that all of them
-    inherit, so that they stay open as long as any of the processes runs."""
+    """A backend's processes, under one keeper. For one event loop. held: file descriptors (locks) that keeper and
+    children inherit, so that they stay open as long as any of them runs."""
 
     def __init__(self, held: Sequence[int] = ()) -> None:
         self.children: dict[str, Child] = {}
@@ -99,6 +103,7 @@ class Tree:
             "cwd": os.getcwd(),
             "log": str(log),
             "remove": [str(path) for path in remove],
+            "held": list(self._held),
         }
         self._keeper.stdin.write(json.dumps(command).encode() + b"\n")
         try:
@@ -144,13 +149,22 @@ class Tree:
             await keeper.wait()
         if self._listening is not None:
             await self._listening
+        # Where the keeper was killed, the kernel has told its children to end, and nobody waits for them.
+        left = [child.process for child in self.children.values() if child.process is not None]
+        _, alive = await asyncio.to_thread(psutil.wait_procs, left, GRACE_S)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     async def _listen(self) -> None:
-        """Note the ends of children that the keeper reports; when it is gone itself, all have ended."""
+        """Note the children's processes and ends that the keeper reports; when it is gone itself, all will end."""
         assert self._keeper is not None
         assert self._keeper.stdout is not None
         async for line in self._keeper.stdout:
             event = json.loads(line)
+            if "started" in event:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self.children[event["started"]].process = psutil.Process(event["pid"])
             if "ended" in event:
                 self._ended(event["ended"], event["code"])
         for name, child in self.children.items():  # the keeper is gone, and with it its children

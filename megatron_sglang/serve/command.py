@@ -106,6 +106,7 @@ def _serve(
         engine.announce(folder / NAME)
         engine.wait_ready()
     host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
     key_path = args.api_key_file or folder / KEY_FILE.format(port=port)
     key = user_key or keys.make(key_path)
     if user_key is None and args.api_key_file is None:

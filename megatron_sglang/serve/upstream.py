@@ -126,8 +126,9 @@ class Upstream:
         return bound
 
     async def _meet(self, sign: Sign, old: Bound | None) -> Bound:
-        """Load the tokenizer (or keep that of `old`), ask for the engines' sizes, make a client."""
-        if old is not None and (old.sign.model, old.sign.context_length) == (sign.model, sign.context_length):
+        """Load the tokenizer, ask for the engines' sizes, make a client. An engine that was started again within a run
+        has the tokenizer of `old`; a run that comes again may have another one in the same folder."""
+        if old is not None and _identity(old.sign)[:-1] == _identity(sign)[:-1]:
             tokens = old.tokens
         else:
             tokens = await asyncio.to_thread(Tokens.load, sign.model, sign.context_length)

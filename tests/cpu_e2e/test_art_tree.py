@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -76,6 +78,36 @@ asyncio.run(run())
                 process.kill()
         backend.kill()
     assert not alive
+
+
+def test_children_of_a_killed_keeper_hold_the_lock_and_are_waited_for(tmp_path: Path) -> None:
+    """They take a while to end, and a backend that began meanwhile would share their folder."""
+    slow = "trap 'sleep 1; kill $!; exit 0' TERM; sleep 300 & echo up; wait"
+    path = tmp_path / "lock"
+
+    def is_free() -> bool:
+        with path.open("a") as mine, contextlib.suppress(BlockingIOError):
+            fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
+    async def run() -> None:
+        held = os.open(path, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        tree = Tree([held])
+        await tree.start(tmp_path / "keeper.log")
+        await tree.launch("one", [*SHELL, slow], log=tmp_path / "one.log", environment=dict(os.environ))
+        async with asyncio.timeout(20):
+            while "up" not in tree.children["one"].text() or tree.children["one"].process is None:
+                await asyncio.sleep(0.02)
+        os.close(held)
+        assert tree.pid is not None
+        os.kill(tree.pid, signal.SIGKILL)
+        assert not is_free()
+        await tree.close()
+        assert is_free()
+
+    asyncio.run(run())
 
 
 def test_the_end_of_a_child_is_its_own_error(tmp_path: Path) -> None:

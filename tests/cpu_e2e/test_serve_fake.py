@@ -168,28 +168,37 @@ def test_who_waits_for_an_engine_that_stays_away_learns_it(run_folder: Path, eng
 
 
 def test_a_run_that_goes_and_comes_again(tmp_path: Path, run_folder: Path, model: Path, engine: HttpEngine) -> None:
-    """A SIGKILL of a run removes no file; the next one has other ports and keys."""
+    """A SIGKILL of a run removes no file; the next one has other ports and keys, and may have another tokenizer."""
+    mine = tmp_path / "model"
+    shutil.copytree(model, mine)
+    template = "{% for one in messages %}{{ one.content }}{% endfor %}"
+    (mine / "chat_template.jinja").write_text(template)
     code = f"""
 import sys, time
 sys.path.insert(0, "tests/cpu_e2e")
 from serve_tools import *
-with fake_engine(Path({str(model)!r})) as run:
+with fake_engine(Path({str(mine)!r})) as run:
     run.announce({str(tmp_path / NAME)!r})
     publish(run)
     print("up", flush=True)
     time.sleep(100)
 """
     body = {"prompt": "a", "max_tokens": 1}
+    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
     with serving(tmp_path) as served:
         assert "no engine is announced" in served.post(COMPLETIONS, body).text
-        run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=EXAMPLE.parents[2])
-        try:
-            assert run.stdout is not None
-            assert run.stdout.readline() == "up\n"
-            assert served.post(COMPLETIONS, body).headers["x-weight-version"] == "1"
-        finally:
-            run.kill()
-            run.wait(20)
+        for prefix in ("", "a a a "):
+            (mine / "chat_template.jinja").write_text(prefix + template)
+            command = [sys.executable, "-c", code]
+            run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=EXAMPLE.parents[2])
+            try:
+                assert run.stdout is not None
+                assert run.stdout.readline() == "up\n"
+                assert served.post(COMPLETIONS, body).headers["x-weight-version"] == "1"
+                assert (served.post(CHAT, chat).json()["usage"]["prompt_tokens"] > 3) == bool(prefix)
+            finally:
+                run.kill()
+                run.wait(20)
         assert (tmp_path / NAME).exists()
         wait_until(lambda: "is gone" in served.post(COMPLETIONS, body).text)
         shutil.copy2(run_folder / NAME, tmp_path / "fresh")

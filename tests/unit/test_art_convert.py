@@ -103,3 +103,12 @@ def test_failed_trajectories_and_further_histories_are_refused() -> None:
         rows([[Trajectory([said([1], [2])]), ValueError("boom")]])
     with pytest.raises(DataError, match="additional_histories"):
         rows([[SimpleNamespace(messages_and_choices=[said([1], [2])], reward=0, additional_histories=[1])]])
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), None])
+def test_a_reward_that_is_no_number_is_named(reward: Any) -> None:
+    """Later it would be an error of a JSON library, without its place."""
+    good = [USER, said([1, 2], [3])]
+    row = Trajectory(good, reward=reward)
+    with pytest.raises(DataError, match=r"group 0, trajectory 1 has reward (nan|inf|None); expected a finite number"):
+        rows([TrajectoryGroup([Trajectory(good, reward=1.0), row])])

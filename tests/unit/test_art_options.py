@@ -53,6 +53,17 @@ def test_the_written_configuration_is_one_that_a_run_reads(tmp_path: Path, gpus:
     assert ("mem_fraction_static" in read.sglang, "max_total_tokens" in read.sglang) == (gpus > 0, gpus == 0)
 
 
+def test_options_win_however_they_are_spelled(tmp_path: Path) -> None:
+    """Underscores for Megatron, dashes for SGLang: both names reach the run, and ours must not be the last."""
+    options = {"megatron": {"min_lr": 1e-7, "lr_decay_style": "cosine"}, "sglang": {"log-level": "debug"}}
+    config, _ = built(tmp_path, options=options)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    read = config_load.split_argv(["--config", str(path)], local_world_size=1).config
+    assert (read.megatron["min-lr"], read.megatron["lr-decay-style"]) == (1e-7, "cosine")
+    assert read.sglang["log_level"] == "debug"
+
+
 def test_the_variable_wins_over_server_timeout(tmp_path: Path) -> None:
     def timeout_s(environment: dict[str, str]) -> float:
         return built(tmp_path, SGLangConfig(server_timeout=90), environment=environment)[0]["engine"]["start_timeout_s"]

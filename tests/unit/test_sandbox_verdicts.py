@@ -155,6 +155,13 @@ assert candidate(float("nan"))[0] != 0
     assert judge(sandbox, source, test).detail == ""
 
 
+def test_nested_sets_are_told_apart():
+    """As keys they are texts, which must show where an inner set ends."""
+    assert not same({(frozenset({1, 2}), 3)}, {(frozenset({1, 2, 3}),)})
+    assert not same({frozenset({frozenset({2}), 1})}, {frozenset({frozenset({2, 1})})})
+    assert same({(frozenset({2, 1}), 3)}, {(frozenset({1, 2}), 3)})
+
+
 def test_preamble_is_known_to_the_tests(sandbox):
     preamble = "import math\ndef double(x):\n    return 2 * x\n"
     verdict = judge(sandbox, "def f(a):\n    return a * 2\n", "assert candidate(4) == double(4)", preamble=preamble)

@@ -88,7 +88,7 @@ def same(value: Any, expected: Any) -> bool:
 def _text(value: Any) -> str:
     """A key that tells 1 from True and 1.0; items of a nested set come in a fixed order."""
     if isinstance(value, frozenset):
-        return "frozenset" + ",".join(sorted(map(_text, value)))
+        return "frozenset(" + ",".join(sorted(map(_text, value))) + ")"
     if isinstance(value, tuple):
         return "tuple(" + ",".join(map(_text, value)) + ")"
     return json.dumps(pack(value))
