@@ -100,9 +100,7 @@ class Ledger:
     def await_room(self, size: int) -> None:
         """Return when so many bytes are free, or after `SETTLES_S`: a rank of the engine may be late with its release.
         Whoever needs them then finds out."""
-        deadline = time.monotonic() + SETTLES_S
-        while self.free() < size and time.monotonic() < deadline:
-            time.sleep(SETTLES_S / 1000)
+        _awaited(self.free, size)
 
     def require_room(self, comm: Comm) -> None:
         """`MegatronSglangError` on all ranks if the engine rank beside one of them would find less memory than it gave
@@ -129,9 +127,7 @@ class Ledger:
     @staticmethod
     def _settled(phase: str, read: Callable[[], int], expected: int, tolerance: int) -> int:
         """What is free, when that is enough."""
-        deadline = time.monotonic() + SETTLES_S
-        while (free := read()) < expected - tolerance and time.monotonic() < deadline:
-            time.sleep(SETTLES_S / 1000)
+        free = _awaited(read, expected - tolerance)
         if free < expected - tolerance:
             raise MegatronSglangError(
                 f"memory at {phase}: {free / GB:.1f} GB of the device are free, expected {expected / GB:.1f} GB or at "
@@ -139,6 +135,14 @@ class Ledger:
                 "enable_memory_saver, with torch_memory_saver installed, and no other process on this device"
             )
         return free
+
+
+def _awaited(read: Callable[[], int], enough: int) -> int:
+    """What `read` gives when that is enough, or after `SETTLES_S`."""
+    deadline = time.monotonic() + SETTLES_S
+    while (found := read()) < enough and time.monotonic() < deadline:
+        time.sleep(SETTLES_S / 1000)
+    return found
 
 
 def _take_peaks() -> dict[str, int]:
