@@ -146,8 +146,12 @@ def _moves(live: Live, copies: Sequence[Copy], lengths: Sequence[int], flat: tor
 
 def named(copies: Sequence[Copy]) -> str:
     """For errors: which parameters copies are for."""
-    names = list(dict.fromkeys(copy.tensor for copy in copies))
-    return f"for {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"for {first_of(list(dict.fromkeys(copy.tensor for copy in copies)))}"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first four, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @torch.no_grad()

@@ -94,6 +94,11 @@ class EngineGroup(Announced):
         return "; ".join(engine.unproved for engine in self.engines if engine.unproved)
 
     @property
+    def _reason(self) -> str:
+        """Why one of them must not serve; empty while all may."""
+        return next((engine.stale for engine in self.engines if engine.stale), "")
+
+    @property
     def _ranks_each(self) -> int:
         return self.engines[0].options.tp_size
 
@@ -113,7 +118,7 @@ class EngineGroup(Announced):
             _require_alike([engine.options for engine in self.engines])
             if self.router is not None:
                 self.router.ensure()
-        self.stale = next((engine.stale for engine in self.engines if engine.stale), "")
+        self.stale = self._reason
 
     def why_dead(self) -> str | None:
         """None while all run; else what is known of those that do not."""
@@ -179,7 +184,7 @@ class EngineGroup(Announced):
         try:
             return self.each(lambda _, engine: ask(engine))
         finally:
-            self.stale = next((engine.stale for engine in self.engines if engine.stale), self.stale)
+            self.stale = self._reason or self.stale
 
     # ---- weights ----
 
@@ -225,7 +230,7 @@ class EngineGroup(Announced):
             )
             self.fail_update(reason)
             raise WeightSyncError(reason)
-        self.stale = next((engine.stale for engine in self.engines if engine.stale), "")  # they may be held back
+        self.stale = self._reason  # they may be held back
         return digests[0]
 
     def fail_update(self, reason: str) -> None:

@@ -324,5 +324,4 @@ def _commit(model: Any, session: _Session, message: dict[str, Any]) -> dict[str,
 
 
 def _names(items: Any) -> str:
-    listed = sorted(map(str, items))
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+    return direct.first_of(sorted(map(str, items)))

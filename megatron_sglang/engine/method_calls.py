@@ -71,13 +71,7 @@ class MethodCalls:
         """End all requests, for an update to `version`. SGLang takes a message for the loader only when none is alive,
         so whoever asks the engine something before `begin_*` would wait for them."""
         self.engine.note_update(version)
-
-        def stop(one: HttpEngine) -> None:
-            one.note_update(version)
-            with one.failing_as(f"weight version {version}, begin"):
-                one.quiesce()
-
-        self._each(stop)
+        self._each(lambda one: _stop(one, version))
 
     def hold_back(self, reason: str) -> None:
         """Versions are committed, but not served until `serve`."""
@@ -146,9 +140,8 @@ class MethodCalls:
         loaded anew as `name`."""
 
         def begin(one: HttpEngine) -> None:
-            one.note_update(version)
+            _stop(one, version)
             with one.failing_as(f"weight version {version}, begin"):
-                one.quiesce()
                 for loaded in _loaded(one):
                     if loaded != one.adapter or loaded == name:
                         one.unload_adapter(loaded)
@@ -216,6 +209,12 @@ def _ask(
     """Send one message to every rank of an engine; their answers, or a failed update."""
     with engine.failing_as(what):
         return engine.tell(what, dict(message), bucket.data if bucket is not None else None)
+
+
+def _stop(engine: HttpEngine, version: int) -> None:
+    engine.note_update(version)
+    with engine.failing_as(f"weight version {version}, begin"):
+        engine.quiesce()
 
 
 def _loaded(engine: HttpEngine) -> list[str]:

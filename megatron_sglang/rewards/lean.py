@@ -32,6 +32,8 @@ from megatron_sglang.types import Completion, Prompt, Score
 STANDARD_AXIOMS = frozenset({"propext", "Classical.choice", "Quot.sound"})
 NATIVE_AXIOMS = frozenset({"Lean.ofReduceBool", "Lean.trustCompiler"})
 OUTPUT_BYTES = 1 << 20
+MEMORY_MB = 8192
+"""Of one process at least, whatever is given for a completion's code: it holds the libraries that it imports."""
 START_S = 120.0  # `lake env` may have to load a large package graph
 SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 _FORBIDDEN = re.compile(
@@ -67,7 +69,7 @@ class Lean:
         *,
         workers: int = 2,
         timeout_s: float = 60.0,
-        memory_mb: int = 8192,
+        memory_mb: int = MEMORY_MB,
         unsafe: bool = False,
         allow_native_decide: bool = False,
         visible: Sequence[str] = (),

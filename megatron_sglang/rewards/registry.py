@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast, get_args
 
 from megatron_sglang.errors import ConfigError, RewardError
+from megatron_sglang.rewards import lean
 from megatron_sglang.rewards.boxes import Tier
 from megatron_sglang.rewards.function import FunctionReward
 from megatron_sglang.rewards.lean import Lean
@@ -16,8 +17,6 @@ from megatron_sglang.rewards.sandbox import Limits, Sandbox
 from megatron_sglang.types import Completion, Prompt, Score
 
 WALL_PER_CPU = 3.0
-LEAN_MEMORY_MB = 8192
-"""Of one Lean process at least, whatever is given for a completion's code: it holds the libraries that it imports."""
 
 
 class Verifier(Protocol):
@@ -75,12 +74,11 @@ def _python(options: Options) -> PythonFim:
 
 
 def _lean(options: Options) -> Lean:
-    memory_mb = max(options.memory_mb, LEAN_MEMORY_MB)
     return Lean(
         options.lean_project,
         workers=options.workers,
         timeout_s=options.timeout_s,
-        memory_mb=memory_mb,
+        memory_mb=max(options.memory_mb, lean.MEMORY_MB),
         unsafe=options.unsafe,
     )
 
