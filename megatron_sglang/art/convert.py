@@ -13,6 +13,7 @@ policy is trained on the very sequence that it saw. What comes between is an obs
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,10 +71,7 @@ def _row(trajectory: Any, where: str) -> dict[str, Any]:
             f"{where} has {len(items)} messages and no choice: the model said nothing that could be trained"
         )
     ids, mask, logprobs = _stitch(turns, where)
-    reward = _get(trajectory, "reward")
-    if not isinstance(reward, (int, float)) or not math.isfinite(reward):
-        raise DataError(f"{where} has reward {reward!r}; expected a finite number")
-    reward = float(reward)
+    reward = _number(_get(trajectory, "reward"), where)
     passed = (_get(trajectory, "metrics") or {}).get("passed", reward >= 1.0)
     return {
         "ids": ids,
@@ -86,6 +84,14 @@ def _row(trajectory: Any, where: str) -> dict[str, Any]:
         "turns": len(turns),
         "finish_reason": turns[-1].finish_reason,
     }
+
+
+def _number(reward: Any, where: str) -> float:
+    """Also of numpy's and torch's numbers."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if math.isfinite(found := float(reward)):
+            return found
+    raise DataError(f"{where} has reward {reward!r}; expected a finite number")
 
 
 def _stitch(turns: Sequence[Sampled], where: str) -> tuple[list[int], list[int], list[float]]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from openai.types import CompletionChoice
 from openai.types.chat.chat_completion import Choice
 
@@ -112,3 +113,7 @@ def test_a_reward_that_is_no_number_is_named(reward: Any) -> None:
     row = Trajectory(good, reward=reward)
     with pytest.raises(DataError, match=r"group 0, trajectory 1 has reward (nan|inf|None); expected a finite number"):
         rows([TrajectoryGroup([Trajectory(good, reward=1.0), row])])
+
+
+def test_a_reward_of_another_packages_numbers_is_one() -> None:
+    assert one_row(USER, said([1, 2], [3]), reward=torch.tensor(0.25))["reward"] == 0.25  # type: ignore[arg-type]
