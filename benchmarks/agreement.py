@@ -1,26 +1,29 @@
 """Do trainer and engine give the tokens just sampled the same probability? fp32 and bf16, routing replay off and on.
 
     python benchmarks/agreement.py [--batches 8] [--output benchmarks/results/agreement_cpu.json]
+    python benchmarks/agreement.py --layers 4 --nproc 1 [pretrain_gspo.py's arguments] --output gpu.json
 
-Runs conf/tiny_cpu.yaml for some rollout batches in each setting, and writes for each of them the means over its batches
-(the maximum: over all tokens) and each batch's own number of what docs/algorithm.md calls gap, kl_rollout,
-token_mult_prob_error and routing_disagreement (that one with replay only: else nobody asks the engine).
+Runs conf/tiny_cpu.yaml, with the given arguments, for some rollout batches in each setting, and writes for each of
+them the means over its batches (the maximum: over all tokens) and each batch's own number of what docs/algorithm.md
+calls gap, kl_rollout, token_mult_prob_error and routing_disagreement (that one with replay only: else nobody asks the
+engine). --layers: Qwen3-30B-A3B's shape with so many layers and random weights instead of the demo's model.
 About a minute a run on two idle cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import subprocess
-import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from launch import ROOT, environment, random_model, torchrun, write
+
+from megatron_sglang.trace import METRICS, read_lines
+
 REPLAY = ["--moe-enable-routing-replay"]
 RUNS = {
     f"{dtype}, replay {'on' if replay else 'off'}": [f"model.dtype={dtype}", *replay]
@@ -30,14 +33,13 @@ RUNS = {
 MEANS = ("logprob_gap_mean", "kl_rollout", "token_mult_prob_error", "routing_disagreement")
 
 
-def run(arguments: list[str], batches: int, folder: Path) -> dict[str, Any]:
+def run(arguments: list[str], given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The agreement of one run."""
-    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
-    program = [str(ROOT / "pretrain_gspo.py"), "--rollout-engine", "sglang", "--config", "conf/tiny_cpu.yaml"]
-    more = [f"rollout.batches={batches}", "rollout.eval_samples=16", f"log.run_dir={folder}", *arguments]
-    subprocess.run([*launcher, *program, *more], cwd=ROOT, check=True, timeout=900)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    train = [record for record in records if "train/loss" in record]
+    program = ["pretrain_gspo.py", "--rollout-engine", "sglang", "--config", "conf/tiny_cpu.yaml"]
+    more = [f"rollout.batches={given.batches}", "rollout.eval_samples=16", f"log.run_dir={folder}", *arguments]
+    command = torchrun(given.nproc, *program, *more, timeout_s=given.timeout_s)
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True)
+    train = [record for record in read_lines(folder / METRICS) if "train/loss" in record]
     by_batch = {
         name: [record[f"train/{name}"] for record in train]
         for name in ("logprob_gap_max", *MEANS)
@@ -49,18 +51,23 @@ def run(arguments: list[str], batches: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--nproc", type=int, default=2, help="trainer ranks (2)")
+    parser.add_argument("--layers", type=int, help="of Qwen3-30B-A3B's shape with random weights")
+    parser.add_argument("--timeout-s", type=int, default=900, help="of each run (900)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/agreement_cpu.json")
-    given = parser.parse_args()
+    given, arguments = parser.parse_known_args()
     results = {}
-    for name, arguments in RUNS.items():
+    for name, setting in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = run(arguments, given.batches, Path(folder, "run"))
-        print(name, json.dumps(results[name]), flush=True)
-    versions = {package: metadata.version(package) for package in ("torch", "sglang", "megatron-core")}
-    record = {"command": " ".join(sys.argv), "machine": platform.machine(), "batches": given.batches}
-    given.output.write_text(json.dumps(record | {"versions": versions, "runs": results}, indent=1) + "\n")
+            model = random_model(given.layers, Path(folder, "model")) if given.layers else ()
+            results[name] = run([*setting, *model, *arguments], given, Path(folder, "run"))
+        versions = {package: metadata.version(package) for package in ("torch", "sglang", "megatron-core")}
+        found = {"machine": platform.machine(), "batches": given.batches}
+        write("agreement.py", found | {"versions": versions, "runs": results}, given.output)
 
 
 if __name__ == "__main__":

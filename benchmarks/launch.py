@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,17 @@ def environment() -> dict[str, str]:
     """This one, where nothing need be installed."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": path}
+
+
+def random_model(layers: int, folder: Path) -> tuple[str, str]:
+    """Arguments for Qwen3-30B-A3B's shape with fewer layers and random weights; made in `folder`, with the tokenizer of
+    examples/tiny_fim."""
+    config = json.loads((ROOT / "examples/qwen3_30b_a3b/config.json").read_text())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "examples/tiny_fim/model" / name, folder)
+    return f"model.hf_path={folder}", "model.random_weights=true"
 
 
 def write(script: str, found: Mapping[str, Any], output: Path | None) -> None:

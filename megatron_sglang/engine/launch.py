@@ -52,6 +52,7 @@ def main() -> int:
 def _run_server(spec: dict[str, Any], listener: socket.socket) -> None:
     """In the fork: become the server. Never returns."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _hide_megatron()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     code = 1
     try:
@@ -65,6 +66,15 @@ def _run_server(spec: dict[str, Any], listener: socket.socket) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _hide_megatron() -> None:
+    """From an engine that shall release its CUDA graphs. SGLang imports megatron.core where there is one
+    (debug_utils/dumper.py:1810), which switches torch_memory_saver to a mode that cannot (megatron/core/inference/
+    contexts/dynamic_context.py:72): the engine would not start."""
+    modules: dict[str, Any] = sys.modules
+    if os.environ.get("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "").lower() in ("1", "true"):
+        modules["megatron"] = None
 
 
 def _supervise(server: int, trainer: int, shared: segments.Segments) -> Literal["orphaned", "asked", "died"]:
@@ -112,5 +122,7 @@ def _prctl(option: int, value: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
+if __name__ == "__mp_main__":  # SGLang's ranks are spawned by the server, which runs this file again
+    _hide_megatron()
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,17 +23,20 @@ GB = 10**9
 H200_BYTES = 150_110_000_000
 """Of one H200, by cudaMemGetInfo (benchmarks/results/offload_h200.json: 139.8 GiB)."""
 GUESSES = {"context": 1 * GB, "nccl": 2 * GB, "graphs": 3 * GB}
-"""How they divide nobody has measured; together they were 9.2 GB (cycle_replay_h200_2.json, two GPUs: what is not free
-after a release, less what the trainer's allocator holds). context and nccl: of each process, trainer and engine;
-graphs: CUDA graphs and activations of the engine, beside its share of the memory."""
-KEPT = {"build": 1.0, "train": 1.28, "sync": 1.15, "rollout": 1.15}
-"""Bytes of the device that torch's allocator holds for a byte of tensors, sizes rounded as in a run (`host.ROUNDED`):
-experts get other numbers of tokens in each layer, so blocks of many sizes pile up. Medians of 20 batches on two GPUs
-(cycle_replay_h200_2.json); under pressure it gives them back, so this is what a run takes, not what it needs."""
-KEPT_WHOLE = 1.05
-"""The same of a train step that keeps what layers have made: they lie there in the order they were made in, and what
-comes after fits into what they leave (cycle_block_h200_2.json: 1.05, 31 of 48 layers recomputed; recompute_h200_2.json:
-1.03 to 1.08)."""
+"""context: of each process, trainer and engine; nccl: the same, where there are several ranks; graphs: CUDA graphs and
+activations of the engine, beside its share of the memory. Only sums were measured, as what is not free after a release,
+less what the trainer's allocator holds: 9.2 GB on two GPUs (cycle_replay_h200_2.json), 4.7 on one (cycle_h200_1.json).
+"""
+KEPT = {"build": 0.0, "train": 1.5, "sync": 0.75, "rollout": 0.75}
+"""Bytes of the device that torch's allocator holds beside its tensors, for a byte that comes and goes in a train step
+(inputs, a recomputed layer, logits), sizes rounded as in a run (`host.ROUNDED`): experts get other numbers of tokens in
+each layer, so blocks of many sizes pile up. Fitted to medians of runs on two GPUs (cycle_replay_h200_2.json: 1.6 and
+0.7) and on one, where all tokens of a layer stay (cycle_h200_1.json: 0.6 and 0.9); under pressure it gives them back,
+so this is what a run takes, not what it needs."""
+KEPT_WHOLE = 0.05
+"""The same of a train step that keeps what layers have made, for a byte of all tensors: they lie there in the order
+they were made in, and what comes after fits into what they leave (cycle_block_h200_2.json: 0.05, 31 of 48 layers
+recomputed; recompute_h200_2.json: 0.03 to 0.08)."""
 LOGIT_COPIES = 2
 """In the logits' dtype, at the peak: themselves and their gradient; with several sequences in a micro-batch also that
 gradient in the order of the output layer, of which one sequence is a view. fp32 exists in the registers of a kernel
@@ -109,26 +112,29 @@ class Peaks:
 
 def peaks_of(shapes: Shapes, trainer: Trainer, job: Job, buffers: Sequence[int], engine: bool = True) -> list[Peaks]:
     """By rank. buffers: bytes of an update's buffers by rank; engine: is an engine rank on the trainer's device?"""
-    return [_peaks(_trained(shapes, trainer, rank, job), job, buffers[rank], engine) for rank in _ranks(trainer)]
+    process = GUESSES["context"] + (GUESSES["nccl"] if trainer.placement.world_size > 1 else 0)
+    return [
+        _peaks(_trained(shapes, trainer, rank, job), job, buffers[rank], engine, process) for rank in _ranks(trainer)
+    ]
 
 
 def _ranks(trainer: Trainer) -> range:
     return range(trainer.placement.world_size)
 
 
-def _peaks(found: Trained, job: Job, buffers: int, engine: bool) -> Peaks:
+def _peaks(found: Trained, job: Job, buffers: int, engine: bool, process: int) -> Peaks:
     holds = {
         "build": found.standing - found.adam,
         "train": found.standing + found.passing,
         "sync": found.standing + buffers,
         "rollout": found.standing,
     }
-    process = GUESSES["context"] + GUESSES["nccl"]
     share = int(job.mem_fraction * job.device_bytes) if engine else 0
     kept = (process + GUESSES["graphs"]) if engine else 0
-    held = {phase: KEPT[phase] * size for phase, size in holds.items()}
+    moving = found.passing - found.kept
+    held = {phase: size + KEPT[phase] * moving for phase, size in holds.items()}
     if found.kept:
-        held["train"] = max(KEPT["train"] * (holds["train"] - found.kept), KEPT_WHOLE * holds["train"])
+        held["train"] = max(held["train"] - found.kept, (1 + KEPT_WHOLE) * holds["train"])
     device = {
         phase: int(size) + process + kept + (0 if job.releases and phase in ("build", "train") else share)
         for phase, size in held.items()
@@ -251,5 +257,5 @@ def as_text(found: list[Peaks], job: Job) -> list[str]:
     parts = asdict(max(found, key=lambda one: one.trainer["train"]).trained)
     lines.append("trainer = " + " + ".join(f"{name} {size / GB:.1f}" for name, size in parts.items()))
     guesses = ", ".join(f"{name} {size / GB:.0f}" for name, size in GUESSES.items())
-    lines.append(f"guesses, nobody has measured them: a recomputed layer; {guesses} GB (of trainer and of engine)")
+    lines.append(f"guesses: a recomputed layer; {guesses} GB (of trainer and of engine; nccl of several ranks)")
     return lines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,22 @@ class Answer(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None: ...
 
 
+class Echo(BaseHTTPRequestHandler):
+    """Answers the digest of what it was sent."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        answer = json.dumps({"sha256": hashlib.sha256(body).hexdigest(), "type": self.headers["Content-Type"]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
 @pytest.fixture
 def port() -> Iterator[int]:
     with Meeting(("127.0.0.1", 0), Answer) as server:
@@ -59,3 +77,18 @@ def test_no_connection_is_closed_while_others_ask(port: int) -> None:
             assert list(pool.map(lambda _: http.post("/x", {}, 30.0), range(CALLERS))) == [{}] * CALLERS
     http.close()
     assert len(Answer.ports) == CALLERS
+
+
+@pytest.mark.parametrize("size", [0, 1000, (1 << 20) - 10, 5_000_000])
+def test_a_body_of_any_size_arrives_whole(size: int) -> None:
+    """Large ones go in pieces."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        body = {"text": "".join(chr(97 + number % 26) for number in range(size))}
+        http = Http(server.server_port, "user", "admin", lambda: None)
+        answer = http.post("/x", body, 30.0)
+        http.close()
+        server.shutdown()
+        thread.join(10)
+    assert answer == {"sha256": hashlib.sha256(json.dumps(body).encode()).hexdigest(), "type": "application/json"}
