@@ -29,8 +29,8 @@ _retry_connect = tenacity.retry(
 
 
 class _Pieces:
-    """A body, piece by piece: httpcore 1.0.9 copies what is left of one after each send (_backends/sync.py:137), which was
-    half of the time of a bucket of 400 MB by value."""
+    """A body, piece by piece: httpcore 1.0.9 copies what is left of one after each send (_backends/sync.py:137). That
+    was half of the time of a bucket of 400 MB by value."""
 
     BYTES = 1 << 20
 
