@@ -1,12 +1,12 @@
 """Do trainer and engine give the tokens just sampled the same probability? fp32 and bf16, routing replay off and on.
 
     python benchmarks/agreement.py [--batches 8] [--output benchmarks/results/agreement_cpu.json]
-    python benchmarks/agreement.py --layers 4 --nproc 1 [pretrain_gspo.py's arguments] --output gpu.json
+    python benchmarks/agreement.py --layers 4 --nproc 1 --batches 5 [pretrain_gspo.py's arguments] --output gpu.json
 
 Runs conf/tiny_cpu.yaml, with the given arguments, for some rollout batches in each setting, and writes for each of
 them the means over its batches (the maximum: over all tokens) and each batch's own number of what docs/algorithm.md
 calls gap, kl_rollout, token_mult_prob_error and routing_disagreement (that one with replay only: else nobody asks the
-engine). --layers: Qwen3-30B-A3B's shape with so many layers and random weights instead of the demo's model.
+engine). --layers: on one GPU, Qwen3-30B-A3B's shape with so many layers and random weights instead of the demo's model.
 About a minute a run on two idle cores.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import ROOT, environment, random_model, torchrun, write
+from modes import ON_GPUS, ONE
 
 from megatron_sglang.trace import METRICS, read_lines
 
@@ -30,6 +31,7 @@ RUNS = {
     for dtype in ("float32", "bfloat16")
     for replay in ([], REPLAY)
 }
+ON_GPU = (*ONE, *ON_GPUS, "sync.method=direct", "sync.bucket_bytes=480000000", "data.eval=", "rollout.eval_interval=0")
 MEANS = ("logprob_gap_mean", "kl_rollout", "token_mult_prob_error", "routing_disagreement")
 
 
@@ -63,7 +65,7 @@ def main() -> None:
     results = {}
     for name, setting in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
-            model = random_model(given.layers, Path(folder, "model")) if given.layers else ()
+            model = (*ON_GPU, *random_model(given.layers, Path(folder, "model"))) if given.layers else ()
             results[name] = run([*setting, *model, *arguments], given, Path(folder, "run"))
         versions = {package: metadata.version(package) for package in ("torch", "sglang", "megatron-core")}
         found = {"machine": platform.machine(), "batches": given.batches}

@@ -11,6 +11,8 @@ Each step runs under its own deadline; one that fails or hangs costs its own tim
     training   our train step against plain Megatron's (benchmarks/training_efficiency.py)
     recompute  a train step with more and fewer layers recomputed (benchmarks/recompute.py)
     rollout    our rollout against a bare client (benchmarks/rollout_efficiency.py)
+    dtypes     trainer's and engine's logprobs in fp32 and bf16, routing replay off and on (benchmarks/agreement.py)
+    optimizer  Adam on the CPU against Adam on the GPU (benchmarks/optimizer_offload.py)
     layouts    one train step in every layout of two GPUs (benchmarks/layouts.py); with two or more
     modes      every rollout mode with the demo's model (benchmarks/modes.py); with two or more
     replay     flagship again for four batches, with routing replay
@@ -70,6 +72,12 @@ def steps(
     as_on = ("--layers", "4", "2", "--tokens", "512") if rehearse else ("--as-on", str(GPUS))
     replay_dir = str(out.resolve() / "run_replay")
     replay = (*flagship, "--num-rollout", "4", "--moe-enable-routing-replay")
+    first = environment | {"CUDA_VISIBLE_DEVICES": "0"}
+    dtypes = ("benchmarks/agreement.py", "--layers", "4", "--nproc", "1", "--batches", "5", "--timeout-s", "140")
+    one = [
+        Step("dtypes", (python, *dtypes, *output), 580, first),
+        Step("optimizer", (python, "benchmarks/optimizer_offload.py", "--timeout-s", "280", *output), 580, first),
+    ]
     both = [
         Step("layouts", (python, "benchmarks/layouts.py", "--at-once", "4", *output), 580, environment),
         Step("modes", (python, "benchmarks/modes.py", "--at-once", "5", *output), 580, environment),
@@ -90,6 +98,7 @@ def steps(
         Step("recompute", (*launcher, "benchmarks/recompute.py", *as_on, *config, *output), 400, environment),
         Step("rollout", (python, "benchmarks/rollout_efficiency.py", "--nproc", str(gpus), *config, *output), 580,
              environment),
+        *([] if rehearse else one),
         *(both if gpus > 1 and not rehearse else []),
         Step("replay", replay, 580, environment | script | {"OUT": replay_dir}, result=False),
         Step("agreement", (python, "benchmarks/cycle.py", replay_dir, *output), 120, environment),

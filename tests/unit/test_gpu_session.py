@@ -44,7 +44,7 @@ def test_the_flagships_steps_get_the_same_overrides() -> None:
     command = [sys.executable, str(FLAGSHIP), "rollout.max_new_tokens=512", "--lr", "2e-6", "--dry-run", "--gpus", "4"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
     found = {said[line].split()[0]: said[line + 1] for line in range(0, len(said) - 1, 2)}
-    compared = ["training", "recompute", "rollout", "layouts", "modes"]
+    compared = ["training", "recompute", "rollout", "dtypes", "optimizer", "layouts", "modes"]
     assert list(found) == ["doctor", "score", "flagship", "cycle", *compared, "replay", "agreement", "plan"]
     for name in ("flagship", "training", "rollout", "replay"):
         words = "engine.tp_size=4 --expert-model-parallel-size 4 --recompute-num-layers 36 rollout.max_new_tokens=512"
