@@ -248,7 +248,7 @@ class DirectSender:
         factors = [factored(self._units[number]) for number in part.fused]
         if part.launch is not None:
             sums = part.launch.run(factors, send)
-            self.stats.add_sums(part.launch.layers, sums, part.launch.elements)
+            self.stats.add_sums(part.launch.layers, sums)
 
     def _target(self, number: int, rank: int) -> int:
         """Engine rank that trainer rank `rank` hands over to in round `number`; -1: none."""

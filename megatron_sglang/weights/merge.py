@@ -81,7 +81,9 @@ class MergeStats:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[int, torch.Tensor] = {}
+        self._sums: list[tuple[Sequence[int], torch.Tensor]] = []
+        """Layers, and the four sums of each. Added up at the end: a bucket must not make the host wait, or launch more
+        than it has to."""
 
     def add(
         self,
@@ -98,23 +100,22 @@ class MergeStats:
         changed = (cast != base.to(cast.dtype)).sum((1, 2)).double()
         elements = torch.full_like(shares, float(math.prod(delta.shape[1:])))
         found = torch.stack([*norms, changed, elements]) @ shares
-        self._sums[layer] = self._sums[layer] + found if layer in self._sums else found
+        self.add_sums([layer], found[None])
 
-    def add_sums(self, layers: Sequence[int], sums: torch.Tensor, elements: Sequence[float]) -> None:
-        """Add what a kernel has summed, shares applied: sums [layers, 3] float64 on the device, the first three of the
-        four sums for each of `layers`; elements: the fourth."""
-        counted = torch.tensor(elements, dtype=torch.float64).to(sums.device)
-        for layer, found in zip(layers, torch.cat([sums, counted[:, None]], 1), strict=True):
-            self._sums[layer] = self._sums[layer] + found if layer in self._sums else found
+    def add_sums(self, layers: Sequence[int], sums: torch.Tensor) -> None:
+        """Add what was summed elsewhere, shares applied: sums [layers, 4] float64 on the device."""
+        self._sums.append((layers, sums))
 
     def fidelity(self) -> MergeFidelity:
         """Over all ranks. Collective."""
         device = torch.cuda.current_device()
-        last = torch.tensor(max(self._sums, default=-1), device=device)
+        found = [layer for layers, _ in self._sums for layer in layers]
+        last = torch.tensor(max(found, default=-1), device=device)
         torch.distributed.all_reduce(last, torch.distributed.ReduceOp.MAX)
         table = torch.zeros(int(last) + 2, 4, dtype=torch.float64, device=device)
-        for layer, sums in self._sums.items():
-            table[layer] += sums  # -1, outside the layers, is the last row
+        if found:
+            rows = [layer % len(table) for layer in found]  # -1, outside the layers, is the last one
+            table.index_add_(0, torch.tensor(rows, device=device), torch.cat([sums for _, sums in self._sums]))
         torch.distributed.all_reduce(table)
         *layers, outside = table.tolist()
         return MergeFidelity.of({layer: row for layer, row in enumerate(layers) if row[3]} | {-1: outside})
@@ -183,7 +184,7 @@ def merged(
     launch = kernel.Launch(jobs, first.device)
     sums = launch.run([factors], result.view(-1))
     if stats is not None:
-        stats.add_sums(launch.layers, sums, launch.elements)
+        stats.add_sums(launch.layers, sums)
     return result
 
 

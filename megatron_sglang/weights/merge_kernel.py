@@ -143,10 +143,8 @@ class Launch:
     def __init__(self, jobs: Sequence[Job], device: torch.device) -> None:
         tiles = [triton.cdiv(job.rows, ROWS) * triton.cdiv(job.cols, COLS) for job in jobs]
         self.layers = sorted({job.layer for job in jobs})
-        self.elements = [
-            sum(job.rows * job.cols * job.share for job in jobs if job.layer == layer) for layer in self.layers
-        ]
-        """By layer, each with its share."""
+        elements = [sum(job.rows * job.cols * job.share for job in jobs if job.layer == layer) for layer in self.layers]
+        self._elements = torch.tensor(elements, dtype=torch.float64).to(device)
         self._jobs, self._tiles = len(jobs), sum(tiles)
         self._ranks = min(64, triton.next_power_of_2(max(16, *(job.rank for job in jobs))))
         self._aligned = all(
@@ -164,7 +162,7 @@ class Launch:
 
     def run(self, weights: Sequence[Factored], out: torch.Tensor) -> torch.Tensor:
         """Write all jobs into the flat `out`. weights: of the same dtypes; jobs count them through. Returns the sums by
-        layer, [layers, COUNTED] float64 on the device."""
+        layer and the layer's elements, each with its share, [layers, COUNTED + 1] float64 on the device."""
         addresses = [address for part in weights for address in _addresses(part)]
         aligned = self._aligned and all(pointer % 16 == 0 for address in addresses for pointer in address)
         # Pinned: else the host would wait for all that this stream was given before.
@@ -194,7 +192,7 @@ class Launch:
                 LANES=LANES,
                 num_warps=WARPS,
             )
-        return sums.sum(1)
+        return torch.cat([sums.sum(1), self._elements[:, None]], 1)
 
 
 def _addresses(part: Factored) -> list[tuple[int, int, int]]:
