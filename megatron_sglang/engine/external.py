@@ -147,8 +147,9 @@ class ExternalEngine(HttpEngine):
     def start(self) -> None:
         """Nothing: it runs."""
 
-    def wait_ready(self) -> None:
-        """Connect: `EngineStartError` where nothing answers, `SetupError` where it is not what it must be."""
+    def wait_ready(self, stale: str = "") -> None:
+        """Connect: `EngineStartError` where nothing answers, `SetupError` where it is not what it must be. What it has
+        loaded itself is never served."""
         self.remote.wait_ready(self.options.start_timeout_s)
         self._http = Http(0, self.remote.api_key, self.remote.admin_key, self.remote.why_dead, url=self.remote.url)
         info = self._checked()

@@ -111,10 +111,11 @@ class EngineGroup(Announced):
                 with self._naming(number):
                     engine.start()
 
-    def wait_ready(self) -> None:
-        """Block until all answer. If one does not come up, all are closed and the others not waited for."""
+    def wait_ready(self, stale: str = "") -> None:
+        """Block until all answer. If one does not come up, all are closed and the others not waited for. stale: see
+        `HttpEngine.wait_ready`."""
         with self._all_or_none():
-            self.each(lambda _, engine: engine.wait_ready(), until_first_error=True)
+            self.each(lambda _, engine: engine.wait_ready(stale), until_first_error=True)
             _require_alike([engine.options for engine in self.engines])
             if self.router is not None:
                 self.router.ensure()

@@ -68,13 +68,14 @@ class HttpEngine(Controls):
         """Spawn the server and return; build the trainer's model meanwhile."""
         self.server.start()
 
-    def wait_ready(self) -> None:
-        """Block until the server answers; `EngineStartError` with its last log lines otherwise."""
+    def wait_ready(self, stale: str = "") -> None:
+        """Block until the server answers; `EngineStartError` with its last log lines otherwise. stale: why weights that
+        SGLang has loaded itself must not be served; empty: they are, as version 0."""
         self.server.wait_ready()
         self._http = Http(self.server.port, self.server.api_key, self.server.admin_key, self.server.why_dead)
         if self.options.load_format == "auto":
             self.tell("weights from disk", {"command": "adopt"})
-            self.publish(0)
+            self.publish(0, stale)
 
     def why_dead(self) -> str | None:
         """None while its processes run; else its last log lines."""
@@ -87,8 +88,7 @@ class HttpEngine(Controls):
         self.released.clear()
         self.unloaded.clear()
         self.start()
-        self.wait_ready()
-        self.stale = "it was started again"  # also where SGLang has loaded weights: they are of another version
+        self.wait_ready(self.stale)  # also where SGLang has loaded weights: they are of another version
 
     def close(self) -> None:
         """End every process of the engine; idempotent, safe at any point."""
@@ -236,13 +236,14 @@ class HttpEngine(Controls):
         if "weights" in self.released:
             self._memory("resume", "weights")
 
-    def publish(self, version: int) -> None:
-        """Give the engine its version number and let it serve."""
+    def publish(self, version: int, stale: str = "") -> None:
+        """Give the engine its version number and let it serve. stale: why nobody may use it yet, which readers of the
+        beacon would do in the moment between two changes."""
         timeout = self.options.update_timeout_s
         body = {"new_version": str(version), "abort_all_requests": False}
         self.connected.post("/update_weight_version", body, timeout)
         self.connected.post("/continue_generation", {}, timeout)
-        self.version, self.updating, self.stale = version, None, ""
+        self.version, self.updating, self.stale = version, None, stale
 
     def tell(
         self,
