@@ -10,6 +10,7 @@
     release        pause(abort), flush until 200, release(kv_cache, weights)
     wait_ready     with load_format="auto": loader "adopt", weight version 0
     layout         loader "layout"; while it serves pause(abort) and flush before it, continue after it
+    install_plan   loader "plan", likewise
     self_test      pause(abort), flush until 200, loader "self_test"
 
 SGLang kills itself when an update flushes, or memory is released, while a request is alive: hence pause and flush
@@ -137,8 +138,9 @@ class HttpEngine(Controls):
         wire.collect_ipc()
 
     def install_plan(self, receipts: Sequence[Mapping[str, Any]]) -> None:
-        """Direct path: tell each engine rank what it will write: by rank, {"buckets", "constants"} of `direct.Plan`."""
-        with self.failing_as("transfer plan"):
+        """Direct path: tell each engine rank what it will write: by rank, {"buckets", "constants"} of `direct.Plan`. An
+        engine that serves goes on to, as after `layout`."""
+        with self.failing_as("transfer plan"), self._requests_ended():
             self.tell("transfer plan", {"command": "plan"}, each=receipts)
 
     def open_stream(self, version: int) -> dict[str, Any]:
@@ -207,13 +209,9 @@ class HttpEngine(Controls):
         `megatron_sglang.layout.problems` for what the result may lack.
         """
         message = {"command": "layout", "dtype": self.options.dtype, "shapes": dict(shapes)}
-        with self.failing_as("layout"):
-            if not self.stale:
-                self.quiesce()
+        with self.failing_as("layout"), self._requests_ended():
             self._take_weights_back()
             replies = self.tell("layout", message)
-            if not self.stale:
-                self.resume()
         return [RankLayout.from_json(reply["layout"]) for reply in replies]
 
     def self_test(self, weights: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -230,6 +228,15 @@ class HttpEngine(Controls):
         return [reply["report"] for reply in replies]
 
     # ---- steps, also for `method_calls.py` and `broadcast.py` ----
+
+    @contextlib.contextmanager
+    def _requests_ended(self) -> Iterator[None]:
+        """Around a message that leaves the weights as they are, to an engine that may serve; it goes on to."""
+        if not self.stale:
+            self.quiesce()
+        yield
+        if not self.stale:
+            self.resume()
 
     def _take_weights_back(self) -> None:
         """Take the weights' memory back if it was released. Its content is not the weights."""
