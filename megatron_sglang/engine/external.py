@@ -31,7 +31,7 @@ from megatron_sglang.engine.client import Address
 from megatron_sglang.engine.group import EngineGroup
 from megatron_sglang.engine.http import Http
 from megatron_sglang.engine.http_engine import HttpEngine
-from megatron_sglang.engine.options import LOADER, MAILBOX_VARIABLE, EngineOptions
+from megatron_sglang.engine.options import LOADER, MAILBOX_VARIABLE, EngineOptions, why_moved
 from megatron_sglang.engine.server import SGLANG_VERSION
 from megatron_sglang.errors import ConfigError, EngineError, EngineStartError, SetupError, WeightSyncError
 from megatron_sglang.layout import RankLayout
@@ -156,6 +156,8 @@ class ExternalEngine(HttpEngine):
         self.options = dataclasses.replace(self.options, tp_size=info["tp_size"], ep_size=info.get("ep_size") or 1)
         has_loader = LOADER in (info.get("custom_weight_loader") or [])
         if has_loader and self.remote.has_mailbox:
+            if reason := why_moved(info):
+                raise SetupError(f"{self.remote.url} runs with {reason}; start it without, MoE with triton's runner")
             self.unproved, self._stock = "", None
             return
         missing = "our loader" if not has_loader else f"a mailbox folder that both know ({MAILBOX_VARIABLE})"
