@@ -234,6 +234,15 @@ class EngineGroup(Announced):
         self.stale = self._reason  # they may be held back
         return digests[0]
 
+    def hold_back(self, reason: str) -> None:
+        for engine in self.engines:
+            engine.hold_back(reason)
+
+    def serve(self, version: int) -> None:
+        with self.as_one():
+            self.each(lambda _, engine: engine.serve(version))
+        self.stale = self._reason
+
     def fail_update(self, reason: str) -> None:
         """See `HttpEngine.fail_update`. An engine that has committed already may not serve either."""
         self.stale = f"the last update failed: {reason}"

@@ -187,6 +187,10 @@ class HttpEngine(Controls):
                 self.publish(version)
         return wire.engine_digest(replies)
 
+    def hold_back(self, reason: str) -> None:
+        """Versions are committed, but not served until `serve`."""
+        self.held_back = reason
+
     def serve(self, version: int) -> None:
         """Serve `version`, which was committed and held back."""
         self.held_back = ""
