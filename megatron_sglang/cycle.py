@@ -119,13 +119,18 @@ class Cycle:
 
     def _adopt(self, direct: DirectPath, version: int, reference: SyncReport | None = None) -> SyncReport:
         """Send by the direct path, now and from now on. reference: the same version's report by the generic path; the
-        engine digests must be equal."""
+        engine digests must be equal, before anything is served."""
+        if reference is not None and self.leader is not None:
+            self.leader.engine.hold_back("what the direct path has left is not compared with the generic path's yet")
         report = self._send(direct, version)
         if reference is not None and report.engine_digest != reference.engine_digest:
-            raise WeightSyncError(
-                f"its engine digest {report.engine_digest} is not that of the generic path, {reference.engine_digest}"
-            )
+            digests = report.engine_digest, reference.engine_digest
+            reason = "its engine digest {} is not that of the generic path, {}".format(*digests)
+            if self.leader is not None:
+                self.leader.engine.fail_update(reason)
+            raise WeightSyncError(reason)
         if reference is not None:
+            self.comm.from_leader(lambda: self._lead.engine.serve(version))
             self._proved_plan, how = direct.plan, "as by the generic path"
         else:
             how = "not compared with the generic path" if self._proved_plan is None else "by the plan that was compared"

@@ -97,6 +97,14 @@ class DirectEngine(Engine, Protocol):
         engine is stale afterwards."""
         ...
 
+    def hold_back(self, reason: str) -> None:
+        """Updates are committed, but not served until `serve`, or until one has failed."""
+        ...
+
+    def serve(self, version: int) -> None:
+        """Serve `version`, which was committed last and held back."""
+        ...
+
     def install_plan(self, receipts: Sequence[Mapping[str, Any]]) -> None:
         """By engine rank, what it will write in every delivery to come."""
         ...

@@ -31,7 +31,7 @@ from megatron_sglang.engine.client import Address
 from megatron_sglang.engine.group import EngineGroup
 from megatron_sglang.engine.http import Http
 from megatron_sglang.engine.http_engine import HttpEngine
-from megatron_sglang.engine.options import LOADER, MAILBOX_VARIABLE, EngineOptions
+from megatron_sglang.engine.options import LOADER, MAILBOX_VARIABLE, EngineOptions, why_moved
 from megatron_sglang.engine.server import SGLANG_VERSION
 from megatron_sglang.errors import ConfigError, EngineError, EngineStartError, SetupError, WeightSyncError
 from megatron_sglang.layout import RankLayout
@@ -147,14 +147,17 @@ class ExternalEngine(HttpEngine):
     def start(self) -> None:
         """Nothing: it runs."""
 
-    def wait_ready(self) -> None:
-        """Connect: `EngineStartError` where nothing answers, `SetupError` where it is not what it must be."""
+    def wait_ready(self, stale: str = "") -> None:
+        """Connect: `EngineStartError` where nothing answers, `SetupError` where it is not what it must be. What it has
+        loaded itself is never served."""
         self.remote.wait_ready(self.options.start_timeout_s)
         self._http = Http(0, self.remote.api_key, self.remote.admin_key, self.remote.why_dead, url=self.remote.url)
         info = self._checked()
         self.options = dataclasses.replace(self.options, tp_size=info["tp_size"], ep_size=info.get("ep_size") or 1)
         has_loader = LOADER in (info.get("custom_weight_loader") or [])
         if has_loader and self.remote.has_mailbox:
+            if reason := why_moved(info):
+                raise SetupError(f"{self.remote.url} runs with {reason}; start it without, MoE with triton's runner")
             self.unproved, self._stock = "", None
             return
         missing = "our loader" if not has_loader else f"a mailbox folder that both know ({MAILBOX_VARIABLE})"

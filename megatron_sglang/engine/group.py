@@ -111,10 +111,11 @@ class EngineGroup(Announced):
                 with self._naming(number):
                     engine.start()
 
-    def wait_ready(self) -> None:
-        """Block until all answer. If one does not come up, all are closed and the others not waited for."""
+    def wait_ready(self, stale: str = "") -> None:
+        """Block until all answer. If one does not come up, all are closed and the others not waited for. stale: see
+        `HttpEngine.wait_ready`."""
         with self._all_or_none():
-            self.each(lambda _, engine: engine.wait_ready(), until_first_error=True)
+            self.each(lambda _, engine: engine.wait_ready(stale), until_first_error=True)
             _require_alike([engine.options for engine in self.engines])
             if self.router is not None:
                 self.router.ensure()
@@ -232,6 +233,15 @@ class EngineGroup(Announced):
             raise WeightSyncError(reason)
         self.stale = self._reason  # they may be held back
         return digests[0]
+
+    def hold_back(self, reason: str) -> None:
+        for engine in self.engines:
+            engine.hold_back(reason)
+
+    def serve(self, version: int) -> None:
+        with self.as_one():
+            self.each(lambda _, engine: engine.serve(version))
+        self.stale = self._reason
 
     def fail_update(self, reason: str) -> None:
         """See `HttpEngine.fail_update`. An engine that has committed already may not serve either."""

@@ -10,6 +10,7 @@
     release        pause(abort), flush until 200, release(kv_cache, weights)
     wait_ready     with load_format="auto": loader "adopt", weight version 0
     layout         loader "layout"; while it serves pause(abort) and flush before it, continue after it
+    install_plan   loader "plan", likewise
     self_test      pause(abort), flush until 200, loader "self_test"
 
 SGLang kills itself when an update flushes, or memory is released, while a request is alive: hence pause and flush
@@ -68,13 +69,14 @@ class HttpEngine(Controls):
         """Spawn the server and return; build the trainer's model meanwhile."""
         self.server.start()
 
-    def wait_ready(self) -> None:
-        """Block until the server answers; `EngineStartError` with its last log lines otherwise."""
+    def wait_ready(self, stale: str = "") -> None:
+        """Block until the server answers; `EngineStartError` with its last log lines otherwise. stale: why weights that
+        SGLang has loaded itself must not be served; empty: they are, as version 0."""
         self.server.wait_ready()
         self._http = Http(self.server.port, self.server.api_key, self.server.admin_key, self.server.why_dead)
         if self.options.load_format == "auto":
             self.tell("weights from disk", {"command": "adopt"})
-            self.publish(0)
+            self.publish(0, stale)
 
     def why_dead(self) -> str | None:
         """None while its processes run; else its last log lines."""
@@ -87,8 +89,7 @@ class HttpEngine(Controls):
         self.released.clear()
         self.unloaded.clear()
         self.start()
-        self.wait_ready()
-        self.stale = "it was started again"  # also where SGLang has loaded weights: they are of another version
+        self.wait_ready(self.stale)  # also where SGLang has loaded weights: they are of another version
 
     def close(self) -> None:
         """End every process of the engine; idempotent, safe at any point."""
@@ -137,8 +138,9 @@ class HttpEngine(Controls):
         wire.collect_ipc()
 
     def install_plan(self, receipts: Sequence[Mapping[str, Any]]) -> None:
-        """Direct path: tell each engine rank what it will write: by rank, {"buckets", "constants"} of `direct.Plan`."""
-        with self.failing_as("transfer plan"):
+        """Direct path: tell each engine rank what it will write: by rank, {"buckets", "constants"} of `direct.Plan`. An
+        engine that serves goes on to, as after `layout`."""
+        with self.failing_as("transfer plan"), self._requests_ended():
             self.tell("transfer plan", {"command": "plan"}, each=receipts)
 
     def open_stream(self, version: int) -> dict[str, Any]:
@@ -185,6 +187,10 @@ class HttpEngine(Controls):
                 self.publish(version)
         return wire.engine_digest(replies)
 
+    def hold_back(self, reason: str) -> None:
+        """Versions are committed, but not served until `serve`."""
+        self.held_back = reason
+
     def serve(self, version: int) -> None:
         """Serve `version`, which was committed and held back."""
         self.held_back = ""
@@ -207,13 +213,9 @@ class HttpEngine(Controls):
         `megatron_sglang.layout.problems` for what the result may lack.
         """
         message = {"command": "layout", "dtype": self.options.dtype, "shapes": dict(shapes)}
-        with self.failing_as("layout"):
-            if not self.stale:
-                self.quiesce()
+        with self.failing_as("layout"), self._requests_ended():
             self._take_weights_back()
             replies = self.tell("layout", message)
-            if not self.stale:
-                self.resume()
         return [RankLayout.from_json(reply["layout"]) for reply in replies]
 
     def self_test(self, weights: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -231,18 +233,28 @@ class HttpEngine(Controls):
 
     # ---- steps, also for `method_calls.py` and `broadcast.py` ----
 
+    @contextlib.contextmanager
+    def _requests_ended(self) -> Iterator[None]:
+        """Around a message that leaves the weights as they are, to an engine that may serve; it goes on to."""
+        if not self.stale:
+            self.quiesce()
+        yield
+        if not self.stale:
+            self.resume()
+
     def _take_weights_back(self) -> None:
         """Take the weights' memory back if it was released. Its content is not the weights."""
         if "weights" in self.released:
             self._memory("resume", "weights")
 
-    def publish(self, version: int) -> None:
-        """Give the engine its version number and let it serve."""
+    def publish(self, version: int, stale: str = "") -> None:
+        """Give the engine its version number and let it serve. stale: why nobody may use it yet, which readers of the
+        beacon would do in the moment between two changes."""
         timeout = self.options.update_timeout_s
         body = {"new_version": str(version), "abort_all_requests": False}
         self.connected.post("/update_weight_version", body, timeout)
         self.connected.post("/continue_generation", {}, timeout)
-        self.version, self.updating, self.stale = version, None, ""
+        self.version, self.updating, self.stale = version, None, stale
 
     def tell(
         self,

@@ -75,13 +75,11 @@ class MethodCalls:
 
     def hold_back(self, reason: str) -> None:
         """Versions are committed, but not served until `serve`."""
-        for one in self._members:
-            one.held_back = reason
+        self.engine.hold_back(reason)
 
     def serve(self, version: int) -> None:
         """Serve the version that was committed last."""
-        self._each(lambda one: one.serve(version))
-        self.engine.stale = ""  # of a group, which has no version of its own
+        self.engine.serve(version)
 
     # ---- merging in the engine ----
 

@@ -158,12 +158,19 @@ def check_extra(extra: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see `python -m sglang.launch_server --help`"
             raise ConfigError(f"engine.extra sets {name!r}, which SGLang's ServerArgs does not have; {hint}")
+    if reason := why_moved(extra):
+        raise ConfigError(f"{reason}; leave it out")
+
+
+def why_moved(options: Mapping[str, Any]) -> str:
+    """Which of SGLang's options (`MOVES_WEIGHTS`) makes updates of its weights wrong; empty: none does."""
     for name, harmless in MOVES_WEIGHTS.items():
-        if (value := extra.get(name)) and value not in harmless:
-            raise ConfigError(
+        if (value := options.get(name)) and value not in harmless:
+            return (
                 f"{name}={value!r}: SGLang changes or moves weights after it has loaded them, which an update would "
-                "not repeat, and what is served would not be what was proved; leave it out"
+                "not repeat, and what is served would not be what was proved"
             )
+    return ""
 
 
 @functools.cache

@@ -130,8 +130,7 @@ def lora_of(config: RunConfig) -> dict[str, Any]:
 def wait_ready(engine: Any, show: Callable[[str], None]) -> None:
     """Block until the engine answers; says what will not be proved of its weights. It serves nobody yet: an engine that
     was started on a folder of weights holds the base, and a run that goes on has another policy."""
-    engine.wait_ready()
-    engine.stale = engine.stale or "no version of the policy was published yet"
+    engine.wait_ready("no version of the policy was published yet")
     if engine.unproved:
         show(f"weights: {engine.unproved}")
 

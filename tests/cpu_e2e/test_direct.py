@@ -6,17 +6,19 @@ shards get into a delivery is tests/dist/test_layouts.py's.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import re
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 import torch
-from engine_tools import Publisher, Weights
+from engine_tools import Publisher, Weights, until_decoding
 
 from megatron_sglang.digests import digest
 from megatron_sglang.engine.line import Line
@@ -96,6 +98,21 @@ def test_both_paths_leave_the_same_bits(engine, publish, plan, weights, other_we
     assert generic[0] != generic[1]
     direct = [send(engine, plan, given, publish.next_version) for given in (weights, other_weights)]
     assert direct == generic
+    assert engine.generate([REQUEST])[0].weight_version == engine.version
+
+
+def test_a_plan_does_not_wait_for_requests(engine, publish, plan, weights) -> None:
+    """They begin while it is made, in the engine that the generic path has published to; see the layout's test."""
+    publish(weights)
+    receipts = [
+        receipt_of(found, plan) for found in engine.layout({name: tuple(one.shape) for name, one in weights.items()})
+    ]
+    long = [GenerateRequest((7, 8, 9), SamplingParams(max_new_tokens=200, seed=seed)) for seed in range(160)]
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(engine.generate, long)
+        asyncio.run(until_decoding(engine, 20))
+        engine.install_plan(receipts)
+        assert "abort" in {one.finish_reason for one in others.result()}
     assert engine.generate([REQUEST])[0].weight_version == engine.version
 
 

@@ -14,6 +14,7 @@ from engine_tools import fake_options, script
 from methods_tools import Drawn, Given, draw
 from one_rank import Alone
 
+from megatron_sglang.engine.beacon import NAME, Beacon, Watch
 from megatron_sglang.engine.client import EngineClient
 from megatron_sglang.engine.group import EngineGroup, spread
 from megatron_sglang.engine.method_calls import MethodCalls
@@ -22,6 +23,7 @@ from megatron_sglang.serve.limits import Limits
 from megatron_sglang.serve.upstream import Upstream
 from megatron_sglang.sync import GenericPath, publish
 from megatron_sglang.sync_methods import AdapterPath, DiskPath, RestartPath
+from megatron_sglang.training import modes
 from megatron_sglang.types import GenerateRequest, SamplingParams
 from megatron_sglang.weights.disk import DiskWriter
 
@@ -153,3 +155,21 @@ def test_what_an_update_of_adapters_ends_keeps_its_version(engine, model, tmp_pa
             return done.finish_reason, done.weight_version, min(len(done.token_ids_T), 1)
 
     assert asyncio.run(running()) == ("abort", 2, 1)
+
+
+def test_weights_that_engines_have_loaded_themselves_are_announced_to_nobody(model, tmp_path, monkeypatch):
+    """They are the base, or another version; an endpoint that waits for the engine takes the first moment it may."""
+    writer = DiskWriter(Alone(), Given(WEIGHTS), tmp_path / "home", model, "float32")
+    loaded = {"model_path": writer.write(1).path, "load_format": "auto"}
+    group = EngineGroup(spread(dataclasses.replace(fake_options(tp_size=2, update_timeout_s=40.0), **loaded), 2))
+    announced, write = [], Beacon._write
+    monkeypatch.setattr(Beacon, "_write", lambda self, sign: (announced.append(sign.reason), write(self, sign))[1])
+    with contextlib.closing(group):
+        group.start()
+        group.announce(tmp_path / NAME)
+        modes.wait_ready(group, print)
+        assert Watch(tmp_path / NAME).sign().reason == "no version of the policy was published yet"
+        group.engines[0].restart()
+        assert "" not in announced
+        publish(Alone(), group, GenericPath(Alone(), Given(WEIGHTS), group), 1)
+        assert Watch(tmp_path / NAME).sign().reason == ""

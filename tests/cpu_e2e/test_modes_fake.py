@@ -295,6 +295,12 @@ def test_another_sglang_and_no_loader(tmp_path: Path) -> None:
         with one.connect(**{MAILBOX_VARIABLE: ""}) as engine:
             assert engine.unproved
         one.kill()
+        one.spec["script"] = {"server_info": {"moe_runner_backend": "auto", "quantization": "fp8"}}
+        one.start()
+        # What our loader proves are the weights before SGLang has changed them.
+        with pytest.raises(SetupError, match=r"runs with quantization='fp8': SGLang changes or moves"), one.connect():
+            pass
+        one.kill()
         one.spec["script"] = {"server_info": {"version": "0.4.0"}}
         one.start()
         with pytest.raises(SetupError, match=r"runs SGLang 0\.4\.0, this package speaks to 0\.5"), one.connect():

@@ -211,7 +211,7 @@ class Shifted(TwoTensors):
 def _better_path_that_is_none(folder: Path) -> Any:
     found = []
     for kind in ("plain", "untraceable", "different"):
-        cycle, said = make(folder), []
+        cycle, said, served = make(folder), [], []
 
         def direct(cycle: Cycle = cycle, kind: str = kind) -> Any:
             if kind == "different":
@@ -222,10 +222,13 @@ def _better_path_that_is_none(folder: Path) -> Any:
         try:
             if cycle.leader is not None:
                 cycle.leader.log._echo = said.append
+                engine: Any = cycle.leader.engine
+                serve = engine.publish
+                engine.publish = lambda version, serve=serve, served=served: (served.append(version), serve(version))
             cycle.make_direct = None if kind == "plain" else direct
             digests = [cycle.publish().engine_digest for _ in range(2)]
-            served = {sample.weight_version for sample in cycle.collect(0)}
-            found.append([digests, sorted(served), cycle.path.name, said])
+            sampled = {sample.weight_version for sample in cycle.collect(0)}
+            found.append([digests, sorted(sampled), cycle.path.name, said, served])
         finally:
             close(cycle)
     return found
@@ -241,6 +244,7 @@ def test_where_the_direct_path_does_not_apply_the_generic_one_is_taken_and_said_
         assert len(result[3]) == 1, result[3]
     assert "the generic path, because the direct one does not apply: layout, engine rank 0: " in untraceable[3][0]
     assert "has no layout" in untraceable[3][0]
+    assert different[4] == [1, 1, 2], "twice by the generic path: what the direct one left was served to nobody"
     assert f"is not that of the generic path, {plain[0][0]}" in different[3][0]
     assert [result[:3] for result in on_the_other] == [plain[:3]] * 3
 

@@ -225,11 +225,3 @@ def test_sglang_is_asked_of_the_interpreter_that_will_run_it(tmp_path: Path) -> 
     with pytest.raises(SetupError, match=r"engine.python=/nonexistent/python is no Python that runs"):
         create_engine(EngineOptions("m", python="/nonexistent/python")).start()
     assert version_in(sys.executable, "no-such-package") == ""
-
-
-def test_an_engine_that_has_loaded_weights_serves_nobody_before_the_first_version() -> None:
-    """It holds the base; a run that goes on has another policy."""
-    for stale, expected in (("", "no version of the policy was published yet"), ("it is new", "it is new")):
-        engine = SimpleNamespace(wait_ready=lambda: None, unproved="", stale=stale)
-        modes.wait_ready(engine, print)
-        assert engine.stale == expected
