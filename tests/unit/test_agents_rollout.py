@@ -17,6 +17,7 @@ from scripted_engine import STOP, ScriptedEngine, Talk, VirtualLoop, decode, mak
 from megatron_sglang.agents import AgentRollout, create_rollout
 from megatron_sglang.agents.environment import Environments, Limits, Step
 from megatron_sglang.agents.fim_repair import FimRepair
+from megatron_sglang.agents.scoring import Scorer
 from megatron_sglang.config import RolloutConfig
 from megatron_sglang.errors import ConfigError, EngineError, RewardError
 from megatron_sglang.metrics import values
@@ -305,6 +306,18 @@ def test_a_verifier_that_fails_ends_the_batch() -> None:
     agent.reward = Failing()
     with pytest.raises(RewardError, match="no verifier here"):
         agent.batch(source(), 0)
+
+
+def test_whoever_was_scored_together_with_what_failed_says_why() -> None:
+    """All of them fail in the same moment, and the run ends with the error of any one."""
+    scorer = Scorer(Failing())
+
+    async def failures() -> list[BaseException | Score]:
+        jobs = [scorer(prompt, Completion((1,), (0.0,), "stop", 1)) for prompt in prompts(4)]
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    found = asyncio.run(failures())
+    assert all(isinstance(error, RewardError) and "no verifier here" in str(error) for error in found), found
 
 
 def test_more_than_the_data_set_has_is_a_configuration_error() -> None:
