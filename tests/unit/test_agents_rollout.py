@@ -19,7 +19,7 @@ from megatron_sglang.agents.environment import Environments, Limits, Step
 from megatron_sglang.agents.fim_repair import FimRepair
 from megatron_sglang.agents.scoring import Scorer
 from megatron_sglang.config import RolloutConfig
-from megatron_sglang.errors import ConfigError, EngineError, RewardError
+from megatron_sglang.errors import ConfigError, DataError, EngineError, RewardError
 from megatron_sglang.metrics import values
 from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.rollout import Rollout
@@ -127,6 +127,18 @@ def test_what_stands_survives_a_checkpoint_and_a_failed_batch() -> None:
     again = source(40, 4)
     again.restore(place)
     assert later.batch(again, 1) == first.batch(prompts_left, 1)
+
+
+def test_unfinished_groups_of_another_size_are_refused() -> None:
+    """They would come first in the next batch, whose groups must have one size."""
+    engine = ScriptedEngine()
+    engine.slow = lambda request: 4.0 if request.token_ids_T[0] == 100 else 1.0
+    first = make_rollout(engine, over_sampling=1.25, stragglers="resume")
+    first.batch(source(40, 4), 0)
+    assert first.buffer
+    later = make_rollout(engine, over_sampling=1.25, stragglers="resume", group_size=2)
+    with pytest.raises(DataError, match=r"unfinished groups of 3 completions.*samples_per_prompt=2; resume with 3"):
+        later.restore(first.state())
 
 
 class Alike(Talk):
