@@ -112,6 +112,8 @@ class Plugin:
     def finish(self) -> None:
         """After Megatron's loop: publish the final weights and evaluate them."""
         if self.cycle is not None:
+            if self.pending:  # a fed batch may be of more train steps than were left
+                self.cycle.close_step(self.rollout_step - 1)
             self.cycle.publish()
             self.cycle.evaluate()
             self.cycle.close_step(self.rollout_step)

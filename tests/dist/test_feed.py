@@ -60,3 +60,12 @@ def test_what_is_given_after_a_resume_amid_a_batch_is_all_trained_on(run_ranks, 
     assert [wanted.batch for wanted in (*before, *after)] == [0, 0, 1]
     assert before[0].version < after[0].version, "what was sampled by other weights must not be taken"
     assert [number for number, record in records(run).items() if "train/loss" in record] == [0, 1]
+
+
+def test_a_batch_of_more_train_steps_than_are_left_has_its_record(run_ranks, tmp_path):
+    """It was that of the batch after it, which there is none of."""
+    run = tmp_path / "run"
+    fed = argv(run, *ALONE, "rollout.environment={name: feed}", "rollout.batches=2")
+    with giver(run, [1, 2]):
+        assert run_ranks(1, "run", argv=fed) == [""]
+    assert ["train/loss" in record for record in records(run).values()] == [True, True, False]
