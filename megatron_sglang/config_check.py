@@ -155,6 +155,7 @@ def check(config: RunConfig, *, local_world_size: int | None = None, trains: boo
     _check_adapters(config, trains)
     _check_router(config)
     _check_stop(config)
+    _check_fed(config)
     _check_batches(config)
     if local_world_size is not None:
         _check_engine(config, local_world_size)
@@ -261,11 +262,24 @@ def _check_stop(config: RunConfig) -> None:
             f"rollout.stop={list(config.rollout.stop)} with --moe-enable-routing-replay: texts cut a completion before "
             "its end, where SGLang tells the experts; leave one of the two out"
         )
-    if config.rollout.stop and config.rollout.environment.get("name") == "feed":
+
+
+def _check_fed(config: RunConfig) -> None:
+    """Whoever feeds a run decides what its batches are made of."""
+    rollout = config.rollout
+    if rollout.environment.get("name") != "feed":
+        return
+    if rollout.stop:
         raise ConfigError(
-            f"rollout.stop={list(config.rollout.stop)} in a run whose batches are sampled elsewhere; give the texts to "
+            f"rollout.stop={list(rollout.stop)} in a run whose batches are sampled elsewhere; give the texts to "
             "whoever samples"
         )
+    for name, nothing in (("over_sampling", 1.0), ("dynamic_sampling", False)):
+        if (given := getattr(rollout, name)) != nothing:
+            raise ConfigError(
+                f"rollout.{name}={given} has no effect in a run whose batches are sampled elsewhere; leave it out, and "
+                "have whoever samples choose the groups"
+            )
 
 
 def parallel_size(config: RunConfig, kind: str) -> int:

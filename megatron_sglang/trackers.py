@@ -49,7 +49,8 @@ class Wandb:
 
 
 class MLflow:
-    """One MLflow run per start; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME choose where."""
+    """One MLflow run per start; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME choose where. timing_s/rollout/generate
+    is timing_s/rollout.generate there: a store of files has a file for each metric, which cannot be a folder too."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._module = _import("mlflow", "mlflow")
@@ -58,7 +59,11 @@ class MLflow:
 
     def log(self, iteration: int, record: Mapping[str, float]) -> None:
         finite = {name: value for name, value in record.items() if math.isfinite(value)}  # its stores refuse others
-        self._module.log_metrics(finite, step=iteration)
+        sections = ((name.partition("/"), value) for name, value in finite.items())
+        self._module.log_metrics(
+            {section + slash + name.replace("/", "."): value for (section, slash, name), value in sections},
+            step=iteration,
+        )
 
     def close(self) -> None:
         self._module.end_run()

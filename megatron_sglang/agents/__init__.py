@@ -61,5 +61,11 @@ def create_rollout(
 
 
 def plain_encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
-    """Text to token ids of a Hugging Face tokenizer; what looks like a special token in it is text as well."""
-    return lambda text: tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    """Text to token ids of a Hugging Face tokenizer; what looks like a special token in it is text as well, and half a
+    surrogate pair, which no tokenizer takes and a model may write into JSON, becomes its escape."""
+
+    def encode(text: str) -> tuple[int, ...]:
+        whole = text.encode(errors="backslashreplace").decode()
+        return tuple(tokenizer.encode(whole, add_special_tokens=False, split_special_tokens=True))
+
+    return encode

@@ -63,14 +63,17 @@ class Bounded:
 
     @contextlib.asynccontextmanager
     async def _within(self, failed: str) -> AsyncGenerator[None]:
+        scope = asyncio.timeout(self._seconds)
         try:
-            async with asyncio.timeout(self._seconds) as scope:
+            async with scope:
                 self._clock = _Clock(scope)
                 try:
                     yield
                 finally:
                     self._clock = None
         except TimeoutError as error:
+            if not scope.expired():  # the environment's own
+                raise
             raise RewardError(
                 f"environment {self.name} {failed} within {self._seconds:g} s; raise "
                 "rollout.environment.step_timeout_s or correct it"

@@ -72,7 +72,7 @@ class Environment(Protocol):
     def reset(self, prompt: Prompt) -> Observation: ...
 
     async def step(self, turn: Completion) -> Step:
-        """turn: the tokens of this turn; `text` without the stop token, but with a stop text."""
+        """turn: the tokens of this turn; `text` without the stop token or the stop text that ended it."""
         ...
 
     async def close(self) -> None: ...
@@ -120,14 +120,19 @@ class Environments:
 
         Empty: one turn, scored by the run's verifier.
         """
-        arguments: dict[str, Any] = {"max_turns": DEFAULT_TURNS, **asked} if asked else {"name": "single"}
-        name = arguments.pop("name", "")
+        arguments: dict[str, Any] = {key: given for key, given in asked.items() if key not in LIMITS}
+        name = arguments.pop("name", "") if asked else "single"
         if not isinstance(name, str) or not name:
             raise ConfigError(f"rollout.environment has no name; expected {', '.join(SHIPPED)} or package.module:Class")
-        limits: dict[str, Any] = {key: arguments.pop(key) for key in LIMITS if key in arguments}
         make = _find(name)
         _check_arguments(name, make, arguments)
-        return Environments(name, Limits(**limits), lambda services: make(services, **arguments))
+        return Environments(name, limits_of(asked), lambda services: make(services, **arguments))
+
+
+def limits_of(asked: Mapping[str, Any]) -> Limits:
+    """Those in `rollout.environment`; nothing of what it names is imported."""
+    limits: dict[str, Any] = {"max_turns": DEFAULT_TURNS} if asked else {}
+    return Limits(**limits | {key: asked[key] for key in LIMITS if key in asked})
 
 
 def _find(name: str) -> Callable[..., Environment]:

@@ -28,7 +28,7 @@ from megatron_sglang import routing
 from megatron_sglang.agents.environment import Environments, Services
 from megatron_sglang.agents.loop import Agent, Trajectory
 from megatron_sglang.agents.scoring import Scorer
-from megatron_sglang.errors import EngineError, EngineStaleError, RewardError
+from megatron_sglang.errors import DataError, EngineError, EngineStaleError, RewardError
 from megatron_sglang.interfaces import AsyncEngine, Reward
 from megatron_sglang.metrics import Mean, Metric, Sum
 from megatron_sglang.rollout import Source, evaluation_metrics, rollout_metrics
@@ -123,8 +123,15 @@ class AgentRollout:
         return {"groups": [asdict(group, dict_factory=routing.json_values) for group in self.buffer]}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """`DataError` for groups of another size than this run's, with which they would share a batch."""
         rows = state.get("groups", [])
-        self.buffer = [Group([Trajectory.of(one) for one in row["trajectories"]]) for row in rows]
+        groups = [Group([Trajectory.of(one) for one in row["trajectories"]]) for row in rows]
+        for size in {len(group.trajectories) for group in groups} - {self.group_size}:
+            raise DataError(
+                f"the checkpoint has unfinished groups of {size} completions, this run has "
+                f"rollout.samples_per_prompt={self.group_size}; resume with {size}"
+            )
+        self.buffer = groups
 
     # ---- in the event loop ----
 

@@ -19,6 +19,8 @@ class _Item:
     prompt: Prompt
     completion: Completion
     score: Score | None = None
+    failure: Exception | None = None
+    """Of the call that it was part of."""
 
 
 class Scorer:
@@ -36,10 +38,18 @@ class Scorer:
         async with self._busy:
             if item in self._waiting:  # else it went along with another's call
                 items, self._waiting = self._waiting, []
-                scores = await asyncio.to_thread(self._reward.score, [(one.prompt, one.completion) for one in items])
-                check_scores([one.prompt for one in items], scores)
+                try:
+                    scores = await asyncio.to_thread(
+                        self._reward.score, [(one.prompt, one.completion) for one in items]
+                    )
+                    check_scores([one.prompt for one in items], scores)
+                except Exception as error:
+                    for one in items:  # whoever is heard first must be able to say why
+                        one.failure = error
+                    raise
                 for one, score in zip(items, scores, strict=True):
                     one.score = score
         if item.score is None:
-            raise RewardError(f"completion of {prompt.id!r} was not scored: the call that it was part of failed")
+            why = item.failure or "the call that it was part of was ended"
+            raise RewardError(f"completion of {prompt.id!r} was not scored: {why}") from item.failure
         return item.score

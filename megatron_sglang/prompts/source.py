@@ -20,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from megatron_sglang.errors import ConfigError, DataError
 from megatron_sglang.prompts.fim import FimTokens
 from megatron_sglang.prompts.schema import FIM_LEAN, FIM_PYTHON, check_problem
@@ -142,6 +144,10 @@ class _Reader:
                 token_ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
             except ValueError as error:
                 raise DataError(f"{where}: chat messages need a tokenizer with a chat template: {error}") from error
+            except (TemplateError, TypeError) as error:  # as for a role that the model does not have, or no content
+                raise DataError(
+                    f"{where}: the tokenizer's chat template does not take the messages: {error}"
+                ) from error
         else:
             raise DataError(f"{where}: prompt is {str(prompt)[:60]!r}; expected text or a list of chat messages")
         if not token_ids:

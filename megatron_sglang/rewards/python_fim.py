@@ -39,10 +39,10 @@ class PythonFim:
         keys = [(prompt.id, job.source) for (prompt, _), job in zip(pairs, jobs, strict=True)]
         finished = [completion.finish_reason == "stop" or not self._require_stop for _, completion in pairs]
         new = {key: job for key, job, ok in zip(keys, jobs, finished, strict=True) if ok and key not in self._cache}
-        verdicts = self._sandbox.run(list(new.values()))
-        known = self._cache | {key: self._score(key[0], v) for key, v in zip(new, verdicts, strict=True)}
+        verdicts = dict(zip(new, self._sandbox.run(list(new.values())), strict=True))
+        known = self._cache | {key: self._score(key[0], verdict) for key, verdict in verdicts.items()}
         # A timeout may be the machine's fault: it is looked at again the next time.
-        self._cache = {key: score for key, score in known.items() if score.detail != "timeout"}
+        self._cache = {key: score for key, score in known.items() if key not in verdicts or not verdicts[key].late}
         if len(self._cache) > CACHE_SIZE:
             self._cache.clear()
         return [

@@ -59,11 +59,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Which tests passed, and why the first that failed did. `broken`: the tests themselves cannot run."""
+    """Which tests passed, and why the first that failed did. `broken`: the tests themselves cannot run. `late`: some
+    were not answered in time, maybe not the first that failed."""
 
     passed: tuple[bool, ...]
     detail: str = ""
     broken: str = ""
+    late: bool = False
 
 
 class Sandbox:
@@ -198,25 +200,27 @@ class Sandbox:
                 judge.stop()
 
     def _collect(self, job: Job, verdicts: socket.socket, solver: Box, judge: Box) -> Verdict:
-        passed, details = [], []
+        passed, details, late = [], [], False
         verdicts.settimeout(self.limits.wall_s + 2 * JUDGE_GRACE_S)
         for _ in job.tests:
             try:
                 message = receive(verdicts, self.limits.message_bytes)
             except ChannelError as error:
                 details.append(f"the tests did not end: {error}")
+                late = True
                 judge.close()
                 break
             if "broken" in message:
                 return Verdict((False,) * len(job.tests), broken=_encodable(message["broken"]))
             if message["gone"]:
                 status = solver.settle()
-                details.append("timeout" if status in OUT_OF_TIME else f"{message['detail']} ({status})")
+                late = status in OUT_OF_TIME
+                details.append("timeout" if late else f"{message['detail']} ({status})")
                 break
             passed.append(message["ok"])
             details += [message["detail"]] if message["detail"] else []
         passed += [False] * (len(job.tests) - len(passed))
-        return Verdict(tuple(passed), _encodable(next(iter(details), "")))
+        return Verdict(tuple(passed), _encodable(next(iter(details), "")), late=late)
 
 
 def _encodable(text: str) -> str:

@@ -31,6 +31,7 @@ from megatron_sglang.batching import MicroBatch
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cycle import Cycle
 from megatron_sglang.errors import SetupError
+from megatron_sglang.feed.sampler import Feed
 from megatron_sglang.sync import require_agreement
 from megatron_sglang.training import checkpoint, leftovers, logprobs, lora, micro_batches, rates
 from megatron_sglang.training.guard import FiniteGuard
@@ -111,6 +112,8 @@ class Plugin:
     def finish(self) -> None:
         """After Megatron's loop: publish the final weights and evaluate them."""
         if self.cycle is not None:
+            if self.pending:  # a fed batch may be of more train steps than were left
+                self.cycle.close_step(self.rollout_step - 1)
             self.cycle.publish()
             self.cycle.evaluate()
             self.cycle.close_step(self.rollout_step)
@@ -177,6 +180,11 @@ class Plugin:
             self.rollout_step, self.steps_done = state["rollout_step"], state.get("trained", 0)
             self.cycle = self.make_cycle(model, self.rollout_step - 1)
             self.cycle.restore(state["cycle"])
+            if self.steps_done and Feed.asked_for(self.config):
+                # Whoever feeds gives another batch than the one that was cut off, and all of it is to be trained on.
+                # What was sampled for that one, by the weights before its first train steps, has a version of its own.
+                self.steps_done = 0
+                self.cycle.version += 1
         self.cycle.note_memory("build")
         return self.cycle
 
@@ -184,7 +192,8 @@ class Plugin:
         """Publish, sample, score: this rank's micro-batches by train step.
 
         If the loaded checkpoint was saved within a batch, the prompts of that batch are sampled again, by the weights
-        that its first train steps have made, and feed only the train steps that are left.
+        that its first train steps have made, and feed only the train steps that are left. A batch that is fed (`feed/`)
+        is another one, and feeds all of its own.
         """
         cycle.publish()
         interval = self.config.rollout.eval_interval

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sglang import agents, rewards
+from megatron_sglang.agents.environment import limits_of
 from megatron_sglang.comm import Board, TorchComm
 from megatron_sglang.config import RunConfig
 from megatron_sglang.config_check import ROUTER
@@ -27,6 +28,7 @@ from megatron_sglang.engine.options import ENGINE_FIELDS, find_python
 from megatron_sglang.errors import DataError
 from megatron_sglang.feed.sampler import Feed
 from megatron_sglang.prompts import source
+from megatron_sglang.rewards.registry import WALL_PER_CPU
 from megatron_sglang.rollout import Rollout
 from megatron_sglang.trace import METRICS, RunLog, read_lines
 from megatron_sglang.training import console, ending, hf_folder, modes
@@ -126,10 +128,16 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
 
 
 def _patience(config: RunConfig) -> float:
-    """Seconds that a rank waits for the leader's work, such as a rollout: longer than the leader waits for anything."""
-    engine, given = config.engine, config.rollout.environment.get("timeout_s")
-    waits = [engine.start_timeout_s, engine.request_timeout_s, engine.update_timeout_s]
-    return 3600.0 + max([*waits, given] if isinstance(given, (int, float)) else waits)
+    """Seconds that a rank waits for the leader's work, such as a rollout: longer than the leader waits for anything. A
+    trajectory may come up to both of its deadlines in each turn."""
+    engine, environment = config.engine, config.rollout.environment
+    waits = [engine.start_timeout_s, engine.update_timeout_s, WALL_PER_CPU * config.reward.timeout_s]
+    if Feed.asked_for(config):
+        waits.append(float(environment.get("timeout_s", 0)))
+    else:
+        limits = limits_of(environment)
+        waits.append(limits.max_turns * (engine.request_timeout_s + limits.step_timeout_s))
+    return 3600.0 + max(waits)
 
 
 def _import_trainer() -> None:

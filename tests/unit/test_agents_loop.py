@@ -214,6 +214,13 @@ class Broken(Talk):
         raise KeyError("label")
 
 
+class Offline(Talk):
+    """Its own deadline is another than the loop's."""
+
+    async def step(self, turn: Completion) -> Step:
+        raise TimeoutError("the database did not answer")
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
@@ -221,6 +228,7 @@ class Broken(Talk):
         (Endless, RewardError, "Endless did not close after prompt 'p.' within 600 s"),
         (Boundless, RewardError, "the reward inf; expected a finite number"),
         (Broken, KeyError, "label"),
+        (Offline, TimeoutError, "the database did not answer"),
     ],
 )
 def test_an_environment_that_fails_ends_the_batch_by_name(kind: type, error: type[Exception], message: str) -> None:

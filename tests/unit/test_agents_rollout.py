@@ -17,8 +17,9 @@ from scripted_engine import STOP, ScriptedEngine, Talk, VirtualLoop, decode, mak
 from megatron_sglang.agents import AgentRollout, create_rollout
 from megatron_sglang.agents.environment import Environments, Limits, Step
 from megatron_sglang.agents.fim_repair import FimRepair
+from megatron_sglang.agents.scoring import Scorer
 from megatron_sglang.config import RolloutConfig
-from megatron_sglang.errors import ConfigError, EngineError, RewardError
+from megatron_sglang.errors import ConfigError, DataError, EngineError, RewardError
 from megatron_sglang.metrics import values
 from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.rollout import Rollout
@@ -126,6 +127,18 @@ def test_what_stands_survives_a_checkpoint_and_a_failed_batch() -> None:
     again = source(40, 4)
     again.restore(place)
     assert later.batch(again, 1) == first.batch(prompts_left, 1)
+
+
+def test_unfinished_groups_of_another_size_are_refused() -> None:
+    """They would come first in the next batch, whose groups must have one size."""
+    engine = ScriptedEngine()
+    engine.slow = lambda request: 4.0 if request.token_ids_T[0] == 100 else 1.0
+    first = make_rollout(engine, over_sampling=1.25, stragglers="resume")
+    first.batch(source(40, 4), 0)
+    assert first.buffer
+    later = make_rollout(engine, over_sampling=1.25, stragglers="resume", group_size=2)
+    with pytest.raises(DataError, match=r"unfinished groups of 3 completions.*samples_per_prompt=2; resume with 3"):
+        later.restore(first.state())
 
 
 class Alike(Talk):
@@ -305,6 +318,18 @@ def test_a_verifier_that_fails_ends_the_batch() -> None:
     agent.reward = Failing()
     with pytest.raises(RewardError, match="no verifier here"):
         agent.batch(source(), 0)
+
+
+def test_whoever_was_scored_together_with_what_failed_says_why() -> None:
+    """All of them fail in the same moment, and the run ends with the error of any one."""
+    scorer = Scorer(Failing())
+
+    async def failures() -> list[BaseException | Score]:
+        jobs = [scorer(prompt, Completion((1,), (0.0,), "stop", 1)) for prompt in prompts(4)]
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    found = asyncio.run(failures())
+    assert all(isinstance(error, RewardError) and "no verifier here" in str(error) for error in found), found
 
 
 def test_more_than_the_data_set_has_is_a_configuration_error() -> None:

@@ -213,6 +213,14 @@ WRONG = {
         ["rollout.stop=x", "--moe-enable-routing-replay"],
         "where SGLang tells the experts; leave one of the two out",
     ),
+    "over-sampling of others' batches": (
+        ["rollout.over_sampling=1.5", "rollout.environment={name: feed}"],
+        "rollout.over_sampling=1.5 has no effect",
+    ),
+    "dynamic sampling of others' batches": (
+        ["--dynamic-sampling", "rollout.environment={name: feed}"],
+        "rollout.dynamic_sampling=True has no effect",
+    ),
     "stop texts of others' batches": (["rollout.stop=x", "rollout.environment={name: feed}"], "to whoever samples"),
     "expert tensor parallel": (["--expert-tensor-parallel-size", "2"], "set it to 1"),
     "adapters of routers over ranks": (

@@ -119,5 +119,12 @@ def test_ranks_wait_longer_for_the_leader_than_it_waits_itself() -> None:
     """They gave up after an hour, whatever deadline the user had given the leader's own work."""
     common = ["model.hf_path=x", "data.train=y"]
     feed = "rollout.environment={name: feed, timeout_s: 90000}"
-    for given, longest in (([], 600.0), (["engine.request_timeout_s=7200"], 7200.0), ([feed], 90_000.0)):
-        assert run._patience(split_argv([*common, *given]).config) > longest
+    turns = "rollout.environment={name: arithmetic, max_turns: 20, step_timeout_s: 900}"
+    for given, longest in (
+        ([], 600.0),
+        (["engine.request_timeout_s=7200"], 7200.0),
+        ([feed], 90_000.0),
+        ([turns], 20 * (600.0 + 900.0)),
+        (["reward.name=function:judge.score", "reward.timeout_s=9000"], 9000.0),
+    ):
+        assert run._patience(split_argv([*common, *given]).config) > longest, given

@@ -111,6 +111,19 @@ def test_chat_messages_go_through_the_chat_template(load, tokenizer, monkeypatch
     assert tokenizer.decode(prompt.token_ids_T) == "user:sum\na:"
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[0].role + messages[0].content }}", "can only concatenate str"),
+    ],
+)
+def test_messages_that_the_chat_template_refuses_are_reported(load, tokenizer, monkeypatch, template, message):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(DataError, match=rf"data\.jsonl:1: the tokenizer's chat template does not take.*{message}"):
+        load({**VERL, "prompt": [{"role": "system", "content": None}]})
+
+
 def without(row, *names):
     return {name: value for name, value in row.items() if name not in names}
 

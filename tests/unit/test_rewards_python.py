@@ -11,7 +11,7 @@ from megatron_sglang.errors import ConfigError, RewardError, SandboxError
 from megatron_sglang.prompts.humaneval import problems
 from megatron_sglang.rewards import create_reward
 from megatron_sglang.rewards.python_fim import PythonFim
-from megatron_sglang.rewards.sandbox import Limits, Sandbox
+from megatron_sglang.rewards.sandbox import Limits, Sandbox, Verdict
 from megatron_sglang.types import Completion, Prompt
 
 TESTS = [{"args": [a], "expect": a + 1} for a in range(4)]
@@ -63,6 +63,19 @@ def test_scores_come_in_order_and_equal_answers_are_judged_once(reward):
     assert [score.passed for score in scores] == [text == "a + 1" for text in texts]
     assert len(reward._cache) >= 3
     assert reward.score(pairs) == scores
+
+
+@pytest.mark.parametrize("first", ["a + 1", "7"])
+def test_an_answer_that_is_out_of_time_is_judged_again(first):
+    """It may have been the machine's fault, also where a test before has failed by itself."""
+    late = f"{first} if a == 0 else sum(0 for _ in iter(int, 1))"
+    reward = PythonFim(Sandbox(limits=Limits(cpu_s=1), workers=1))
+    assert reward.score([(prompt(), answer(late))])[0].value == (0.25 if first == "a + 1" else 0.0)
+    judged = []
+    reward._sandbox.run = lambda jobs: judged.extend(jobs) or [Verdict((True,) * 4)] * len(jobs)
+    assert reward.score([(prompt(), answer(late))])[0].passed
+    assert len(judged) == 1
+    reward.close()
 
 
 def test_unfinished_answer_scores_zero(reward):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import random
@@ -13,8 +14,10 @@ import pytest
 from safetensors import safe_open
 
 from megatron_sglang.agents import plain_encoder
+from megatron_sglang.agents.environment import Environments, Services
 from megatron_sglang.agents.tools import calculate
 from megatron_sglang.prompts.source import load_prompts, load_tokenizer
+from megatron_sglang.types import Completion, Prompt
 
 ROOT = Path(__file__).parents[2] / "examples"
 TOOLS = ROOT / "tiny_tools"
@@ -63,6 +66,17 @@ def test_tokenizer_and_budget_fit_the_recipe():
         lengths = [len(encode(text)) for _, text in said]
         assert max(lengths) <= 23
         assert sum(lengths) + len(said) <= 96
+
+
+def test_a_call_with_half_a_surrogate_pair_in_it_is_answered():
+    """The error says the name of the tool, which the model chose; it would end the run."""
+    encode = plain_encoder(load_tokenizer(TOOLS / "model"))
+    services = Services(score=None, encode=encode)  # type: ignore[arg-type]  # it asks no verifier
+    environment = Environments.of({"name": "arithmetic", "calls": "json"}).make(services)
+    environment.reset(Prompt("q", (1,), "arithmetic", {"ground_truth": "1"}))
+    call = r'<tool_call>{"name": "\ud800", "arguments": {"expression": "1"}}</tool_call>'
+    step = asyncio.run(environment.step(Completion((1,), (0.0,), "stop", 1, text=call)))
+    assert encode(step.observation) == encode("error: no tool \\ud800\n")
 
 
 def test_checkpoint_is_small_and_of_the_other_example_s_shape():

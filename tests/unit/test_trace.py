@@ -189,6 +189,31 @@ def test_a_tracker_that_fails_costs_its_numbers_and_not_the_run(
     assert said.startswith("tracker mlflow failed: ConnectionError('503'); it is tried again")
 
 
+def test_no_metric_of_mlflow_is_the_folder_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its store of files keeps each metric in a file of the metric's name."""
+    store = tmp_path / "mlruns"
+
+    def log_metrics(found: dict[str, float], step: int) -> None:
+        for name, value in found.items():
+            (store / name).parent.mkdir(parents=True, exist_ok=True)
+            with (store / name).open("a") as file:
+                file.write(f"{value} {step}\n")
+
+    package = SimpleNamespace(
+        start_run=lambda **_: None, log_dict=lambda *_: None, log_metrics=log_metrics, end_run=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    said: list[str] = []
+    with RunLog(tmp_path, trackers=("mlflow",), echo=said.append) as log:
+        for iteration in range(2):
+            with log.span("rollout"), log.span("generate"):
+                pass
+            log.step(iteration, {"eval/pass_rate": 0.5, "eval/pass_rate/easy": 1.0})
+    assert not [line for line in said if "tracker" in line]
+    assert (store / "eval" / "pass_rate").read_text() == "0.5 0\n0.5 1\n"
+    assert {"rollout", "rollout.generate"} <= {path.name for path in (store / "timing_s").iterdir()}
+
+
 def test_the_progress_line_shows_what_there_is() -> None:
     record = {
         "rollout/reward": 0.5,
