@@ -102,6 +102,8 @@ def bounded(limits: Limits, descriptors: int) -> type[Protocol]:
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket; port 0 takes a free one. ConfigError if that cannot be had."""
+    if not 0 <= port < 2**16:  # the resolver would take what is left of it by 65536
+        raise ConfigError(f"--port={port} is no port; choose one below 65536, or 0 for a free one")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from megatron_sglang.engine.beacon import NAME, Announced, Watch
 from megatron_sglang.engine.options import EngineOptions
 from megatron_sglang.errors import ConfigError, DataError, EngineError
-from megatron_sglang.serve import command, keys
+from megatron_sglang.serve import command, http, keys
 from megatron_sglang.serve.answers import Form, Sampled
 from megatron_sglang.serve.app import Endpoint
 from megatron_sglang.serve.gate import Deadlines, Gate
@@ -289,6 +289,13 @@ def test_limits_make_sense(tmp_path: Path) -> None:
 
 
 # ---- the engine that is served ----
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 70000])
+def test_a_port_that_is_none_is_refused(port: int) -> None:
+    """The resolver takes it modulo 65536: 70000 served on 4464, 65536 on any free one."""
+    with pytest.raises(ConfigError, match=f"--port={port} is no port"):
+        http.listen("127.0.0.1", port).close()
 
 
 @pytest.mark.parametrize("wrong", ["tokenizer.json", "generation_config.json"])
