@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 KEY_FILE = "serve.{port}.key"
 """Several endpoints may serve one run."""
 ALIVE_EVERY_S = 1.0
+_OWN_ENGINE: dict[str, Any] = {"tp": 1, "ep": 1, "dtype": "bfloat16", "kind": "sglang", "engine_log": None}
+"""Options of the own engine, as they are where nothing is said."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api-key-file", type=Path, help=f"read the key here, or make one and write it; else ${keys.VARIABLE}")
     add("--served-model-name", help="what clients call the model (default: its folder's name)")
     engine = parser.add_argument_group("the own engine of --model; --sglang-* goes to SGLang, as in training")
-    engine.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    engine.add_argument("--ep", type=int, default=1, help="expert-parallel ranks among them")
-    engine.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    engine.add_argument("--kind", choices=("sglang", "fake"), default="sglang", help="fake: tokens without a model")
+    engine.add_argument("--tp", type=int, help="tensor-parallel ranks")
+    engine.add_argument("--ep", type=int, help="expert-parallel ranks among them")
+    engine.add_argument("--dtype", choices=("bfloat16", "float32"))
+    engine.add_argument("--kind", choices=("sglang", "fake"), help="fake: tokens without a model")
     engine.add_argument("--engine-log", help="where SGLang's output is appended")
+    engine.set_defaults(**_OWN_ENGINE)
     for name, values in _sglang_options():
         flag: dict[str, Any] = {} if values == "1" else {"nargs": values}
         flag = {"nargs": "?", "const": "true"} if values == "0" else flag
@@ -68,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal; the exit status."""
     limits = Limits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Limits)})
+    if args.model is None:
+        _check_no_engine_options(args)
     options = _engine_options(args) if args.model is not None else None
     user_key = keys.from_user(args.api_key_file)
     if user_key is None and not _is_loopback(args.host):
@@ -162,6 +167,14 @@ def _sigterm_ends() -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_no_engine_options(args: argparse.Namespace) -> None:
+    """ConfigError for an option of the own engine beside a run, whose engine is as the run has started it."""
+    unset = _OWN_ENGINE | {f"sglang_{name}": None for name, _ in _sglang_options()}
+    if given := [name for name, default in unset.items() if getattr(args, name) != default]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{names} would be for an engine of --model; that of --run is the run's: set it there")
 
 
 def _engine_options(args: argparse.Namespace) -> EngineOptions:

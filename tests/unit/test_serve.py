@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -296,6 +297,23 @@ def test_a_port_that_is_none_is_refused(port: int) -> None:
     """The resolver takes it modulo 65536: 70000 served on 4464, 65536 on any free one."""
     with pytest.raises(ConfigError, match=f"--port={port} is no port"):
         http.listen("127.0.0.1", port).close()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--tp", "2", "--kind", "fake"], "--tp, --kind would be for"),
+        (["--sglang-mem-fraction-static", "0.5"], "--sglang-mem-fraction-static would be for"),
+    ],
+)
+def test_options_of_an_own_engine_are_refused_beside_a_run(tmp_path: Path, words: list[str], named: str) -> None:
+    """They were taken and had no effect: the engine is the run's."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(ConfigError, match=named):
+        command.run(parser.parse_args(["--run", str(tmp_path / "absent"), *words]))
+    with pytest.raises(ConfigError, match="is no folder"):
+        command.run(parser.parse_args(["--run", str(tmp_path / "absent")]))
 
 
 @pytest.mark.parametrize("wrong", ["tokenizer.json", "generation_config.json"])
