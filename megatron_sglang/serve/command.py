@@ -156,12 +156,14 @@ def _watched(engine: HttpEngine | None, server: Server) -> Generator[list[str]]:
 
 @contextlib.contextmanager
 def _sigterm_ends() -> Generator[None]:
-    """SIGTERM and SIGHUP end like Ctrl-C, through everything that is to be closed; exit status 128 + signal."""
+    """SIGTERM and SIGHUP end like Ctrl-C, through everything that is to be closed; exit status 128 + signal. A SIGHUP
+    that is ignored stays so: nohup was asked for."""
 
     def end(number: int, _frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    wanted = [signal.SIGTERM] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.signal(number, end) for number in wanted}
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import signal
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -154,6 +155,13 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def until_signal(self, listener: socket.socket) -> int:
-        """Serve; the exit status: 130 after Ctrl-C, 143 after SIGTERM, else 0."""
-        self.run(sockets=[listener])
+        """Serve; the exit status: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP unless nohup has it ignored,
+        else 0."""
+        hangup = signal.getsignal(signal.SIGHUP)
+        if hangup != signal.SIG_IGN:  # the others are taken over by uvicorn
+            signal.signal(signal.SIGHUP, self.handle_exit)
+        try:
+            self.run(sockets=[listener])
+        finally:
+            signal.signal(signal.SIGHUP, hangup)
         return 128 + self.ended_by if self.ended_by else 0

@@ -114,3 +114,23 @@ def test_the_command_waits_for_a_run(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_ends_it_unless_nohup_was_asked_for(tmp_path: Path, ignored: bool) -> None:
+    """nohup starts it with SIGHUP ignored; it ended all the same, with the session in which it was started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    with contextlib.ExitStack() as running:
+        try:
+            words = "--run", str(tmp_path), "--port", "0"
+            process, line = running.enter_context(command(*words, MEGATRON_SGLANG_API_KEY=KEY))
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        health = line().split(" at ")[1].split("/v1,")[0] + "/health"
+        process.send_signal(signal.SIGHUP)
+        if ignored:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(2)
+            assert httpx.get(health, trust_env=False, timeout=30).status_code == 503
+        else:
+            assert (process.wait(20), process.communicate()[1]) == (128 + signal.SIGHUP, "")
