@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_sglang.config_check import ROUTER, known_options
+from megatron_sglang.config_check import ROUTER, known_options, text_options
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.engine.beacon import NAME
 from megatron_sglang.engine.options import ENGINE_FIELDS
@@ -185,7 +185,7 @@ def _engine_options(args: argparse.Namespace) -> EngineOptions:
     for name, values in _sglang_options():
         given = getattr(args, f"sglang_{name}")
         if given is not None:
-            value = [_value(one) for one in given] if values not in ("0", "1") else _value(given)
+            value = [_value(name, one) for one in given] if values not in ("0", "1") else _value(name, given)
             (more if name in ENGINE_FIELDS else extra)[ENGINE_FIELDS.get(name, name)] = value
     if args.kind == "fake":
         sizes = json.loads((args.model / "config.json").read_text()) if (args.model / "config.json").exists() else {}
@@ -208,12 +208,19 @@ def _sglang_options() -> list[tuple[str, str]]:
     return [(name, values) for name, values in known_options("sglang").items() if name != ROUTER]
 
 
-def _value(text: str) -> Any:
-    """true, 8, 0.5, {"a": 1} as what they are; everything else as text."""
+def _value(name: str, text: str) -> Any:
+    """As a run reads it: of an option that is text as it stands, also where that is JSON; else true, 8, 0.5 as what
+    they are. ConfigError for what is neither."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if f"sglang.{name}" in text_options():
+        return None if text == "null" else text
     try:
-        return json.loads(text)
-    except ValueError:
-        return text
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # pyright: ignore
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"--sglang-{name.replace('_', '-')} {text} cannot be read: {error}") from error
 
 
 def _is_loopback(host: str) -> bool:

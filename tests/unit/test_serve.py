@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from megatron_sglang.config_load import load_config
 from megatron_sglang.engine.beacon import NAME, Announced, Watch
 from megatron_sglang.engine.options import EngineOptions
 from megatron_sglang.errors import ConfigError, DataError, EngineError
@@ -297,6 +298,27 @@ def test_a_port_that_is_none_is_refused(port: int) -> None:
     """The resolver takes it modulo 65536: 70000 served on 4464, 65536 on any free one."""
     with pytest.raises(ConfigError, match=f"--port={port} is no port"):
         http.listen("127.0.0.1", port).close()
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--sglang-json-model-override-args", '{"rope_theta": 1}'], {"json_model_override_args": '{"rope_theta": 1}'}),
+        (["--sglang-revision", "1"], {"revision": "1"}),
+        (["--sglang-disable-radix-cache"], {"disable_radix_cache": True}),
+        (["--sglang-disable-radix-cache", "False"], {"disable_radix_cache": False}),
+        (["--sglang-schedule-conservativeness", ".5"], {"schedule_conservativeness": 0.5}),
+        (["--sglang-cuda-graph-bs-decode", "1", "2"], {"cuda_graph_bs_decode": [1, 2]}),
+    ],
+)
+def test_options_of_sglang_are_read_as_a_run_reads_them(words: list[str], value: dict[str, Any]) -> None:
+    """JSON that SGLang wants as text became a dictionary, on which it failed, and False a text, which is true."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    found = command._engine_options(parser.parse_args(["--model", str(EXAMPLE), *words])).extra
+    assert found == value
+    overrides = [f"sglang.{name}={words[1] if len(words) == 2 else one}" for name, one in value.items()]
+    assert load_config(None, ["model.hf_path=m", "data.train=d", *overrides]).sglang == value
 
 
 @pytest.mark.parametrize(
