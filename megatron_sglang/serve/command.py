@@ -101,10 +101,12 @@ def _serve(
 ) -> int:
     from megatron_sglang.serve import http
     from megatron_sglang.serve.app import Endpoint, make_app
+    from megatron_sglang.serve.tokens import Tokens
 
     listener = cleanup.enter_context(http.listen(args.host, args.port))
     engine = None
     if options is not None:
+        Tokens.load(options.model_path)  # a folder that cannot be served is refused before its engine has loaded it
         engine = create_engine(options)
         cleanup.callback(engine.close)
         engine.start()

@@ -93,6 +93,7 @@ def test_the_command_needs_a_key_of_yours_for_other_machines(tmp_path: Path) -> 
         (["--host", "0.0.0.0", "--api-key-file", str(key)], "can be read by others"),
         (["--sglang-host", "0.0.0.0"], "always listens on 127.0.0.1"),
         (["--max-tokens", "0"], "must be more than 0"),
+        (["--kind", "fake", "--model", str(tmp_path / "absent")], "absent cannot be served"),
     ):
         key.chmod(0o644)
         with command("--model", str(EXAMPLE), "--port", "0", *words) as (process, _):
