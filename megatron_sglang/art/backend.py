@@ -11,7 +11,6 @@ async with backend:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -157,8 +156,7 @@ class SGLangBackend:
         watching, self._watching = self._watching, None
         if watching is not None:
             watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
+            await asyncio.gather(watching, return_exceptions=True)  # however it ended, the processes must
         live, self._live = self._live, None
         if live is not None:
             self._model.inference_base_url = self._model.inference_api_key = None

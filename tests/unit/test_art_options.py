@@ -13,6 +13,7 @@ import yaml
 
 from megatron_sglang import config_load
 from megatron_sglang.art import DeviceConfig, SGLangBackend, SGLangConfig, TrainableModel
+from megatron_sglang.art.endpoint import NAME, Endpoint
 from megatron_sglang.art.live import folder_of
 from megatron_sglang.art.options import environment_of, model_folder, place, run_config
 from megatron_sglang.errors import ConfigError
@@ -228,3 +229,41 @@ def test_of_two_models_registered_at_once_one_is_refused(tmp_path: Path, monkeyp
 
     asyncio.run(close_meanwhile())
     assert running == []
+
+
+def test_a_watch_that_failed_does_not_keep_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error came out of `close`, before anything was ended."""
+    closed: list[bool] = []
+
+    async def problem() -> str:
+        raise OSError(24, "Too many open files")
+
+    async def started(*_: Any) -> None:
+        pass
+
+    async def close(_: Any) -> None:
+        closed.append(True)
+
+    endpoint = SimpleNamespace(base_url="", api_key="", model_name="", problem=problem)
+    live = type("Live", (), {"__init__": lambda *_, **__: None, "endpoint": endpoint, "start": started, "close": close})
+    monkeypatch.setattr("megatron_sglang.art.backend.Live", live)
+
+    async def train_for_a_while() -> None:
+        async with SGLangBackend(sglang_config=SGLangConfig(health_check_interval=0.01)) as backend:
+            await backend.register(TrainableModel("a", "project", str(MOE), base_path=str(tmp_path)))
+            await asyncio.sleep(0.1)
+
+    asyncio.run(train_for_a_while())
+    assert closed == [True]
+
+
+def test_an_endpoint_that_cannot_be_asked_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpx reads certificates even for loopback; where no descriptor is free, that ended the watch without a word."""
+
+    def no_descriptor(**_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("httpx.AsyncClient", no_descriptor)
+    child = SimpleNamespace(ended=asyncio.Event())
+    endpoint = Endpoint(SimpleNamespace(children={NAME: child}), tmp_path, tmp_path / "log", "m", 0)  # pyright: ignore
+    assert "Too many open files" in asyncio.run(endpoint.problem())
