@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import shutil
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron_sglang.serve.limits import Limits
 from megatron_sglang.serve.records import ChatRequest, CompletionRequest
 from megatron_sglang.serve.refusal import Refusal
 from megatron_sglang.serve.tokens import Tokens, _bytes_by_character
-from megatron_sglang.serve.work import Version, choice_seed, requests_of
+from megatron_sglang.serve.work import Version, _merged, choice_seed, requests_of
 from megatron_sglang.types import Completion, SamplingParams
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_fim" / "model"
@@ -197,6 +198,26 @@ def test_versions_do_not_mix() -> None:
         with pytest.raises(Refusal) as refused:
             seen.see(other)
         assert refused.value.status == 503
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_a_stream_ends_with_whatever_a_choice_ends_in(choices: int) -> None:
+    """What is not an error of the engine's, such as a tokenizer's, left a stream of several choices silent for its ten
+    minutes."""
+
+    class Client:
+        async def stream(self, _: Any) -> AsyncGenerator[Any]:
+            raise IndexError("piece id is out of range")
+            yield
+
+    async def read() -> None:
+        async with asyncio.timeout(5):
+            requests = requests_of([(1,)], choices, SamplingParams(), None, "")
+            async for _ in _merged(Client(), requests):  # pyright: ignore
+                pass
+
+    with pytest.raises(IndexError):
+        asyncio.run(read())
 
 
 def test_choices_have_seeds_of_their_own() -> None:
