@@ -289,6 +289,7 @@ def test_keys_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv(keys.VARIABLE, "short")
     with pytest.raises(ConfigError, match="has 5 characters"):
         keys.from_user(None)
+    assert keys.from_user(tmp_path / "another") is None, "a file that is named is read or written, whatever is set"
 
 
 def test_a_key_file_is_removed_by_who_wrote_it_last(tmp_path: Path) -> None:
