@@ -219,7 +219,9 @@ def session(
     """Run what was `chosen`, or print it. steps_of: from the number of GPUs, or of ranks where it is rehearsed, and a
     folder with the small model's config.json alone. Returns the exit status."""
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step under way is ended too
+    for sign in (signal.SIGTERM, signal.SIGHUP):  # so that the step under way is ended too
+        if signal.getsignal(sign) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(sign, lambda number, _: sys.exit(128 + number))
     gpus = chosen.gpus or (2 if chosen.rehearse else count_gpus())
     if not gpus:
         print("no GPU is visible; --rehearse runs the same on a CPU, --dry-run --gpus 8 shows the plan")

@@ -42,7 +42,10 @@ def main() -> int:
 
 
 def on(handler: Callable[[int, Any], Any]) -> None:
-    for sign in (signal.SIGTERM, signal.SIGINT):
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+        signals.append(signal.SIGHUP)  # a terminal that closes does not reach the sessions, either
+    for sign in signals:
         signal.signal(sign, handler)
 
 

@@ -11,7 +11,6 @@ async with backend:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,6 +59,9 @@ class SGLangBackend:
         """What was decided at `register`, and why; also logged."""
         self._live: Live | None = None
         self._model: Any = None
+        self._changing = asyncio.Lock()
+        """Held by `register` and `close`: of two models that are registered at once one must be refused, or nobody
+        would end its processes."""
         self._training = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
 
@@ -69,6 +71,10 @@ class SGLangBackend:
         model: a `TrainableModel`, or ART's. Its `inference_` fields are filled. Raises `ConfigError` for what cannot
         work, else the run's own error, with its log.
         """
+        async with self._changing:
+            await self._register(model)
+
+    async def _register(self, model: Any) -> None:
         if self._live is not None:
             raise ConfigError(
                 f"this backend trains {self._model.name!r}; close it before {model.name!r}, or use a second one "
@@ -141,12 +147,16 @@ class SGLangBackend:
     """What ART's `model.get_step()` asks for."""
 
     async def close(self) -> None:
-        """End everything that was started; returns when nothing of it runs any more. Idempotent."""
+        """End everything that was started; returns when nothing of it runs any more. Idempotent. Waits for a `register`
+        that is under way: cancel that to end sooner."""
+        async with self._changing:
+            await self._close()
+
+    async def _close(self) -> None:
         watching, self._watching = self._watching, None
         if watching is not None:
             watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
+            await asyncio.gather(watching, return_exceptions=True)  # however it ended, the processes must
         live, self._live = self._live, None
         if live is not None:
             self._model.inference_base_url = self._model.inference_api_key = None

@@ -52,7 +52,7 @@ class Endpoint:
             return str(self._tree.children[NAME].why(NAME))
         try:
             await self._health()
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, OSError) as error:  # also of this process: without a free descriptor no client is made
             return f"the endpoint did not answer within {HEALTH_S:g} s ({error!r}); see {self._log}"
         return ""
 

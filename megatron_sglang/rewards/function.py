@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import os
 import queue
 import signal
 import socket
@@ -123,7 +124,8 @@ class _Worker:
         self._channel.close()
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):  # with what the function has started, such as a checker
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_sglang.config_check import ROUTER, known_options
+from megatron_sglang.config_check import ROUTER, known_options, text_options
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.engine.beacon import NAME
 from megatron_sglang.engine.options import ENGINE_FIELDS
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 KEY_FILE = "serve.{port}.key"
 """Several endpoints may serve one run."""
 ALIVE_EVERY_S = 1.0
+_OWN_ENGINE: dict[str, Any] = {"tp": 1, "ep": 1, "dtype": "bfloat16", "kind": "sglang", "engine_log": None}
+"""Options of the own engine, as they are where nothing is said."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api-key-file", type=Path, help=f"read the key here, or make one and write it; else ${keys.VARIABLE}")
     add("--served-model-name", help="what clients call the model (default: its folder's name)")
     engine = parser.add_argument_group("the own engine of --model; --sglang-* goes to SGLang, as in training")
-    engine.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    engine.add_argument("--ep", type=int, default=1, help="expert-parallel ranks among them")
-    engine.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    engine.add_argument("--kind", choices=("sglang", "fake"), default="sglang", help="fake: tokens without a model")
+    engine.add_argument("--tp", type=int, help="tensor-parallel ranks")
+    engine.add_argument("--ep", type=int, help="expert-parallel ranks among them")
+    engine.add_argument("--dtype", choices=("bfloat16", "float32"))
+    engine.add_argument("--kind", choices=("sglang", "fake"), help="fake: tokens without a model")
     engine.add_argument("--engine-log", help="where SGLang's output is appended")
+    engine.set_defaults(**_OWN_ENGINE)
     for name, values in _sglang_options():
         flag: dict[str, Any] = {} if values == "1" else {"nargs": values}
         flag = {"nargs": "?", "const": "true"} if values == "0" else flag
@@ -68,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal; the exit status."""
     limits = Limits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Limits)})
+    if args.model is None:
+        _check_no_engine_options(args)
     options = _engine_options(args) if args.model is not None else None
     user_key = keys.from_user(args.api_key_file)
     if user_key is None and not _is_loopback(args.host):
@@ -96,10 +101,12 @@ def _serve(
 ) -> int:
     from megatron_sglang.serve import http
     from megatron_sglang.serve.app import Endpoint, make_app
+    from megatron_sglang.serve.tokens import Tokens
 
     listener = cleanup.enter_context(http.listen(args.host, args.port))
     engine = None
     if options is not None:
+        Tokens.load(options.model_path)  # a folder that cannot be served is refused before its engine has loaded it
         engine = create_engine(options)
         cleanup.callback(engine.close)
         engine.start()
@@ -151,17 +158,27 @@ def _watched(engine: HttpEngine | None, server: Server) -> Generator[list[str]]:
 
 @contextlib.contextmanager
 def _sigterm_ends() -> Generator[None]:
-    """SIGTERM and SIGHUP end like Ctrl-C, through everything that is to be closed; exit status 128 + signal."""
+    """SIGTERM and SIGHUP end like Ctrl-C, through everything that is to be closed; exit status 128 + signal. A SIGHUP
+    that is ignored stays so: nohup was asked for."""
 
     def end(number: int, _frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    wanted = [signal.SIGTERM] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.signal(number, end) for number in wanted}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_no_engine_options(args: argparse.Namespace) -> None:
+    """ConfigError for an option of the own engine beside a run, whose engine is as the run has started it."""
+    unset = _OWN_ENGINE | {f"sglang_{name}": None for name, _ in _sglang_options()}
+    if given := [name for name, default in unset.items() if getattr(args, name) != default]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{names} would be for an engine of --model; that of --run is the run's: set it there")
 
 
 def _engine_options(args: argparse.Namespace) -> EngineOptions:
@@ -170,7 +187,7 @@ def _engine_options(args: argparse.Namespace) -> EngineOptions:
     for name, values in _sglang_options():
         given = getattr(args, f"sglang_{name}")
         if given is not None:
-            value = [_value(one) for one in given] if values not in ("0", "1") else _value(given)
+            value = [_value(name, one) for one in given] if values not in ("0", "1") else _value(name, given)
             (more if name in ENGINE_FIELDS else extra)[ENGINE_FIELDS.get(name, name)] = value
     if args.kind == "fake":
         sizes = json.loads((args.model / "config.json").read_text()) if (args.model / "config.json").exists() else {}
@@ -193,12 +210,19 @@ def _sglang_options() -> list[tuple[str, str]]:
     return [(name, values) for name, values in known_options("sglang").items() if name != ROUTER]
 
 
-def _value(text: str) -> Any:
-    """true, 8, 0.5, {"a": 1} as what they are; everything else as text."""
+def _value(name: str, text: str) -> Any:
+    """As a run reads it: of an option that is text as it stands, also where that is JSON; else true, 8, 0.5 as what
+    they are. ConfigError for what is neither."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if f"sglang.{name}" in text_options():
+        return None if text == "null" else text
     try:
-        return json.loads(text)
-    except ValueError:
-        return text
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # pyright: ignore
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"--sglang-{name.replace('_', '-')} {text} cannot be read: {error}") from error
 
 
 def _is_loopback(host: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import signal
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,8 @@ def bounded(limits: Limits, descriptors: int) -> type[Protocol]:
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket; port 0 takes a free one. ConfigError if that cannot be had."""
+    if not 0 <= port < 2**16:  # the resolver would take what is left of it by 65536
+        raise ConfigError(f"--port={port} is no port; choose one below 65536, or 0 for a free one")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -152,6 +155,13 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def until_signal(self, listener: socket.socket) -> int:
-        """Serve; the exit status: 130 after Ctrl-C, 143 after SIGTERM, else 0."""
-        self.run(sockets=[listener])
+        """Serve; the exit status: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP unless nohup has it ignored,
+        else 0."""
+        hangup = signal.getsignal(signal.SIGHUP)
+        if hangup != signal.SIG_IGN:  # the others are taken over by uvicorn
+            signal.signal(signal.SIGHUP, self.handle_exit)
+        try:
+            self.run(sockets=[listener])
+        finally:
+            signal.signal(signal.SIGHUP, hangup)
         return 128 + self.ended_by if self.ended_by else 0

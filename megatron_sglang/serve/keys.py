@@ -14,7 +14,8 @@ SHORTEST = 16
 
 
 def from_user(path: Path | None) -> str | None:
-    """The key that the user has set: the first line of `path`, or else the variable's; None without either.
+    """The key that the user has set: the first line of `path`, or without a path the variable's; None: one is to be
+    made, and written to `path` where that is named.
 
     ConfigError for a key that can be guessed, or a file that others can read.
     """
@@ -23,7 +24,7 @@ def from_user(path: Path | None) -> str | None:
         if mode & 0o077:
             raise ConfigError(f"{path} can be read by others (mode {mode:o}); chmod 600 it, and change the key")
         return _checked((path.read_text().splitlines() or [""])[0], str(path))
-    if (given := os.environ.get(VARIABLE)) is not None:
+    if path is None and (given := os.environ.get(VARIABLE)) is not None:
         return _checked(given, f"${VARIABLE}")
     return None
 

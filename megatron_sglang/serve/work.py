@@ -223,7 +223,7 @@ async def _merged(client: EngineClient, requests: Sequence[GenerateRequest]) -> 
             async with contextlib.aclosing(client.stream(request)) as pieces:
                 async for piece in pieces:
                     await queue.put((index, piece))
-        except (EngineError, ConfigError) as error:
+        except Exception as error:  # noqa: BLE001 - also what nobody foresaw: the reader would wait for its deadline
             await queue.put((index, error))
 
     tasks = [asyncio.create_task(run(index, request)) for index, request in enumerate(requests)]

@@ -93,6 +93,7 @@ def test_the_command_needs_a_key_of_yours_for_other_machines(tmp_path: Path) -> 
         (["--host", "0.0.0.0", "--api-key-file", str(key)], "can be read by others"),
         (["--sglang-host", "0.0.0.0"], "always listens on 127.0.0.1"),
         (["--max-tokens", "0"], "must be more than 0"),
+        (["--kind", "fake", "--model", str(tmp_path / "absent")], "absent cannot be served"),
     ):
         key.chmod(0o644)
         with command("--model", str(EXAMPLE), "--port", "0", *words) as (process, _):
@@ -114,3 +115,23 @@ def test_the_command_waits_for_a_run(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_ends_it_unless_nohup_was_asked_for(tmp_path: Path, ignored: bool) -> None:
+    """nohup starts it with SIGHUP ignored; it ended all the same, with the session in which it was started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    with contextlib.ExitStack() as running:
+        try:
+            words = "--run", str(tmp_path), "--port", "0"
+            process, line = running.enter_context(command(*words, MEGATRON_SGLANG_API_KEY=KEY))
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        health = line().split(" at ")[1].split("/v1,")[0] + "/health"
+        process.send_signal(signal.SIGHUP)
+        if ignored:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(2)
+            assert httpx.get(health, trust_env=False, timeout=30).status_code == 503
+        else:
+            assert (process.wait(20), process.communicate()[1]) == (128 + signal.SIGHUP, "")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from megatron_sglang import config_load
-from megatron_sglang.art import DeviceConfig, SGLangBackend, SGLangConfig
+from megatron_sglang.art import DeviceConfig, SGLangBackend, SGLangConfig, TrainableModel
+from megatron_sglang.art.endpoint import NAME, Endpoint
 from megatron_sglang.art.live import folder_of
 from megatron_sglang.art.options import environment_of, model_folder, place, run_config
 from megatron_sglang.errors import ConfigError
@@ -184,3 +187,83 @@ def test_two_forms_of_devices_at_once_are_refused() -> None:
 def test_values_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SGLangConfig(**wrong)
+
+
+def test_of_two_models_registered_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both were started, and the processes of the first were nobody's: `close` ended the second's only."""
+    running: list[str] = []
+
+    class Live:
+        endpoint = SimpleNamespace(base_url="", api_key="", model_name="")
+
+        def __init__(self, folder: Path, *_: Any, **__: Any) -> None:
+            self.name = folder.name
+
+        async def start(self, _: Any) -> None:
+            await asyncio.sleep(0.05)
+            running.append(self.name)
+
+        async def close(self) -> None:
+            running.remove(self.name)
+
+    monkeypatch.setattr("megatron_sglang.art.backend.Live", Live)
+
+    async def register_two() -> list[Any]:
+        async with SGLangBackend() as backend:
+            models = [TrainableModel(name, "project", str(MOE), base_path=str(tmp_path)) for name in "ab"]
+            return await asyncio.gather(*map(backend.register, models), return_exceptions=True)
+
+    first, second = asyncio.run(register_two())
+    assert first is None
+    assert isinstance(second, ConfigError)
+    assert "this backend trains 'a'" in str(second)
+    assert running == []
+
+    async def close_meanwhile() -> None:
+        backend = SGLangBackend()
+        model = TrainableModel("a", "project", str(MOE), base_path=str(tmp_path))
+        registering = asyncio.create_task(backend.register(model))
+        await asyncio.sleep(0)
+        await backend.close()
+        await registering
+
+    asyncio.run(close_meanwhile())
+    assert running == []
+
+
+def test_a_watch_that_failed_does_not_keep_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error came out of `close`, before anything was ended."""
+    closed: list[bool] = []
+
+    async def problem() -> str:
+        raise OSError(24, "Too many open files")
+
+    async def started(*_: Any) -> None:
+        pass
+
+    async def close(_: Any) -> None:
+        closed.append(True)
+
+    endpoint = SimpleNamespace(base_url="", api_key="", model_name="", problem=problem)
+    live = type("Live", (), {"__init__": lambda *_, **__: None, "endpoint": endpoint, "start": started, "close": close})
+    monkeypatch.setattr("megatron_sglang.art.backend.Live", live)
+
+    async def train_for_a_while() -> None:
+        async with SGLangBackend(sglang_config=SGLangConfig(health_check_interval=0.01)) as backend:
+            await backend.register(TrainableModel("a", "project", str(MOE), base_path=str(tmp_path)))
+            await asyncio.sleep(0.1)
+
+    asyncio.run(train_for_a_while())
+    assert closed == [True]
+
+
+def test_an_endpoint_that_cannot_be_asked_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpx reads certificates even for loopback; where no descriptor is free, that ended the watch without a word."""
+
+    def no_descriptor(**_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("httpx.AsyncClient", no_descriptor)
+    child = SimpleNamespace(ended=asyncio.Event())
+    endpoint = Endpoint(SimpleNamespace(children={NAME: child}), tmp_path, tmp_path / "log", "m", 0)  # pyright: ignore
+    assert "Too many open files" in asyncio.run(endpoint.problem())

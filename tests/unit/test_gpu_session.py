@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -91,3 +94,29 @@ def test_one_step_cannot_spend_the_others_time(
     monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path), "--gpus", "1", "--only", "good", "fails"])
     session.main()
     assert marks.read_text().split().count("good") == 1
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
+def test_the_end_of_the_session_ends_its_step(tmp_path: Path, sign: signal.Signals) -> None:
+    """A step in a session of its own outlived a lost connection, and nobody was left who knew its deadline."""
+    mark = tmp_path / "mark"
+    hang = f"import os, time; print(os.getpid(), file=open({str(mark)!r}, 'w')); time.sleep(60)"
+    program = f"""import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})
+import gpu_sync_session as session
+session.steps = lambda *_: [session.Step("hangs", (sys.executable, "-c", {hang!r}), 50, {{}})]
+sys.argv = ["", "--out", {str(tmp_path)!r}, "--gpus", "1"]
+session.main()"""
+    with subprocess.Popen([sys.executable, "-c", program]) as script:
+        deadline = time.monotonic() + 30
+        while not (mark.exists() and mark.read_text().endswith("\n")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        step = psutil.Process(int(mark.read_text()))
+        script.send_signal(sign)
+        script.wait(45)
+    try:
+        assert not psutil.wait_procs([step], 5)[1]
+    finally:
+        if step.is_running():
+            step.kill()
+    assert script.returncode == 128 + sign

@@ -13,7 +13,7 @@ from megatron_sglang.rewards import create_reward
 from megatron_sglang.types import Completion, Prompt
 
 MODULE = """
-import os, time
+import os, subprocess, time
 from megatron_sglang.types import Completion, Prompt
 
 def length(prompt, completion):
@@ -25,6 +25,7 @@ def by_text(prompt, completion):
     if what == "raise": raise ValueError("first line\\nno such thing")
     if what == "hang": time.sleep(60)
     if what == "exit": os._exit(3)
+    if what == "checker": subprocess.run(["sleep", "61.25"])
     return {"nan": float("nan"), "inf": float("inf"), "none": None, "text": "abc"}.get(what, 0.25)
 
 not_callable = 5
@@ -84,6 +85,18 @@ def test_hanging_function_is_killed_at_its_deadline(create):
     with pytest.raises(RewardError, match="gave no answer in 1 s for prompt 'id-hang'"):
         reward.score(pairs("hang"))
     assert time.monotonic() - begin < 10
+
+
+def test_what_a_hanging_function_has_started_ends_with_it(create):
+    """A program that checks answers, and hangs, went on for ever beside the run and after it."""
+    reward = create("by_text", workers=1, timeout_s=1.0)
+    with pytest.raises(RewardError, match="gave no answer"):
+        reward.score(pairs("checker"))
+    running = [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "61.25"]]
+    _, left = psutil.wait_procs(running, 5)
+    for process in left:
+        process.kill()
+    assert not left
 
 
 @pytest.mark.parametrize("name", ["missing", "not_callable"])

@@ -46,9 +46,10 @@ def test_either_session_fails_the_whole_and_both_are_shown(tmp_path: Path, unit:
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("count", [1, 2])
-def test_the_end_of_the_script_ends_both_sessions(tmp_path: Path, count: int) -> None:
-    """What a cancelled run leaves behind holds the two cores of the next one. Also while it starts the second."""
+@pytest.mark.parametrize(("count", "sign"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGHUP)])
+def test_the_end_of_the_script_ends_both_sessions(tmp_path: Path, count: int, sign: signal.Signals) -> None:
+    """What a cancelled run, or one whose terminal was closed, leaves behind holds the two cores of the next one. Also
+    while it starts the second."""
     script = start(tmp_path, unit="time.sleep(100)", cpu_e2e="time.sleep(100)")
     deadline = time.monotonic() + 30
     while len(sessions := psutil.Process(script.pid).children()) < count or any(
@@ -56,7 +57,7 @@ def test_the_end_of_the_script_ends_both_sessions(tmp_path: Path, count: int) ->
     ):
         assert time.monotonic() < deadline, sessions
         time.sleep(0.001)
-    script.send_signal(signal.SIGTERM)
+    script.send_signal(sign)
     script.communicate(timeout=150)  # a session that imports may lose the signal, and is killed after 60 s
     assert script.returncode == 130
     assert not psutil.wait_procs(sessions, 5)[1]

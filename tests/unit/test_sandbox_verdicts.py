@@ -134,6 +134,14 @@ def test_vanished_solution_fails_even_a_test_that_swallows_everything(sandbox, n
     assert judge(sandbox, FORGERIES[name], LENIENT).passed == (False,)
 
 
+def test_a_solution_cannot_end_a_tests_map(sandbox):
+    """StopIteration within `map` ends it without a word: nothing was looked at, and all of nothing is true."""
+    source = "def f(a):\n    raise StopIteration\n"
+    tests = ("assert all(map(candidate, [1, 2]))", "assert set(map(candidate, [1, 2])) <= {True}")
+    verdict = judge(sandbox, source, *tests)
+    assert (verdict.passed, verdict.detail) == ((False, False), "StopIteration: ")
+
+
 def test_exceptions_reach_the_tests_as_their_builtin_class(sandbox):
     source = "def f(a):\n    raise ValueError('negative') if a < 0 else KeyError(a)\n"
     expects_it = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
 import shutil
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from megatron_sglang.config_load import load_config
 from megatron_sglang.engine.beacon import NAME, Announced, Watch
 from megatron_sglang.engine.options import EngineOptions
 from megatron_sglang.errors import ConfigError, DataError, EngineError
-from megatron_sglang.serve import command, keys
+from megatron_sglang.serve import command, http, keys
 from megatron_sglang.serve.answers import Form, Sampled
 from megatron_sglang.serve.app import Endpoint
 from megatron_sglang.serve.gate import Deadlines, Gate
@@ -24,7 +27,7 @@ from megatron_sglang.serve.limits import Limits
 from megatron_sglang.serve.records import ChatRequest, CompletionRequest
 from megatron_sglang.serve.refusal import Refusal
 from megatron_sglang.serve.tokens import Tokens, _bytes_by_character
-from megatron_sglang.serve.work import Version, choice_seed, requests_of
+from megatron_sglang.serve.work import Version, _merged, choice_seed, requests_of
 from megatron_sglang.types import Completion, SamplingParams
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_fim" / "model"
@@ -197,6 +200,26 @@ def test_versions_do_not_mix() -> None:
         assert refused.value.status == 503
 
 
+@pytest.mark.parametrize("choices", [1, 2])
+def test_a_stream_ends_with_whatever_a_choice_ends_in(choices: int) -> None:
+    """What is not an error of the engine's, such as a tokenizer's, left a stream of several choices silent for its ten
+    minutes."""
+
+    class Client:
+        async def stream(self, _: Any) -> AsyncGenerator[Any]:
+            raise IndexError("piece id is out of range")
+            yield
+
+    async def read() -> None:
+        async with asyncio.timeout(5):
+            requests = requests_of([(1,)], choices, SamplingParams(), None, "")
+            async for _ in _merged(Client(), requests):  # pyright: ignore
+                pass
+
+    with pytest.raises(IndexError):
+        asyncio.run(read())
+
+
 def test_choices_have_seeds_of_their_own() -> None:
     """With seed + n, requests of seeds 1 and 2 would share all but one of their samples."""
     assert choice_seed(7, 0) == 7
@@ -266,6 +289,7 @@ def test_keys_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv(keys.VARIABLE, "short")
     with pytest.raises(ConfigError, match="has 5 characters"):
         keys.from_user(None)
+    assert keys.from_user(tmp_path / "another") is None, "a file that is named is read or written, whatever is set"
 
 
 def test_a_key_file_is_removed_by_who_wrote_it_last(tmp_path: Path) -> None:
@@ -289,6 +313,51 @@ def test_limits_make_sense(tmp_path: Path) -> None:
 
 
 # ---- the engine that is served ----
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 70000])
+def test_a_port_that_is_none_is_refused(port: int) -> None:
+    """The resolver takes it modulo 65536: 70000 served on 4464, 65536 on any free one."""
+    with pytest.raises(ConfigError, match=f"--port={port} is no port"):
+        http.listen("127.0.0.1", port).close()
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--sglang-json-model-override-args", '{"rope_theta": 1}'], {"json_model_override_args": '{"rope_theta": 1}'}),
+        (["--sglang-revision", "1"], {"revision": "1"}),
+        (["--sglang-disable-radix-cache"], {"disable_radix_cache": True}),
+        (["--sglang-disable-radix-cache", "False"], {"disable_radix_cache": False}),
+        (["--sglang-schedule-conservativeness", ".5"], {"schedule_conservativeness": 0.5}),
+        (["--sglang-cuda-graph-bs-decode", "1", "2"], {"cuda_graph_bs_decode": [1, 2]}),
+    ],
+)
+def test_options_of_sglang_are_read_as_a_run_reads_them(words: list[str], value: dict[str, Any]) -> None:
+    """JSON that SGLang wants as text became a dictionary, on which it failed, and False a text, which is true."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    found = command._engine_options(parser.parse_args(["--model", str(EXAMPLE), *words])).extra
+    assert found == value
+    overrides = [f"sglang.{name}={words[1] if len(words) == 2 else one}" for name, one in value.items()]
+    assert load_config(None, ["model.hf_path=m", "data.train=d", *overrides]).sglang == value
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--tp", "2", "--kind", "fake"], "--tp, --kind would be for"),
+        (["--sglang-mem-fraction-static", "0.5"], "--sglang-mem-fraction-static would be for"),
+    ],
+)
+def test_options_of_an_own_engine_are_refused_beside_a_run(tmp_path: Path, words: list[str], named: str) -> None:
+    """They were taken and had no effect: the engine is the run's."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(ConfigError, match=named):
+        command.run(parser.parse_args(["--run", str(tmp_path / "absent"), *words]))
+    with pytest.raises(ConfigError, match="is no folder"):
+        command.run(parser.parse_args(["--run", str(tmp_path / "absent")]))
 
 
 @pytest.mark.parametrize("wrong", ["tokenizer.json", "generation_config.json"])
