@@ -62,9 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run one conversion; the leader says what was written."""
+    sizes = {name: getattr(args, name.replace("-", "_")) for name in SIZES}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"--{name}={size} is no number of ranks; give 1 or more")
+    if args.direction == "to-hf" and not 0 < args.shard_gb < math.inf:
+        raise ConfigError(f"--shard-gb={args.shard_gb} is no size of a file; give one above 0, such as 5")
+
     from megatron_sglang.weights import standalone
 
-    sizes = {name: getattr(args, name.replace("-", "_")) for name in SIZES}
     if args.direction == "to-hf":
         if args.adapter_only:
             done = export_adapter(args.hf_model, args.load, args.output, iteration=args.iteration, sizes=sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -21,8 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_sglang.config import LoraConfig
-from megatron_sglang.errors import DataError
-from megatron_sglang.weights import standalone, write
+from megatron_sglang.errors import ConfigError, DataError
+from megatron_sglang.weights import convert, standalone, write
 from megatron_sglang.weights.peft_format import CONFIG, WEIGHTS, AdapterFolder, AdapterWriter, Factors, join
 from megatron_sglang.weights.progress import progress
 from megatron_sglang.weights.shard_folder import INDEX, continued, require_continuable, state_of_files
@@ -365,3 +366,20 @@ def test_experts_are_grouped_on_a_gpu_as_in_a_run(
     (tmp_path / "config.json").write_text(json.dumps({"n_routed_experts": experts}))
     config = standalone._config(tmp_path, LoraConfig(), "float32", {}, base=True)
     assert config.megatron.get("moe-grouped-gemm") is grouped
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--tensor-model-parallel-size=0", "no number of ranks"),
+        ("--shard-gb=0", "no size of a file"),
+        ("--shard-gb=nan", "no size of a file"),
+        ("--shard-gb=inf", "no size of a file"),
+    ],
+)
+def test_sizes_that_are_none_are_refused_by_name(tmp_path: Path, option: str, said: str) -> None:
+    parser = argparse.ArgumentParser()
+    convert.add_arguments(parser)
+    folders = [f"--{name}={tmp_path / name}" for name in ("hf-model", "load", "output")]
+    with pytest.raises(ConfigError, match=f"{option.split('=')[0]}=.*{said}"):
+        convert.run(parser.parse_args(["to-hf", *folders, option]))
