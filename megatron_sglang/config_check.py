@@ -15,7 +15,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from megatron_sglang import placement
-from megatron_sglang.config import LoraConfig, LoraTarget, RouterPolicy, RunConfig
+from megatron_sglang.config import LoraConfig, LoraTarget, RewardConfig, RouterPolicy, RunConfig
 from megatron_sglang.errors import ConfigError
 from megatron_sglang.stops import StopMatcher
 
@@ -156,6 +156,7 @@ def check(config: RunConfig, *, local_world_size: int | None = None, trains: boo
     _check_router(config)
     _check_stop(config)
     _check_fed(config)
+    _check_reward(config.reward)
     _check_batches(config)
     if local_world_size is not None:
         _check_engine(config, local_world_size)
@@ -280,6 +281,15 @@ def _check_fed(config: RunConfig) -> None:
                 f"rollout.{name}={given} has no effect in a run whose batches are sampled elsewhere; leave it out, and "
                 "have whoever samples choose the groups"
             )
+
+
+def _check_reward(reward: RewardConfig) -> None:
+    """A function of the user's own runs as it is, in a process of its own."""
+    if not reward.name.startswith("function:"):
+        return
+    for name in ("binary", "sandbox", "memory_mb", "lean_project"):
+        if (given := getattr(reward, name)) != getattr(RewardConfig(), name):
+            raise ConfigError(f"reward.{name}={given} has no effect on reward.name={reward.name}; leave it out")
 
 
 def parallel_size(config: RunConfig, kind: str) -> int:

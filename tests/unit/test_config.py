@@ -221,6 +221,8 @@ WRONG = {
         ["--dynamic-sampling", "rollout.environment={name: feed}"],
         "rollout.dynamic_sampling=True has no effect",
     ),
+    "binary, of a function": (["reward.name=function:m.f", "reward.binary=true"], "reward.binary=True has no effect"),
+    "sandbox, of a function": (["reward.name=function:m.f", "reward.sandbox=restricted"], "has no effect on"),
     "stop texts of others' batches": (["rollout.stop=x", "rollout.environment={name: feed}"], "to whoever samples"),
     "expert tensor parallel": (["--expert-tensor-parallel-size", "2"], "set it to 1"),
     "adapters of routers over ranks": (
