@@ -16,10 +16,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -222,6 +223,15 @@ class Controls(Announced):
         self.connected.post(path, {"mode": "abort"}, deadline.left(path))
         self._flush(deadline)
 
+    @contextlib.contextmanager
+    def _requests_ended(self) -> Iterator[None]:
+        """Around a message that leaves the weights as they are, to an engine that may serve; it goes on to."""
+        if not self.stale:
+            self.quiesce()
+        yield
+        if not self.stale:
+            self.resume()
+
     def _drain(self, seconds: float, answer_s: float) -> None:
         """Wait until no request is alive, or the time is over. By flushing, which an engine that will sleep can
         spare."""
@@ -263,6 +273,11 @@ class Controls(Announced):
         if action == "resume":
             self._resume_s += time.perf_counter() - began
         note(tags)
+
+    def _take_weights_back(self) -> None:
+        """Take the weights' memory back if it was released. Its content is not the weights."""
+        if "weights" in self.released:
+            self._memory("resume", "weights")
 
 
 def client_of(

@@ -233,20 +233,6 @@ class HttpEngine(Controls):
 
     # ---- steps, also for `method_calls.py` and `broadcast.py` ----
 
-    @contextlib.contextmanager
-    def _requests_ended(self) -> Iterator[None]:
-        """Around a message that leaves the weights as they are, to an engine that may serve; it goes on to."""
-        if not self.stale:
-            self.quiesce()
-        yield
-        if not self.stale:
-            self.resume()
-
-    def _take_weights_back(self) -> None:
-        """Take the weights' memory back if it was released. Its content is not the weights."""
-        if "weights" in self.released:
-            self._memory("resume", "weights")
-
     def publish(self, version: int, stale: str = "") -> None:
         """Give the engine its version number and let it serve. stale: why nobody may use it yet, which readers of the
         beacon would do in the moment between two changes."""
