@@ -57,7 +57,7 @@ def split_argv(argv: Sequence[str], *, local_world_size: int | None = None) -> I
         print(help_text())
         raise SystemExit
     words = sort_words(argv)
-    sources = (_from_yaml(words.config_file), _from_overrides(words.overrides), _from_overrides(words.flags))
+    sources = (_from_yaml(words.config_file), from_overrides(words.overrides), from_overrides(words.flags))
     config = _build(RunConfig, _merge(*sources, OmegaConf.create({"megatron": words.megatron})), "")
     if local_world_size is None:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -67,7 +67,7 @@ def split_argv(argv: Sequence[str], *, local_world_size: int | None = None) -> I
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a YAML file with `section.field=value` overrides, checked but not resolved."""
-    config = _build(RunConfig, _merge(_from_yaml(path), _from_overrides(overrides)), "")
+    config = _build(RunConfig, _merge(_from_yaml(path), from_overrides(overrides)), "")
     check(config)
     return config
 
@@ -91,7 +91,8 @@ def _from_yaml(path: str | Path | None) -> DictConfig:
     return loaded
 
 
-def _from_overrides(overrides: Sequence[str]) -> DictConfig:
+def from_overrides(overrides: Sequence[str]) -> DictConfig:
+    """The sections that words such as section.field=value make. `ConfigError` for one that cannot be read."""
     tree = OmegaConf.create()
     for override in overrides:
         path, equals, value = override.partition("=")

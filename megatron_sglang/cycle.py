@@ -124,8 +124,9 @@ class Cycle:
             self.leader.engine.hold_back("what the direct path has left is not compared with the generic path's yet")
         report = self._send(direct, version)
         if reference is not None and report.engine_digest != reference.engine_digest:
-            digests = report.engine_digest, reference.engine_digest
-            reason = "its engine digest {} is not that of the generic path, {}".format(*digests)
+            reason = (
+                f"its engine digest {report.engine_digest} is not that of the generic path, {reference.engine_digest}"
+            )
             if self.leader is not None:
                 self.leader.engine.fail_update(reason)
             raise WeightSyncError(reason)

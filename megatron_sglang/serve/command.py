@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_sglang.config_check import ROUTER, known_options, text_options
+from megatron_sglang.config_check import ROUTER, known_options
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.engine.beacon import NAME
 from megatron_sglang.engine.options import ENGINE_FIELDS
@@ -214,15 +214,10 @@ def _value(name: str, text: str) -> Any:
     """As a run reads it: of an option that is text as it stands, also where that is JSON; else true, 8, 0.5 as what
     they are. ConfigError for what is neither."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    if f"sglang.{name}" in text_options():
-        return None if text == "null" else text
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # pyright: ignore
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"--sglang-{name.replace('_', '-')} {text} cannot be read: {error}") from error
+    from megatron_sglang.config_load import from_overrides
+
+    return OmegaConf.to_container(from_overrides([f"sglang.{name}={text}"]))["sglang"][name]  # pyright: ignore
 
 
 def _is_loopback(host: str) -> bool:
