@@ -41,6 +41,14 @@ class Engine(Protocol):
         """Check that every engine rank got `buckets` buckets and filled every parameter; the engine's digest."""
         ...
 
+    def hold_back(self, reason: str) -> None:
+        """Updates are committed, but not served until `serve`, or until one has failed."""
+        ...
+
+    def serve(self, version: int) -> None:
+        """Serve `version`, which was committed last and held back."""
+        ...
+
     def fail_update(self, reason: str) -> None: ...
 
     def release(self) -> None:
@@ -95,14 +103,6 @@ class DirectEngine(Engine, Protocol):
     def self_test(self, weights: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Load these HF tensors by the engine's loader and as its layout says; `WeightSyncError` where bits differ. The
         engine is stale afterwards."""
-        ...
-
-    def hold_back(self, reason: str) -> None:
-        """Updates are committed, but not served until `serve`, or until one has failed."""
-        ...
-
-    def serve(self, version: int) -> None:
-        """Serve `version`, which was committed last and held back."""
         ...
 
     def install_plan(self, receipts: Sequence[Mapping[str, Any]]) -> None:

@@ -74,8 +74,6 @@ class Calls(Protocol):
     def load_folder(self, version: int, folder: str, manifest: str) -> None: ...
     def serve_folder(self, folder: str) -> str: ...
     def stop(self, version: int) -> None: ...
-    def hold_back(self, reason: str) -> None: ...
-    def serve(self, version: int) -> None: ...
     def has_base(self) -> bool: ...
     def take_base(self, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int: ...
     def begin_merge(self, version: int) -> None: ...
@@ -134,7 +132,7 @@ class RestartPath(DiskPath):
 
     def _start_on(self, folder: str) -> str:
         digest = leaders(self.calls).serve_folder(folder)
-        leaders(self.calls).hold_back("its files are not compared with what it holds yet")
+        leaders(self.engine).hold_back("its files are not compared with what it holds yet")
         return digest
 
     def commit(self, version: int, buckets: int) -> str:
@@ -144,7 +142,7 @@ class RestartPath(DiskPath):
                 f"the engine that was started on {leaders(self._folder).path} had digest {self._loaded}, its weights "
                 f"checked one by one give {digest}; SGLang loads this model in another way than it is updated"
             )
-        leaders(self.calls).serve(version)
+        leaders(self.engine).serve(version)
         return digest
 
 
@@ -187,7 +185,9 @@ class MergeOnEnginePath:
         self._sound, self._expected = False, None
         if sound:
             return
-        self.comm.from_leader(lambda: leaders(self.calls).hold_back("it holds nothing that is proved to be the policy"))
+        self.comm.from_leader(
+            lambda: leaders(self.engine).hold_back("it holds nothing that is proved to be the policy")
+        )
         publish(self.comm, self.engine, self.base, version)
         names = self.adapters.names
         self.base_bytes = self.comm.from_leader(lambda: leaders(self.calls).take_base(names, self.shapes, self.dtype))
@@ -218,7 +218,7 @@ class MergeOnEnginePath:
             found = calls.compare(TOLERANCE[self.dtype])
             if digest != self._expected:
                 self._tolerate(version, digest, found)
-            calls.serve(version)
+            leaders(self.engine).serve(version)
         self._change = dataclasses.asdict(fidelity_of(change, self.adapters.names, self.shapes))
         self._sound = True
         return digest

@@ -73,14 +73,6 @@ class MethodCalls:
         self.engine.note_update(version)
         self._each(lambda one: _stop(one, version))
 
-    def hold_back(self, reason: str) -> None:
-        """Versions are committed, but not served until `serve`."""
-        self.engine.hold_back(reason)
-
-    def serve(self, version: int) -> None:
-        """Serve the version that was committed last."""
-        self.engine.serve(version)
-
     # ---- merging in the engine ----
 
     def has_base(self) -> bool:
