@@ -109,6 +109,13 @@ def field_types() -> Mapping[str, Any]:
     return found
 
 
+def in_one_spelling(section: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a section with dashes for Megatron and underscores for SGLang, as the names are known here: spelled
+    both ways one of them would stand twice."""
+    old, new = {"megatron": "_-", "sglang": "-_"}.get(section, "--")
+    return {str(name).replace(old, new): value for name, value in options.items()}
+
+
 def suggest(name: str, known: Iterable[str], prefix: str = "", owners: Mapping[str, str] | None = None) -> str:
     """'; did you mean ...?', or nothing where no known name is near, nor one of which `name` is the first part.
 

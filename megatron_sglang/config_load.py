@@ -23,7 +23,15 @@ from yaml import BaseLoader, YAMLError, load
 
 from megatron_sglang.config import RunConfig
 from megatron_sglang.config_argv import sort_words
-from megatron_sglang.config_check import check, known_options, megatron_argv, resolve, suggest, text_options
+from megatron_sglang.config_check import (
+    check,
+    in_one_spelling,
+    known_options,
+    megatron_argv,
+    resolve,
+    suggest,
+    text_options,
+)
 from megatron_sglang.config_docs import help_text
 from megatron_sglang.errors import ConfigError
 
@@ -131,14 +139,14 @@ def _text(path: str, value: str) -> str | list[Any] | None:
 def _merge(*sources: DictConfig) -> dict[str, Any]:
     """Later sources win. Names of pass-through options are brought to one spelling first."""
     for source in sources:
-        for section, (old, new) in {"megatron": "_-", "sglang": "-_"}.items():
+        for section in ("megatron", "sglang"):
             options = source.get(section)
             if options is None:
                 continue
             if not isinstance(options, DictConfig):
                 raise ConfigError(f"{section}={options!r} is not a section; write its options as {section}.NAME=value")
             plain = typing.cast("dict[str, Any]", OmegaConf.to_container(options, resolve=False))
-            source[section] = {str(name).replace(old, new): given for name, given in plain.items()}
+            source[section] = in_one_spelling(section, plain)
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(*sources), resolve=True)
     except OmegaConfBaseException as error:

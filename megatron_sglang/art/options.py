@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sglang.config import LoraConfig
+from megatron_sglang.config_check import in_one_spelling
 from megatron_sglang.engine.lora_options import lora_server_args
 from megatron_sglang.errors import ConfigError
 
@@ -194,17 +195,10 @@ def run_config(
         "sglang": served,
         "megatron": megatron,
     }
-    given = {section: _as_known(section, values) for section, values in options.items()}
+    given = {section: in_one_spelling(section, values) for section, values in options.items()}
     merged = {name: {**ours.get(name, {}), **given.get(name, {})} for name in {**ours, **given}}
     merged["megatron"].setdefault("min-lr", merged["megatron"]["lr"])
     return merged, [devices.why, *notes, _cache(sglang, method)]
-
-
-def _as_known(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A user's options with dashes for Megatron and underscores for SGLang: spelled otherwise, one of ours would stand
-    beside it."""
-    old, new = {"megatron": ("_", "-"), "sglang": ("-", "_")}.get(section, ("-", "-"))
-    return {name.replace(old, new): value for name, value in values.items()}
 
 
 def sync_method(sglang: SGLangConfig, lora: LoraConfig, model_path: Path, *, on_gpu: bool) -> tuple[str, list[str]]:
