@@ -16,13 +16,13 @@ import argparse
 import platform
 import subprocess
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from launch import ROOT, environment, random_model, torchrun, write
 from modes import ON_GPUS, ONE
 
+from megatron_sglang.bench import result
 from megatron_sglang.trace import METRICS, read_lines
 
 REPLAY = ["--moe-enable-routing-replay"]
@@ -67,9 +67,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             model = (*ON_GPU, *random_model(given.layers, Path(folder, "model"))) if given.layers else ()
             results[name] = run([*setting, *model, *arguments], given, Path(folder, "run"))
-        versions = {package: metadata.version(package) for package in ("torch", "sglang", "megatron-core")}
-        found = {"machine": platform.machine(), "batches": given.batches}
-        write("agreement.py", found | {"versions": versions, "runs": results}, given.output)
+        fixed = {"machine": platform.machine(), "batches": given.batches, "versions": result.versions()}
+        write("agreement.py", fixed | {"runs": results}, given.output)
 
 
 if __name__ == "__main__":

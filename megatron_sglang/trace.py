@@ -30,12 +30,11 @@ from typing import IO, Any, Self
 from omegaconf import OmegaConf
 
 from megatron_sglang.errors import DataError
+from megatron_sglang.text import HALF_PAIRS
 from megatron_sglang.trackers import create_tracker
 from megatron_sglang.types import Prompt, RolloutGroup
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
-HALF_PAIRS = "backslashreplace"
-"""UTF-8 has no form for half a surrogate pair; so it becomes \\udc80, which JSON reads as what it was."""
 
 
 class RunLog:

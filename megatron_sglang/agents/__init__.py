@@ -15,6 +15,7 @@ from megatron_sglang.agents.rollout import AgentRollout
 from megatron_sglang.config import RolloutConfig
 from megatron_sglang.interfaces import Reward
 from megatron_sglang.rollout import Rollout
+from megatron_sglang.text import encodable
 from megatron_sglang.types import SamplingParams
 
 
@@ -63,9 +64,4 @@ def create_rollout(
 def plain_encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
     """Text to token ids of a Hugging Face tokenizer; what looks like a special token in it is text as well, and half a
     surrogate pair, which no tokenizer takes and a model may write into JSON, becomes its escape."""
-
-    def encode(text: str) -> tuple[int, ...]:
-        whole = text.encode(errors="backslashreplace").decode()
-        return tuple(tokenizer.encode(whole, add_special_tokens=False, split_special_tokens=True))
-
-    return encode
+    return lambda text: tuple(tokenizer.encode(encodable(text), add_special_tokens=False, split_special_tokens=True))

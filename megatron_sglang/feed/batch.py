@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from megatron_sglang.errors import DataError
+from megatron_sglang.text import encodable
 from megatron_sglang.types import Completion, FinishReason, Prompt, RolloutGroup, Score
 
 BYTES_PER_TOKEN = 64
@@ -104,7 +105,7 @@ def _completion(row: Mapping[str, Any], start: int) -> Completion:
         ),
         finish_reason=row["finish_reason"],
         weight_version=row["version"],
-        text=row["text"].encode(errors="backslashreplace").decode(),  # no file takes half a surrogate pair
+        text=encodable(row["text"]),
         loss_mask_T=() if all(mask_T) else mask_T,
         turns=row["turns"],
     )

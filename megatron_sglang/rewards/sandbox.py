@@ -20,6 +20,7 @@ from typing import Any, Literal, Self, get_args
 from megatron_sglang.errors import ConfigError, SandboxError
 from megatron_sglang.rewards.box.literals import ChannelError, pack, receive
 from megatron_sglang.rewards.boxes import Box, BoxDied, Tier
+from megatron_sglang.text import encodable
 
 Test = str | Mapping[str, Any]
 JUDGE_GRACE_S = 1.0  # the tests outlive the solution, to tell how it ended
@@ -211,7 +212,7 @@ class Sandbox:
                 judge.close()
                 break
             if "broken" in message:
-                return Verdict((False,) * len(job.tests), broken=_encodable(message["broken"]))
+                return Verdict((False,) * len(job.tests), broken=encodable(message["broken"]))
             if message["gone"]:
                 status = solver.settle()
                 late = status in OUT_OF_TIME
@@ -220,12 +221,7 @@ class Sandbox:
             passed.append(message["ok"])
             details += [message["detail"]] if message["detail"] else []
         passed += [False] * (len(job.tests) - len(passed))
-        return Verdict(tuple(passed), _encodable(next(iter(details), "")), late=late)
-
-
-def _encodable(text: str) -> str:
-    """Half a surrogate pair, which neither a file nor a tokenizer takes, as its escape: a solution may raise one."""
-    return text.encode(errors="backslashreplace").decode()
+        return Verdict(tuple(passed), encodable(next(iter(details), "")), late=late)
 
 
 def _solution(job: Job, tier: Tier) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -58,14 +59,21 @@ class Echo(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None: ...
 
 
-@pytest.fixture
-def port() -> Iterator[int]:
-    with Meeting(("127.0.0.1", 0), Answer) as server:
+@contextlib.contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[int]:
+    """Its port."""
+    with server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server.server_port
         server.shutdown()
         thread.join(10)
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with serving(Meeting(("127.0.0.1", 0), Answer)) as port:
+        yield port
 
 
 def test_no_connection_is_closed_while_others_ask(port: int) -> None:
@@ -82,13 +90,9 @@ def test_no_connection_is_closed_while_others_ask(port: int) -> None:
 @pytest.mark.parametrize("size", [0, 1000, (1 << 20) - 10, 5_000_000])
 def test_a_body_of_any_size_arrives_whole(size: int) -> None:
     """Large ones go in pieces."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        body = {"text": "".join(chr(97 + number % 26) for number in range(size))}
-        http = Http(server.server_port, "user", "admin", lambda: None)
+    body = {"text": "".join(chr(97 + number % 26) for number in range(size))}
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Echo)) as port:
+        http = Http(port, "user", "admin", lambda: None)
         answer = http.post("/x", body, 30.0)
         http.close()
-        server.shutdown()
-        thread.join(10)
     assert answer == {"sha256": hashlib.sha256(json.dumps(body).encode()).hexdigest(), "type": "application/json"}
