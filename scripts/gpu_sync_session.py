@@ -39,6 +39,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]  # nothing is installed on a GPU host
+
+from megatron_sglang import signals  # noqa: E402
+
 TINY, LARGE = "examples/tiny_fim/model", "examples/qwen3_30b_a3b"
 ENGINE_TP_OF_TINY = 2
 """It has two key-value heads."""
@@ -195,7 +199,6 @@ def summary(records: Sequence[dict[str, Any]], targets: dict[str, float]) -> str
 
 def _table(found: dict[str, Any]) -> list[str]:
     """The direct path's sizes of buckets and numbers of buffers."""
-    sys.path[:0] = [str(ROOT)]  # nothing is installed on a GPU host
     from megatron_sglang.bench import result
 
     return result.variants(found)
@@ -217,16 +220,17 @@ def session(
     chosen: argparse.Namespace, steps_of: Callable[[int, str], Sequence[Step]], targets: dict[str, float]
 ) -> int:
     """Run what was `chosen`, or print it. steps_of: from the number of GPUs, or of ranks where it is rehearsed, and a
-    folder with the small model's config.json alone. Returns the exit status."""
+    folder with the small model's config.json alone. Returns the exit status; SystemExit with 128 + signal."""
     began = time.monotonic()
-    for sign in (signal.SIGTERM, signal.SIGHUP):  # so that the step under way is ended too
-        if signal.getsignal(sign) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(sign, lambda number, _: sys.exit(128 + number))
-    gpus = chosen.gpus or (2 if chosen.rehearse else count_gpus())
-    if not gpus:
-        print("no GPU is visible; --rehearse runs the same on a CPU, --dry-run --gpus 8 shows the plan")
-        return 1
-    with tempfile.TemporaryDirectory() as temporary:
+    ending = signals.not_ignored(signal.SIGTERM, signal.SIGHUP)
+    with (
+        signals.handled(lambda number, _: sys.exit(128 + number), *ending),  # so that the step under way is ended too
+        tempfile.TemporaryDirectory() as temporary,
+    ):
+        gpus = chosen.gpus or (2 if chosen.rehearse else count_gpus())
+        if not gpus:
+            print("no GPU is visible; --rehearse runs the same on a CPU, --dry-run --gpus 8 shows the plan")
+            return 1
         work = Path(temporary)
         tiny = work / "tiny"
         tiny.mkdir()

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from megatron_sglang import signals
 from megatron_sglang.config_check import ROUTER, known_options
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.engine.beacon import NAME
@@ -81,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
             f"(mode 600) or ${keys.VARIABLE}, or stay on 127.0.0.1"
         )
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # anyone who connects could fill the log with warnings
-    with contextlib.ExitStack() as cleanup, _sigterm_ends():
+    ending = signal.SIGTERM, *signals.not_ignored(signal.SIGHUP)
+    with contextlib.ExitStack() as cleanup, signals.handled(_end, *ending):
         folder = args.run_folder
         if folder is None:
             folder = Path(tempfile.mkdtemp(prefix="msgl-serve-"))
@@ -156,21 +158,9 @@ def _watched(engine: HttpEngine | None, server: Server) -> Generator[list[str]]:
         thread.join()
 
 
-@contextlib.contextmanager
-def _sigterm_ends() -> Generator[None]:
-    """SIGTERM and SIGHUP end like Ctrl-C, through everything that is to be closed; exit status 128 + signal. A SIGHUP
-    that is ignored stays so: nohup was asked for."""
-
-    def end(number: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    wanted = [signal.SIGTERM] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGTERM, signal.SIGHUP]
-    before = {number: signal.signal(number, end) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    """Like Ctrl-C, through everything that is to be closed; exit status 128 + signal."""
+    raise SystemExit(128 + number)
 
 
 def _check_no_engine_options(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from megatron_sglang import signals
 from megatron_sglang.errors import ConfigError
 from megatron_sglang.serve.limits import Limits
 from megatron_sglang.serve.refusal import Refusal
@@ -157,11 +158,6 @@ class Server(uvicorn.Server):
     def until_signal(self, listener: socket.socket) -> int:
         """Serve; the exit status: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP unless nohup has it ignored,
         else 0."""
-        hangup = signal.getsignal(signal.SIGHUP)
-        if hangup != signal.SIG_IGN:  # the others are taken over by uvicorn
-            signal.signal(signal.SIGHUP, self.handle_exit)
-        try:
+        with signals.handled(self.handle_exit, *signals.not_ignored(signal.SIGHUP)):  # uvicorn takes over the others
             self.run(sockets=[listener])
-        finally:
-            signal.signal(signal.SIGHUP, hangup)
         return 128 + self.ended_by if self.ended_by else 0
