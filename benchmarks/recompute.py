@@ -33,6 +33,7 @@ from training_efficiency import GB, Trainer
 
 from megatron_sglang import config_load, host
 from megatron_sglang.bench import result
+from megatron_sglang.hf_files import EXPERTS
 
 if TYPE_CHECKING:
     from megatron_sglang.config import RunConfig
@@ -45,7 +46,7 @@ def share(config: RunConfig, ranks: int, as_on: int, folder: Path) -> list[str]:
     """Arguments by which one of `ranks` has what it would have on `as_on`. folder: for the smaller model's files."""
     smaller = shutil.copytree(config.model.hf_path, folder / "model")
     described = json.loads((smaller / "config.json").read_text())
-    name = next(name for name in ("num_experts", "num_local_experts") if name in described)
+    name = next(name for name in EXPERTS if name in described)
     described[name] = described[name] * ranks // as_on
     (smaller / "config.json").write_text(json.dumps(described))
     samples = config.rollout.prompts_per_batch * config.rollout.samples_per_prompt

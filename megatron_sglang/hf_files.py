@@ -1,12 +1,15 @@
-"""What the headers of safetensors files say: names, shapes, types, places. Reads no weights; the standard library only.
+"""What the files of a Hugging Face folder say. Reads no weights; the standard library only.
 
-file    8 bytes of header length (little endian), header as JSON, data
+*.safetensors   8 bytes of header length (little endian), header as JSON, data; names, shapes, types and places are in
+                the header
+config.json     how many experts a layer has, which families of models name differently
 """
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,13 @@ from megatron_sglang.errors import DataError
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 """Bytes of one element, by the names that our options use."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Names under which config.json counts the routed experts of a layer."""
+
+
+def count_experts(config: Mapping[str, Any]) -> int:
+    """Routed experts of a layer by this config.json; 0 of a dense model."""
+    return next((config[name] for name in EXPERTS if config.get(name)), 0)
 
 
 def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_sglang.hf_files import count_experts
+
 if TYPE_CHECKING:
     import torch
 
@@ -95,8 +97,7 @@ def routed_experts(model: str, ids: Iterable[int], start: int) -> str:
     """What SGLang tells of all `ids` but the last, from `start` on, for the model whose config.json is in that folder:
     top_k experts in a row, the first by token, place and layer."""
     config = json.loads(Path(model, "config.json").read_text())
-    layers, top_k = config["num_hidden_layers"], config["num_experts_per_tok"]
-    count = config.get("num_experts") or config["num_local_experts"]
+    layers, top_k, count = config["num_hidden_layers"], config["num_experts_per_tok"], count_experts(config)
     found = array.array("i")
     for place, token in list(enumerate(ids))[start:-1]:
         found.extend((token + place + layer + slot) % count for layer in range(layers) for slot in range(top_k))

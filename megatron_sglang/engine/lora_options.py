@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import ConfigError
+from megatron_sglang.hf_files import count_experts
 
 MODULES = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"),
@@ -23,7 +24,6 @@ MODULES = {
 """Megatron's target -> SGLang's."""
 KEPT = 2
 """Adapters that stay loaded: the one that serves and the one before it."""
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _BACKENDS = {"cpu": "torch_native", "cuda": "triton"}
 
 
@@ -38,7 +38,7 @@ def lora_server_args(
         )
     backend = given.get("lora_backend", _BACKENDS[device])
     config = json.loads(Path(model_path, "config.json").read_text())
-    has_experts = any(config.get(name) for name in _EXPERTS)
+    has_experts = count_experts(config) > 0
     experts = [target for target in ("linear_fc1", "linear_fc2") if target in lora.targets]
     if has_experts and experts and backend != "triton":
         raise ConfigError(

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sglang.errors import DataError
-from megatron_sglang.hf_files import read_header
+from megatron_sglang.hf_files import EXPERTS, read_header
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Names under which config.json counts the experts of a layer."""
 Shapes = dict[str, tuple[int, ...]]
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.config_check import checked_lora, split_targets
 from megatron_sglang.errors import ConfigError, DataError
-from megatron_sglang.hf_files import tensor_shapes
+from megatron_sglang.hf_files import count_experts, tensor_shapes
 from megatron_sglang.weights.progress import is_leader, progress
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from megatron_sglang.weights.standalone import Model, Stored
 
 Dtype = Literal["float32", "bfloat16"]
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Where config.json says how many routed experts there are."""
 BUCKET_BYTES = 2**28
 """How much of the merged weights is gathered at a time, on every rank."""
 SIZES = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size")
@@ -174,8 +172,7 @@ def import_adapter(
             raise ConfigError(
                 f"{' and '.join(lora.keys() - {'rank'})} follow from --adapter; give them without it only"
             )
-        experts = next((config[name] for name in _EXPERTS if config.get(name)), 0)
-        given = peft_format.AdapterFolder(Path(adapter), experts)
+        given = peft_format.AdapterFolder(Path(adapter), count_experts(config))
         options = given.lora_config(lora.get("rank"))
     else:
         options = checked_lora(LoraConfig(**lora))

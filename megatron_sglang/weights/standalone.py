@@ -19,7 +19,7 @@ from megatron_sglang.config import DataConfig, LoraConfig, ModelConfig, RolloutC
 from megatron_sglang.config_check import check, resolve
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.errors import ConfigError, DataError
-from megatron_sglang.training.hf_folder import EXPERTS
+from megatron_sglang.hf_files import count_experts
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -179,7 +179,7 @@ def _config(
             )
     # Nothing is trained; and without APEX Megatron refuses to build layers that would fuse it.
     megatron = dict(sizes) | {"micro-batch-size": 1, "no-gradient-accumulation-fusion": True}
-    if not cpu_room.needed() and any(json.loads((hf_model / "config.json").read_text()).get(name) for name in EXPERTS):
+    if not cpu_room.needed() and count_experts(json.loads((hf_model / "config.json").read_text())):
         megatron["moe-grouped-gemm"] = True  # as in runs on GPUs; Bridge knows the experts of GLM4-MoE in no other way
     if sizes.get("tensor-model-parallel-size", 1) > 1:
         megatron["sequence-parallel"] = True  # Megatron demands it for experts; weights are the same without
