@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_sglang.checkpoint_folder import TRACKER
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.config_check import in_one_spelling
 from megatron_sglang.engine.lora_options import lora_server_args
@@ -183,7 +184,7 @@ def run_config(
         saved = folder / "checkpoints"
         # Of a new step only the newest is kept: nothing but the last is ever continued.
         megatron |= {"save": str(saved), "save-interval": 1, "save-retain-interval": BATCHES * 1000}
-        if (saved / "latest_checkpointed_iteration.txt").exists():
+        if (saved / TRACKER).exists():
             megatron["load"] = str(saved)
     ours: dict[str, dict[str, Any]] = {
         "model": {"hf_path": str(model_path), "dtype": "bfloat16" if on_gpu else "float32"},

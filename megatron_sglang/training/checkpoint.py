@@ -1,17 +1,11 @@
-"""What a checkpoint is here: Megatron's own torch_dist checkpoint without the frozen base, and one JSON file.
-
-<save>/iter_0000030/            Megatron: adapters, optimizer, schedule, RNG
-<save>/iter_0000030/rollout_state.json    position in the data, weight version, rollout step, its train steps done
-<save>/latest_checkpointed_iteration.txt  Megatron writes it last; until then the checkpoint does not count
-"""
+"""What a checkpoint is here: Megatron's own torch_dist checkpoint without the frozen base, and one JSON file
+(`checkpoint_folder.py`)."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import json
-import os
 import queue
 import shutil
 import traceback
@@ -21,13 +15,11 @@ from typing import Any, NoReturn
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_sglang.checkpoint_folder import STATE_FILE, TRACKER, folder_of, newest, read_state
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import ConfigError, DataError, OnOtherRank
-
-STATE_FILE = "rollout_state.json"
 
 
 def only_adapters(model: Any) -> None:
@@ -80,46 +72,18 @@ def _forget_what_failed_writes_held() -> None:
     writer.write_preloaded_data = staticmethod(write)
 
 
-def write_state(save: str, iteration: int, state: dict[str, Any]) -> None:
-    """Write the JSON part before Megatron's part, so that no checkpoint counts without it. On one rank only."""
-    folder = _folder(save, iteration)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (STATE_FILE + ".part")
-    with partial.open("w") as file:
-        json.dump(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(folder / STATE_FILE)
-
-
-def read_state(load: str, iteration: int) -> dict[str, Any]:
-    """The JSON part; DataError when the checkpoint has none."""
-    return _read(_folder(load, iteration) / STATE_FILE)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}); the checkpoint is not of this package or is damaged, "
-            "load an earlier one with --ckpt-step"
-        ) from error
-
-
 def require_same_adapters(args: Any, lora: LoraConfig) -> None:
     """DataError unless the checkpoint that `args`, Megatron's, will load has adapters like `lora`. Asked before it is
     loaded: with another alpha it would be read without an error, and each adapter would count more, or less, than it
     was trained to; of another rank or other targets Megatron only says that a shape or a key is not what it expected.
     A converted one ("release") has them, too. Not with --finetune, which begins a new run."""
-    tracker = Path(get_checkpoint_tracker_filename(args.load)) if args.load and not args.finetune else None
-    if tracker is None or not (args.ckpt_step or tracker.exists()):
+    if not args.load or args.finetune or not (args.ckpt_step or Path(args.load, TRACKER).exists()):
         return
-    iteration = str(args.ckpt_step or tracker.read_text().strip())
-    folder = _folder(args.load, int(iteration)) if iteration.isdecimal() else Path(args.load, iteration)
-    if not iteration.isdecimal() and not (folder / STATE_FILE).exists():  # converted by others
+    which = str(args.ckpt_step or newest(args.load))
+    folder = folder_of(args.load, which)
+    if not which.isdecimal() and not (folder / STATE_FILE).exists():  # converted by others
         return
-    saved = _read(folder / STATE_FILE).get("lora", {})
+    saved = read_state(folder).get("lora", {})
     for name, wanted in dataclasses.asdict(lora).items():
         wanted = list(wanted) if isinstance(wanted, tuple) else wanted
         if (found := saved.get(name, wanted)) != wanted:
@@ -182,7 +146,3 @@ def _raise_explained(what: str, error: BaseException, remedy: str) -> NoReturn:
         raise DataError(f"{what}; {remedy}") from OnOtherRank("the rank that gathers the results knows why")
     rank, (reason, _) = min(failures.items())
     raise DataError(f"{what}: rank {rank}: {reason}; {remedy}") from error
-
-
-def _folder(root: str, iteration: int) -> Path:
-    return Path(root) / f"iter_{iteration:07d}"

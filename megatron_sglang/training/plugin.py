@@ -28,6 +28,7 @@ from megatron.training import get_args, initialize, training
 
 from megatron_sglang import metrics
 from megatron_sglang.batching import MicroBatch
+from megatron_sglang.checkpoint_folder import folder_of, read_state, write_state
 from megatron_sglang.config import RunConfig
 from megatron_sglang.cycle import Cycle
 from megatron_sglang.errors import SetupError
@@ -176,7 +177,7 @@ class Plugin:
             self.cycle = self.make_cycle(model, None)
         else:
             args: Any = get_args()
-            state = checkpoint.read_state(args.load, iteration)
+            state = read_state(folder_of(args.load, iteration))
             self.rollout_step, self.steps_done = state["rollout_step"], state.get("trained", 0)
             self.cycle = self.make_cycle(model, self.rollout_step - 1)
             self.cycle.restore(state["cycle"])
@@ -254,7 +255,7 @@ class Plugin:
         return {"rollout_step": self.rollout_step, "cycle": cycle.state()}
 
     def _save_state(self, iteration: int) -> None:
-        """Write our part of the checkpoint: `rollout_state.json` (`checkpoint.write_state`)."""
+        """Write our part of the checkpoint: `rollout_state.json`."""
         assert self.cycle is not None
         args: Any = get_args()
         state = (self.state_before_batch if self.pending else self._rollout_state(self.cycle)) | {
@@ -262,7 +263,7 @@ class Plugin:
             "lora": dataclasses.asdict(self.config.lora),  # for `megatron-sglang convert`, with dtype
             "dtype": self.config.model.dtype,
         }
-        self.cycle.comm.from_leader(lambda: checkpoint.write_state(args.save, iteration, state))
+        self.cycle.comm.from_leader(lambda: write_state(folder_of(args.save, iteration), state))
 
 
 def _rerunnable(model: list[Any], batches: list[MicroBatch]) -> Any:

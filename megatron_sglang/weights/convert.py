@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_sglang.checkpoint_folder import RELEASE
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.config_check import checked_lora, split_targets
 from megatron_sglang.errors import ConfigError, DataError
@@ -182,7 +183,7 @@ def import_adapter(
             _from_folder(model, given, options, dtype)
         with _new_folder(model, save) as folder:
             standalone.save_release(model, folder)
-            model.comm.from_leader(lambda: standalone.write_stored(folder / standalone.RELEASE, options, dtype))
+            model.comm.from_leader(lambda: standalone.write_stored(folder / RELEASE, options, dtype))
     return options
 
 

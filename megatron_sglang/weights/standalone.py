@@ -14,16 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from megatron_sglang.checkpoint_folder import RELEASE, STATE_FILE, TRACKER, folder_of, newest, write_state
 from megatron_sglang.comm import TorchComm
 from megatron_sglang.config import DataConfig, LoraConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_sglang.config_check import check, resolve
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.errors import ConfigError, DataError
 from megatron_sglang.hf_files import count_experts
-
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
-"""Megatron's name for a checkpoint that is nobody's iteration: loaded without optimizer, schedule and RNG."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +43,14 @@ class Model:
 
 def find_checkpoint(load: Path, iteration: int | None) -> Stored:
     """The newest checkpoint of `load`, or that of `iteration`. Raises DataError."""
-    if iteration is None:
-        try:
-            newest = (load / TRACKER).read_text().strip()
-        except OSError as error:
-            raise DataError(
-                f"--load {load} holds no checkpoint ({error}); give the folder that --save named"
-            ) from error
-    else:
-        newest = str(iteration)
-    if newest != RELEASE and not newest.isdigit():
-        raise DataError(f"{load / TRACKER} says {newest!r}; expected an iteration, choose one with --iteration")
-    folder = load / (newest if newest == RELEASE else f"iter_{int(newest):07d}")
-    path = folder / "rollout_state.json"
+    try:
+        which = newest(load) if iteration is None else str(iteration)
+    except OSError as error:
+        raise DataError(f"--load {load} holds no checkpoint ({error}); give the folder that --save named") from error
+    if which != RELEASE and not which.isdecimal():
+        raise DataError(f"{load / TRACKER} says {which!r}; expected an iteration, choose one with --iteration")
+    folder = folder_of(load, which)
+    path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text())
         lora = state["lora"]
@@ -74,7 +66,7 @@ def find_checkpoint(load: Path, iteration: int | None) -> Stored:
 
 def write_stored(folder: Path, lora: LoraConfig, dtype: str) -> None:
     """What `find_checkpoint` reads, for a checkpoint that no run has written."""
-    (folder / "rollout_state.json").write_text(json.dumps({"lora": asdict(lora), "dtype": dtype}))
+    write_state(folder, {"lora": asdict(lora), "dtype": dtype})
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import cases
 import torch
 
 from megatron_sglang import cli, weights
+from megatron_sglang.checkpoint_folder import folder_of, write_state
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import MegatronSglangError
 from megatron_sglang.hf_files import tensor_shapes
@@ -42,7 +43,7 @@ def save(hf: str, folder: str, layout: dict[str, int], lora: dict[str, Any]) -> 
         args = get_args()
         args.save, args.no_save_optim = folder, True
         state = {"lora": {"rank": config.rank, "alpha": config.alpha, "targets": config.targets}, "dtype": "float32"}
-        model.comm.from_leader(lambda: checkpoint.write_state(folder, 3, state))
+        model.comm.from_leader(lambda: write_state(folder_of(folder, 3), state))
         checkpoint.write_in_process()
         checkpointing.save_checkpoint(3, model.chunks, None, None, 0)
 
