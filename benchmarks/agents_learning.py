@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import subprocess
-import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from launch import ROOT, interruptible, launch, torchrun
 
 RUNS = {
     "repair": ["--config", "conf/tiny_repair.yaml"],
@@ -36,10 +35,10 @@ COUNTED = (
 
 
 def run(arguments: list[str], folder: Path) -> dict:
-    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
     program = [str(ROOT / "pretrain_gspo.py"), "--rollout-engine", "sglang", *arguments]
     more = ["rollout.eval_interval=10", f"log.run_dir={folder}"]
-    subprocess.run([*launcher, *program, *more], cwd=ROOT, check=True, timeout=3600)
+    command = torchrun(2, *program, *more)
+    launch(command, timeout_s=3600, env=os.environ).check_returncode()
     return summary(folder)
 
 
@@ -66,7 +65,7 @@ def main() -> None:
     report = json.loads(chosen.output.read_text()) if chosen.output.exists() else {}
     for name in chosen.only.split(";"):
         print(f"== {name}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with interruptible(), tempfile.TemporaryDirectory() as folder:
             report.setdefault("runs", {})[name] = {"arguments": more} | run([*RUNS[name], *more], Path(folder))
         packages = ("torch", "megatron-core", "megatron-bridge", "sglang")
         report["versions"] = {package: metadata.version(package) for package in packages}

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import platform
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from launch import ROOT, environment, random_model, torchrun, write
+from launch import ROOT, interruptible, launch, random_model, torchrun, write
 from modes import ON_GPUS, ONE
 
 from megatron_sglang.bench import result
@@ -39,8 +38,7 @@ def run(arguments: list[str], given: argparse.Namespace, folder: Path) -> dict[s
     """The agreement of one run."""
     program = ["pretrain_gspo.py", "--rollout-engine", "sglang", "--config", "conf/tiny_cpu.yaml"]
     more = [f"rollout.batches={given.batches}", "rollout.eval_samples=16", f"log.run_dir={folder}", *arguments]
-    command = torchrun(given.nproc, *program, *more, timeout_s=given.timeout_s)
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True)
+    launch(torchrun(given.nproc, *program, *more), timeout_s=given.timeout_s).check_returncode()
     train = [record for record in read_lines(folder / METRICS) if "train/loss" in record]
     by_batch = {
         name: [record[f"train/{name}"] for record in train]
@@ -64,7 +62,7 @@ def main() -> None:
     given, arguments = parser.parse_known_args()
     results = {}
     for name, setting in RUNS.items():
-        with tempfile.TemporaryDirectory() as folder:
+        with interruptible(), tempfile.TemporaryDirectory() as folder:
             model = (*ON_GPU, *random_model(given.layers, Path(folder, "model"))) if given.layers else ()
             results[name] = run([*setting, *model, *arguments], given, Path(folder, "run"))
         fixed = {"machine": platform.machine(), "batches": given.batches, "versions": result.versions()}

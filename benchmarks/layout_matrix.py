@@ -28,6 +28,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cpu_e2e")]
 
+from launch import interruptible  # noqa: E402
+
 from megatron_sglang.engine.options import EngineOptions, server_args  # noqa: E402
 from megatron_sglang.engine.trace_offline import as_on_gpu  # noqa: E402
 from megatron_sglang.layout import RankLayout, fold, problems  # noqa: E402
@@ -256,7 +258,7 @@ def main() -> None:
         if (chosen.only and model not in chosen.only.split(",")) or "error" not in results.get(key, {"error": 1}):
             continue
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as temporary:
+        with interruptible(), tempfile.TemporaryDirectory() as temporary:
             folder = make_folder(model, Path(temporary))
             try:
                 run = (

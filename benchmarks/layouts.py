@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from launch import ROOT, environment, torchrun, write
+from launch import ROOT, interruptible, launch, torchrun, write
 
 EP2 = ("--expert-model-parallel-size", "2")
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
@@ -66,9 +65,11 @@ def run(name: str, model: Path, work: Path, dtype: str, backend: str) -> dict[st
     command += ["--global-batch-size", "32", "--micro-batch-size", "4", "engine.tp_size=1", "lora.rank=16"]
     command += ["data.max_prompt_tokens=192", "rollout.max_new_tokens=256"] if dtype == "bfloat16" else SHORT
     command += [*LAYOUTS[name], *(ON_GPUS if dtype == "bfloat16" else ()), "--attention-backend", backend]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode or not result.exists():
-        return {"failed": (done.stderr or done.stdout)[-3000:].splitlines()}
+    log = result.with_suffix(".log")
+    with log.open("w") as output:
+        status = launch(command, log=output).returncode
+    if status or not result.exists():
+        return {"failed": log.read_text()[-3000:].splitlines()}
     return json.loads(result.read_text())
 
 
@@ -106,7 +107,7 @@ def main() -> int:
     on_gpus = torch.cuda.is_available()
     dtype = "bfloat16" if on_gpus else "float32"
     names = given.only or [name for name in LAYOUTS if on_gpus or "CP2" not in name]
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(given.at_once) as pool:
+    with interruptible(), tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(given.at_once) as pool:
         work = Path(temporary)
         model = work / "model" if on_gpus else TINY
         if on_gpus:

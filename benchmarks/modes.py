@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from launch import ROOT, TIMEOUT_S, environment, torchrun, write
+from launch import TIMEOUT_S, environment, interruptible, launch, torchrun, write
 
 from megatron_sglang.trace import METRICS, read_lines
 
@@ -55,13 +55,13 @@ def run(name: str, work: Path, gpus: bool, timeout_s: int) -> dict[str, Any]:
     ranks, arguments = RUNS[name]
     folder = work / "".join(letter for letter in name if letter.isalnum())
     wanted = (*ALL, *arguments, *(ON_GPUS if gpus else ()), f"log.run_dir={folder}")
-    command = torchrun(ranks, "pretrain_gspo.py", "--rollout-engine", "sglang", *wanted, timeout_s=timeout_s)
+    command = torchrun(ranks, "pretrain_gspo.py", "--rollout-engine", "sglang", *wanted)
     env = environment()
     if name == "shared" and gpus:
         env["CUDA_VISIBLE_DEVICES"] = "0"
     began = time.monotonic()
     with (work / f"{folder.name}.log").open("w+") as log:
-        status = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, check=False).returncode
+        status = launch(command, timeout_s=timeout_s, env=env, log=log).returncode
         log.seek(0)
         said = log.read()
     found: dict[str, Any] = {"ranks": ranks, "arguments": " ".join(arguments), "status": status}
@@ -98,7 +98,7 @@ def main() -> int:
 
     before = used_mb()
     runs = {}
-    with tempfile.TemporaryDirectory() as temporary:
+    with interruptible(), tempfile.TemporaryDirectory() as temporary:
         for alone, at_once in ((False, given.at_once), (True, 1)):
             wanted = [name for name in given.only if (name in ALONE) == alone]
             with ThreadPoolExecutor(at_once) as pool:

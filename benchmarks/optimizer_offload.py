@@ -19,13 +19,12 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from launch import ROOT, TIMEOUT_S, environment, random_model, torchrun, write
+from launch import TIMEOUT_S, interruptible, launch, random_model, torchrun, write
 from training_efficiency import GB, Trainer
 
 from megatron_sglang import config_load, host
@@ -104,7 +103,7 @@ def main() -> None:
     if given.state:
         take_steps(arguments, given.batches, given.state)
         return
-    with tempfile.TemporaryDirectory(prefix="megatron-sglang-") as temporary:
+    with interruptible(), tempfile.TemporaryDirectory(prefix="megatron-sglang-") as temporary:
         model = random_model(given.layers, Path(temporary, "model"))
         runs: dict[str, Any] = {}
         states = []
@@ -112,8 +111,8 @@ def main() -> None:
             states.append(state := Path(temporary, name.replace(" ", "_")))
             state.mkdir()
             options = ("--state", str(state), "--batches", str(given.batches))
-            command = torchrun(1, __file__, *options, *ALL, *model, *arguments, *own, timeout_s=given.timeout_s)
-            subprocess.run(command, cwd=ROOT, env=environment(), check=True)
+            command = torchrun(1, __file__, *options, *ALL, *model, *arguments, *own)
+            launch(command, timeout_s=given.timeout_s).check_returncode()
             took = json.loads((state / "took.json").read_text())
             runs[name] = took | {"seconds_median": statistics.median(took["seconds"][1:])}
         alike = [compared(states, batch) for batch in range(1, given.batches + 1)]

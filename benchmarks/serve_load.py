@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from launch import interruptible
 
 from megatron_sglang.engine import EngineOptions, create_engine
 from megatron_sglang.engine.beacon import NAME
@@ -272,7 +273,7 @@ def main() -> int:
         str(args.model), kind=args.kind, tp_size=args.tp, dtype="float32", load_format="auto", extra=extra, **more
     )
     asked = requests_of(args.requests, args.tokens)
-    with tempfile.TemporaryDirectory() as folder, create_engine(options) as engine:
+    with interruptible(), tempfile.TemporaryDirectory() as folder, create_engine(options) as engine:
         engine.announce(Path(folder, NAME))
         expected = expected_of(engine, asked)
         print(f"{len(asked)} expected answers, {len(set(expected))} different", flush=True)

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from launch import ROOT, interruptible, launch, torchrun
 
 _ONE = ["--expert-model-parallel-size", "1"]
 RUNS: dict[str, tuple[int, list[str]]] = {
@@ -33,11 +32,11 @@ RUNS: dict[str, tuple[int, list[str]]] = {
 
 
 def run(ranks: int, arguments: list[str], folder: Path) -> dict:
-    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc-per-node={ranks}"]
     program = [str(ROOT / "pretrain_gspo.py"), "--rollout-engine", "sglang", "--config", "conf/tiny_cpu.yaml"]
     began = time.perf_counter()
     more = ["rollout.eval_interval=5", f"log.run_dir={folder}", *arguments]
-    subprocess.run([*launcher, *program, *more], cwd=ROOT, check=True, timeout=1800)
+    command = torchrun(ranks, *program, *more)
+    launch(command, timeout_s=1800, env=os.environ).check_returncode()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [record for record in records if "train/loss" in record]
     return {
@@ -83,7 +82,7 @@ def main() -> None:
     for name in chosen.only.split(","):
         ranks, arguments = RUNS[name]
         print(f"== {name}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with interruptible(), tempfile.TemporaryDirectory() as folder:
             report.setdefault("runs", {})[name] = run(ranks, arguments, Path(folder))
         packages = ("torch", "megatron-core", "megatron-bridge", "sglang")
         report["versions"] = {package: metadata.version(package) for package in packages}
