@@ -21,14 +21,20 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch import TIMEOUT_S, interruptible, launch, random_model, torchrun, write
 from training_efficiency import GB, Trainer
 
 from megatron_sglang import config_load, host
 from megatron_sglang.bench import result
+
+if TYPE_CHECKING:
+    import torch
+
+    Adapters = Mapping[str, torch.Tensor]
 
 ALL = (
     *("--config", "conf/qwen3_30b_fim_gspo_h200.yaml", "--rollout-engine", "fake"),
@@ -74,15 +80,19 @@ def take_steps(arguments: list[str], batches: int, state: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def compared(states: list[Path], batch: int) -> dict[str, float]:
-    """See the module's docstring."""
+def compared(states: Sequence[Path], batches: int) -> list[dict[str, float]]:
+    """After each batch, from the folders of the run on the GPU and of that on the CPU: see the module's docstring."""
     from safetensors.torch import load_file
 
-    start, *ends = (load_file(path) for path in (states[0] / "0", *(state / f"{batch}" for state in states)))
+    start = load_file(states[0] / "0")
+    return [apart(start, *(load_file(state / f"{batch}") for state in states)) for batch in range(1, batches + 1)]
+
+
+def apart(start: Adapters, end_on_gpu: Adapters, end_on_cpu: Adapters) -> dict[str, float]:
     equal = count = 0
     change = difference = 0.0
     for name, before in start.items():
-        on_gpu, on_cpu = (end[name].double() for end in ends)
+        on_gpu, on_cpu = end_on_gpu[name].double(), end_on_cpu[name].double()
         equal += int((on_gpu == on_cpu).sum())
         count += before.numel()
         change += float((on_gpu - before.double()).square().sum())
@@ -115,7 +125,7 @@ def main() -> None:
             launch(command, timeout_s=given.timeout_s).check_returncode()
             took = json.loads((state / "took.json").read_text())
             runs[name] = took | {"seconds_median": statistics.median(took["seconds"][1:])}
-        alike = [compared(states, batch) for batch in range(1, given.batches + 1)]
+        alike = compared(states, given.batches)
         start = states[0] / "0", states[1] / "0"
         found = {"same_start": start[0].read_bytes() == start[1].read_bytes(), "after_batches": alike, "runs": runs}
     write("optimizer_offload.py", found, given.output)
