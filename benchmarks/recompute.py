@@ -49,8 +49,7 @@ def share(config: RunConfig, ranks: int, as_on: int, folder: Path) -> list[str]:
     name = next(name for name in EXPERTS if name in described)
     described[name] = described[name] * ranks // as_on
     (smaller / "config.json").write_text(json.dumps(described))
-    samples = config.rollout.prompts_per_batch * config.rollout.samples_per_prompt
-    batch = int(config.megatron.get("global-batch-size", samples)) * ranks // as_on
+    batch = int(config.megatron.get("global-batch-size", config.rollout.samples)) * ranks // as_on
     prompts = batch // config.rollout.samples_per_prompt
     sizes = [f"--global-batch-size={batch}", f"rollout.prompts_per_batch={prompts}"]
     return [f"model.hf_path={smaller}", f"--expert-model-parallel-size={ranks}", *sizes]

@@ -190,7 +190,7 @@ def _samples(config: RunConfig, vocabulary: int) -> list[TrainSample]:
     draw = random.Random(config.seed)
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     made = []
-    for _ in range(config.rollout.prompts_per_batch * config.rollout.samples_per_prompt):
+    for _ in range(config.rollout.samples):
         ids = [draw.randrange(5, vocabulary) for _ in range(prompt + response)]
         logprobs = tuple(-draw.random() for _ in range(response))
         made.append(TrainSample(tuple(ids[:prompt]), tuple(ids[prompt:]), logprobs, draw.gauss(0, 1), 0.0, 1))

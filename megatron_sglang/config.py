@@ -101,6 +101,11 @@ class RolloutConfig:
     eval_samples: int = 0
     """Held-out problems in an evaluation, one completion each; 0: all of data.eval."""
 
+    @property
+    def samples(self) -> int:
+        """P x G: samples of a rollout batch."""
+        return self.prompts_per_batch * self.samples_per_prompt
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
@@ -231,6 +236,11 @@ class RunConfig:
     """Megatron's own arguments by flag name without the dashes, e.g. {lr: 3e-3, expert-model-parallel-size: 2}."""
     sglang: dict[str, Any] = field(default_factory=dict)
     """SGLang's other ServerArgs by field name, e.g. {log_level: info}; on the command line --sglang-*."""
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens of the longest prompt with the longest completion."""
+        return self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
     @property
     def replays_routing(self) -> bool:

@@ -133,13 +133,12 @@ def resolve(config: RunConfig, *, local_world_size: int) -> RunConfig:
     `local_world_size`: trainer ranks on this node. What the user set is never overwritten, but for the micro-batch-size
     of packed micro-batches, which has no meaning.
     """
-    rollout = config.rollout
-    samples = rollout.prompts_per_batch * rollout.samples_per_prompt
+    samples = config.rollout.samples
     step_samples = _megatron_int(config, "global-batch-size", samples)
     derived = {
         "global-batch-size": step_samples,
-        "train-iters": rollout.batches * samples // max(step_samples, 1),
-        "seq-length": config.data.max_prompt_tokens + rollout.max_new_tokens,
+        "train-iters": config.rollout.batches * samples // max(step_samples, 1),
+        "seq-length": config.longest_sample,
         "expert-tensor-parallel-size": 1,
     }
     # Micro-batches by tokens have no fixed number of samples; Megatron still counts a train step's samples by one.
@@ -322,8 +321,7 @@ def _megatron_int(config: RunConfig, name: str, default: int) -> int:
 
 
 def _check_batches(config: RunConfig) -> None:
-    rollout = config.rollout
-    samples = rollout.prompts_per_batch * rollout.samples_per_prompt
+    rollout, samples = config.rollout, config.rollout.samples
     step_samples = _megatron_int(config, "global-batch-size", samples)
     if step_samples < 1 or samples % step_samples:
         raise ConfigError(
@@ -338,7 +336,7 @@ def _check_batches(config: RunConfig) -> None:
         )
     if (given := _megatron_int(config, BUDGET, 0)) < 0:
         raise ConfigError(f"{BUDGET}={given}; expected the tokens of a packed micro-batch, or 0 to pad")
-    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    longest = config.longest_sample
     if (given := _megatron_int(config, "seq-length", longest)) < longest:
         raise ConfigError(
             f"seq-length={given} is shorter than data.max_prompt_tokens={config.data.max_prompt_tokens} "
@@ -363,11 +361,10 @@ def _warnings(config: RunConfig) -> Iterable[str]:
             f"algo.clip_low={algo.clip_low}, algo.clip_high={algo.clip_high} suit the ratios of tokens (GRPO); those "
             "of sequences stay nearer to 1, GSPO's authors use 3e-4 and 4e-4"
         )
-    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-    if 0 < (budget := packed_tokens(config)) < longest:
+    if 0 < (budget := packed_tokens(config)) < config.longest_sample:
         yield (
-            f"{BUDGET} times context-parallel-size is {budget} tokens, a sample may have {longest} and then is a "
-            "micro-batch of its own, larger than that"
+            f"{BUDGET} times context-parallel-size is {budget} tokens, a sample may have {config.longest_sample} and "
+            "then is a micro-batch of its own, larger than that"
         )
     if rollout.top_p < 1 or rollout.top_k != -1:
         yield "rollout.top_p/top_k cut the sampler's distribution; the trainer's ratios are taken against the uncut one"

@@ -64,8 +64,7 @@ def plan_command(config: RunConfig) -> str:
         words.append(f"--engine-ep {ep_size}")
     words.append(f"--dtype {config.model.dtype} --bucket-bytes {config.sync.bucket_bytes}")
     words.append(f"--micro-batch-size {config.megatron.get('micro-batch-size', 1)} --lora-rank {config.lora.rank}")
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    words.append(f"--sequence-tokens {packed_tokens(config) or longest}")
+    words.append(f"--sequence-tokens {packed_tokens(config) or config.longest_sample}")
     if config.megatron.get("recompute-granularity") != "full":
         words.append("--recompute-num-layers 0")
     elif config.megatron.get("recompute-method") == "block":

@@ -67,7 +67,7 @@ class Feed:
             version=lambda: (getattr(engine, "engines", None) or (engine,))[0].version or 0,
             prompts_per_batch=config.rollout.prompts_per_batch,
             members=config.rollout.samples_per_prompt,
-            longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+            longest=config.longest_sample,
             vocab_size=model.get("vocab_size") or model["text_config"]["vocab_size"],
             timeout_s=float(config.rollout.environment.get("timeout_s", TIMEOUT_S)),
         )

@@ -208,10 +208,9 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
         _check_virtual_stages(args, provider, replicas)
     if args.moe_enable_routing_replay:
         _check_replay(config, args, provider)
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > args.seq_length:
+    if config.longest_sample > args.seq_length:
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, more than --seq-length="
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {config.longest_sample} tokens, more than --seq-length="
             f"{args.seq_length}; raise --seq-length or lower one of them"
         )
 
