@@ -99,6 +99,8 @@ class Completion:
     """Of the last sampled token."""
     text: str = ""
     """Decoded without the stop token or stop text; filled by the rollout, not by the engine."""
+    stopped_by: str = ""
+    """The stop text that ended it and follows `text`, empty for any other end; filled by the rollout."""
     loss_mask_T: tuple[int, ...] = ()
     """1 where the policy sampled the token, 0 where it observed it; empty: sampled everywhere."""
     versions_T: tuple[int, ...] = ()
