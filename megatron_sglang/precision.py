@@ -1,4 +1,4 @@
-"""How exactly fp32 products are summed, on both sides of a weight update."""
+"""How exactly numbers are summed and rounded, on both sides of a weight update."""
 
 from __future__ import annotations
 
@@ -17,3 +17,17 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def nearest(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The nearest number of `dtype`, fp32 or bf16, to each of fp64 `values`; of two as near, the even one.
+
+    torch goes to bf16 by fp32, and so rounds twice: what fp32 puts in the middle of two falls to a side by chance. So
+    fp32 is given with the last bit set wherever it is not exact, which is in the middle of nothing.
+    """
+    fp32 = values.to(torch.float32)
+    if dtype == torch.float32:
+        return fp32
+    bits = fp32.view(torch.int32)
+    toward_zero = bits - (fp32.double().abs() > values.abs()).int()
+    return torch.where(fp32.double() == values, bits, toward_zero | 1).view(torch.float32).to(dtype)

@@ -187,6 +187,7 @@ def to_samples(groups: Sequence[RolloutGroup], advantages_PG: torch.Tensor) -> l
             weight_version=completion.weight_version,
             loss_mask_T=completion.loss_mask_T,
             routed_experts=completion.routed_experts,
+            oldest_version=min(completion.trained_versions, default=None),
         )
         for group, advantages_G in zip(groups, advantages_PG.tolist(), strict=True)
         for completion, score, advantage in zip(group.completions_G, group.scores_G, advantages_G, strict=True)

@@ -99,6 +99,8 @@ class Completion:
     """Of the last sampled token."""
     text: str = ""
     """Decoded without the stop token or stop text; filled by the rollout, not by the engine."""
+    stopped_by: str = ""
+    """The stop text that ended it and follows `text`, empty for any other end; filled by the rollout."""
     loss_mask_T: tuple[int, ...] = ()
     """1 where the policy sampled the token, 0 where it observed it; empty: sampled everywhere."""
     versions_T: tuple[int, ...] = ()
@@ -108,6 +110,12 @@ class Completion:
     turns: int = 1
     routed_experts: RoutedExperts | None = None
     """Of the tokens from the request's `routing_from` to the last but one; None: not asked for, or aborted before."""
+
+    @property
+    def trained_versions(self) -> set[int]:
+        """Weight versions that sampled the tokens which the loss counts."""
+        versions_T = self.versions_T or (self.weight_version,) * len(self.token_ids_T)
+        return {version for version, m in zip(versions_T, self.loss_mask_T or (1,) * len(versions_T), strict=True) if m}
 
     def __post_init__(self) -> None:
         for name in ("logprobs_T", "loss_mask_T", "versions_T", "top_logprobs_T"):
@@ -156,6 +164,8 @@ class TrainSample:
     """1 where the loss counts the token, 0 where not; empty: everywhere."""
     routed_experts: RoutedExperts | None = None
     """Of all tokens of prompt and response but the last; None: the trainer's routers choose."""
+    oldest_version: int | None = None
+    """The oldest weight version that sampled a token which the loss counts; None: there is but one."""
 
     def __post_init__(self) -> None:
         if self.routed_experts is not None and self.routed_experts.tokens != self.length - 1:
@@ -171,6 +181,11 @@ class TrainSample:
     @property
     def length(self) -> int:
         return len(self.prompt_ids_T) + len(self.response_ids_T)
+
+    def is_of(self, version: int) -> bool:
+        """Whether no token that the loss counts was sampled by older weights than `version`."""
+        oldest = self.weight_version if self.oldest_version is None else self.oldest_version
+        return version <= oldest or not any(self.loss_mask_T or (1,))
 
 
 @dataclass(frozen=True, slots=True)

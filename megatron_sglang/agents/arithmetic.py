@@ -39,7 +39,7 @@ class Arithmetic:
 
     async def step(self, turn: Completion) -> Step:
         try:
-            call = find_call(turn.text, self._calls)
+            call = find_call(turn.text, self._calls, turn.stopped_by)
             if call is None:
                 right = _number(turn.text) == self._wanted and turn.finish_reason == "stop"
                 return Step(reward=float(right), done=True, passed=right, detail="" if right else "wrong answer")

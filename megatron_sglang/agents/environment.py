@@ -72,7 +72,8 @@ class Environment(Protocol):
     def reset(self, prompt: Prompt) -> Observation: ...
 
     async def step(self, turn: Completion) -> Step:
-        """turn: the tokens of this turn; `text` without the stop token or the stop text that ended it."""
+        """turn: the tokens of this turn; `text` without the stop token or the stop text that ended it, the latter being
+        `stopped_by`."""
         ...
 
     async def close(self) -> None: ...

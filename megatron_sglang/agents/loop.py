@@ -124,19 +124,22 @@ class Trajectory:
     def turn(self, span: Turn, decode: Decode, sampling: SamplingParams) -> Completion:
         """A turn as the environment sees it: its text ends before the token or text that ended it."""
         ids_T = tuple(self.ids[span.start : span.end])
+        text, stopped_by = _text(ids_T, decode, sampling)
         return Completion(
             token_ids_T=ids_T,
             logprobs_T=tuple(self.logprobs[span.start : span.end]),
             finish_reason=span.finish_reason,
             weight_version=self.versions[span.end - 1],
-            text=_text(ids_T, decode, sampling),
+            text=text,
+            stopped_by=stopped_by,
         )
 
     def completion(self, decode: Decode, sampling: SamplingParams, *, trained: Callable[[int], bool]) -> Completion:
         """The finished trajectory as one completion. trained: may the loss count tokens of this weight version?"""
         assert self.finish_reason is not None, "it is still going on"
         last_turn = self.ids[self.turns[-1].start :]
-        ended_by = len(decode(last_turn)) - len(_text(last_turn, decode, sampling))
+        last_text, stopped_by = _text(last_turn, decode, sampling)
+        ended_by = len(decode(last_turn)) - len(last_text)
         text = decode(self.ids)
         mask_T = tuple(int(m and trained(version)) for m, version in zip(self.mask, self.versions, strict=True))
         last = max(place for place, sampled in enumerate(self.mask) if sampled)
@@ -146,6 +149,7 @@ class Trajectory:
             finish_reason=self.finish_reason,
             weight_version=self.versions[last],
             text=text[: len(text) - ended_by],
+            stopped_by=stopped_by,
             loss_mask_T=() if all(mask_T) else mask_T,
             versions_T=() if len(set(self.versions)) == 1 else tuple(self.versions),
             turns=len(self.turns),
@@ -289,11 +293,11 @@ class Agent:
             trajectory.counts[name] = trajectory.counts.get(name, 0) + number
 
 
-def _text(ids: Sequence[int], decode: Decode, sampling: SamplingParams) -> str:
-    """The text of a turn, without the token or the text that ended it."""
+def _text(ids: Sequence[int], decode: Decode, sampling: SamplingParams) -> tuple[str, str]:
+    """The text of a turn, without the token or the text that ended it; and that text, or an empty one."""
     if ids and ids[-1] in sampling.stop_token_ids:
-        return decode(ids[:-1])
+        return decode(ids[:-1]), ""
     matcher = StopMatcher(sampling.stop, decode)
     if sampling.stop:
         matcher.feed(ids)
-    return matcher.text if matcher.matched is not None else decode(ids)
+    return (decode(ids), "") if matcher.matched is None else (matcher.text, matcher.matched)

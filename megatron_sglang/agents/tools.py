@@ -41,18 +41,19 @@ class Call:
     argument: str
 
 
-def find_call(text: str, form: CallFormat = "plain") -> Call | None:
+def find_call(text: str, form: CallFormat = "plain", stopped_by: str = "") -> Call | None:
     """The call that a turn makes; None where it makes none. `ToolError` for one that is begun and not well formed.
 
     plain: the whole turn is the call. json: the first call in the turn; of its arguments the first one counts.
+    stopped_by: the stop text that was cut from the turn's end; one that closes the call is part of it.
     """
     if form == "plain":
-        if match := _PLAIN.fullmatch(text):
+        if match := _PLAIN.fullmatch(text) or _PLAIN.fullmatch(text + stopped_by):
             return Call(match[1], match[2])
         if _STARTED.match(text):
             raise ToolError("call is not closed")
         return None
-    match = _JSON.search(text)
+    match = _JSON.search(text + stopped_by)
     if match is None:
         if "<tool_call>" in text:
             raise ToolError("call is not closed")

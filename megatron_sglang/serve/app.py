@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from megatron_sglang.serve.jobs import Jobs
 from megatron_sglang.serve.limits import Limits
 from megatron_sglang.serve.meter import Meter
 from megatron_sglang.serve.records import ChatRequest, CompletionRequest, Options
-from megatron_sglang.serve.refusal import JsonReply, Refusal, invalid
+from megatron_sglang.serve.refusal import JsonReply, Refusal
 from megatron_sglang.serve.upstream import Upstream
 from megatron_sglang.serve.work import Stream, Worker
 
@@ -198,11 +198,8 @@ def _handle_errors(app: FastAPI, endpoint: Endpoint) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def not_valid(_request: Request, error: Exception) -> Response:
-        found = cast("RequestValidationError", error).errors()
-        if found[0]["type"] == "json_invalid":
-            return invalid(f"the body is not JSON: {found[0].get('ctx', {}).get('error', '')}").response()
-        texts = [f"{_path(one['loc'])}: {one['msg'].removeprefix('Value error, ')}" for one in found[:3]]
-        return invalid("; ".join(texts)[:1000], _path(found[0]["loc"])).response()
+        found = cast("RequestValidationError", error)
+        return refusal.not_valid(found.errors(), found.body).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(_request: Request, error: Exception) -> Response:
@@ -217,7 +214,3 @@ def _handle_errors(app: FastAPI, endpoint: Endpoint) -> None:
         # Starlette sends this one around the guard.
         answer.raw_headers = endpoint.guard.versioned({"headers": answer.raw_headers})["headers"]
         return answer
-
-
-def _path(where: Sequence[Any]) -> str:
-    return ".".join(str(step)[:80] for step in where if step != "body") or "body"

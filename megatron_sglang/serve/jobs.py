@@ -38,7 +38,7 @@ class Jobs:
         several = isinstance(given, list) and not isinstance(given[0], int)
         each = cast("list[str | list[int]]", given if several else [given])
         self._check_choices(len(each), record)
-        prompts = [await bound.tokens.encode(one, special=True) if isinstance(one, str) else one for one in each]
+        prompts = [await bound.tokens.prompt(one) if isinstance(one, str) else one for one in each]
         wanted = DEFAULT_TOKENS if record.max_tokens is None else record.max_tokens
         most = self._check_lengths(prompts, wanted, record, bound, "prompt")
         shown = record.logprobs
@@ -83,7 +83,8 @@ class Jobs:
     def _check_choices(self, prompts: int, record: Options) -> None:
         choices = prompts * (record.n or 1)
         if choices > self.limits.max_choices:
-            raise invalid(f"{choices} choices are more than this endpoint's limit of {self.limits.max_choices}", "n")
+            field = "prompt" if choices == prompts else "n"
+            raise invalid(f"{choices} choices are more than this endpoint's limit of {self.limits.max_choices}", field)
 
     def _check_lengths(self, prompts: Prompts, wanted: int | None, record: Options, bound: Bound, field: str) -> int:
         """Tokens that may be sampled."""
@@ -94,7 +95,8 @@ class Jobs:
             if max(ids) >= vocabulary:
                 raise invalid(f"token id {max(ids)} is outside the vocabulary of {vocabulary}", field)
         if wanted is not None and wanted > most:
-            raise invalid(f"max_tokens={wanted} is more than this endpoint's limit of {most}", "max_tokens")
+            name = "max_completion_tokens" if getattr(record, "max_completion_tokens", None) else "max_tokens"
+            raise invalid(f"{name}={wanted} is more than this endpoint's limit of {most}", name)
         longest = max(map(len, prompts))
         if longest > bound.most_prompt or longest + (wanted or 1) > bound.most_tokens:
             raise too_long(longest, wanted or 1, bound.most_tokens, field)

@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_sglang.stops import UNKNOWN
 from megatron_sglang.types import SamplingParams
@@ -103,10 +104,10 @@ class Options(BaseModel):
     @classmethod
     def _refused(cls, given: Any) -> Any:
         if isinstance(given, Mapping):
-            for name in REFUSED.keys() & given.keys():
+            for name in (one for one in given if one in REFUSED):
                 harmless, why = REFUSED[name]
                 if given[name] is not None and given[name] not in harmless:
-                    raise ValueError(f"{name} is not supported: {why}")
+                    raise _error_of(name, f"not supported: {why}", given[name])
         return given
 
     @field_validator("stop")
@@ -163,7 +164,8 @@ class ContentPart(BaseModel):
     @classmethod
     def _text_only(cls, given: Any) -> Any:
         if isinstance(given, Mapping) and isinstance(given.get("type"), str) and given["type"] != "text":
-            raise ValueError(f"content of type {given['type'][:40]!r} is not supported; this endpoint takes text")
+            told = f"content of type {given['type'][:40]!r} is not supported; this endpoint takes text"
+            raise _error_of("type", told, given["type"])
         return given
 
 
@@ -253,7 +255,7 @@ class ChatRequest(Options):
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise _error_of("top_logprobs", "it needs logprobs: true", self.top_logprobs)
         return self
 
     def template_options(self) -> dict[str, Any]:
@@ -273,6 +275,12 @@ _TEMPLATE_OWN = {
 
 def _or[T](given: T | None, default: T) -> T:
     return default if given is None else given
+
+
+def _error_of(field: str, message: str, value: Any) -> ValidationError:
+    """What a validator of a whole record says of one field; a ValueError would be about the record."""
+    kind = PydanticCustomError("value_error", "{told}", {"told": message})
+    return ValidationError.from_exception_data(field, [{"type": kind, "loc": (field,), "input": value}])
 
 
 def _encodes(text: str) -> bool:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -62,6 +63,37 @@ class JsonReply(Response):
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> Refusal:
     return Refusal(400, message, param=param, code=code)
+
+
+def not_valid(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
+    """errors: pydantic's, of the request's body. `param` names the first one's field; a field that may be of several
+    types has an error for each, of which the one that leads deepest into it counts."""
+    if errors[0]["type"] == "json_invalid":
+        return invalid(f"the body is not JSON: {errors[0].get('ctx', {}).get('error', '')}")
+    names = [field_of(one, body) for one in errors]
+    texts = [
+        f"{name or 'body'}: {one['msg'].removeprefix('Value error, ')}" for name, one in zip(names, errors, strict=True)
+    ]
+    first, *others = names
+    deepest = max((name for name in others if name.startswith((f"{first}.", f"{first}["))), key=len, default=first)
+    return invalid("; ".join(texts[:3])[:1000], deepest or None)
+
+
+def field_of(error: Mapping[str, Any], body: Any) -> str:
+    """As OpenAI's API names it: messages[0].role; "" for the body itself. error: pydantic's.
+
+    Its path also has a step for the type that was tried where there are several, which leads nowhere in `body`.
+    """
+    name, here, missing = "", body, error["type"] == "missing"
+    _, *steps = error["loc"]
+    for place, step in enumerate(steps, 1):
+        if here is error["input"] and not missing:
+            break
+        if isinstance(here, list) and isinstance(step, int):
+            name, here = f"{name}[{step}]", here[step]
+        elif isinstance(here, dict) and (step in here or (missing and place == len(steps))):
+            name, here = f"{name}.{str(step)[:80]}" if name else str(step)[:80], here.get(step)
+    return name
 
 
 def too_long(tokens: int, wanted: int, limit: int, param: str) -> Refusal:

@@ -66,10 +66,10 @@ class Tokens:
                 f"{folder} cannot be served: {error!r}; expected a Hugging Face folder with config.json and a tokenizer"
             ) from error
 
-    async def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text`; special: with what the tokenizer puts around a text, such as BOS. Refusal 400 for text
-        that is none (half a surrogate pair)."""
-        return await self._off_loop(len(text), lambda: self._encode(text, special))
+    async def prompt(self, text: str) -> list[int]:
+        """Token ids of `text`, with what the tokenizer puts around a text, such as BOS. Refusal 400 for text that is
+        none (half a surrogate pair)."""
+        return await self._off_loop(len(text), lambda: self._encode(text, "prompt", special=True))
 
     async def chat(self, messages: Sequence[Json], tools: Sequence[Json] | None, options: Json) -> list[int]:
         """Token ids of a conversation as the model's template writes it. Refusal 400 without a template, or where it
@@ -81,7 +81,7 @@ class Tokens:
                 "messages",
             )
         size = sum(len(str(message)) for message in messages) + len(str(tools or ""))
-        return await self._off_loop(size, lambda: self._encode(self._written(messages, tools, options), False))
+        return await self._off_loop(size, lambda: self._encode(self._written(messages, tools, options), "messages"))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled tokens, special tokens left out, nothing tidied up."""
@@ -124,11 +124,11 @@ class Tokens:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self.thread, work)
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def _encode(self, text: str, field: str, *, special: bool = False) -> list[int]:
         try:
             return list(self.tokenizer.encode(text, add_special_tokens=special))
         except (TypeError, ValueError, UnicodeError) as error:
-            raise invalid("the text is not valid Unicode: it holds half of a surrogate pair") from error
+            raise invalid("the text is not valid Unicode: it holds half of a surrogate pair", field) from error
 
     def _written(self, messages: Sequence[Json], tools: Sequence[Json] | None, options: Json) -> str:
         import jinja2

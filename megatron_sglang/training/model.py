@@ -90,6 +90,11 @@ class ModelRecipe:
         self.config = config
         self.bridge = arguments.load_bridge(config.model.hf_path)
         self.provider = self.bridge.to_megatron_provider(load_weights=False)
+        self.left_out: int = getattr(self.provider, "mtp_num_layers", None) or 0
+        """Layers for multi-token prediction that config.json has and the trainer's model has not: nothing in RL trains
+        them, an engine that does not decode speculatively has none, and adapters on them would never get a gradient."""
+        if self.left_out:
+            self.provider.mtp_num_layers = None
         self.args = arguments.parse(config, self.provider)
         self._chunks: list[torch.nn.Module] = []
         """Model chunks of this rank that were built and wait for the last one to be loaded with it."""

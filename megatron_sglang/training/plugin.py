@@ -74,6 +74,9 @@ class Plugin:
         """The one that came with the current rollout batch (`feed/`); None: Megatron's schedule decides."""
         self.pending: list[list[MicroBatch]] = []
         """Micro-batches of the train steps that the current rollout batch still feeds."""
+        self.of_one_version = True
+        """Whether the present weights have sampled all that the loss counts in the current rollout batch. What older
+        ones have (`rollout.stragglers=resume`, now or before a checkpoint) need not agree with the trainer."""
         self.steps_done = 0
         """Train steps done on the current rollout batch, also those before the checkpoint that was loaded."""
         self.state_before_batch: dict[str, Any] = {}
@@ -202,6 +205,7 @@ class Plugin:
             cycle.evaluate()
         samples = cycle.collect(self.rollout_step)
         self.rollout_step += 1
+        self.of_one_version = all(sample.is_of(cycle.version) for sample in samples)
         cycle.add({"train/tokens": metrics.Sum(float(sum(sample.length for sample in samples)))})
         with cycle.span("batches"):
             batches = micro_batches.of_this_rank(samples, get_args())[self.steps_done :]
@@ -243,10 +247,7 @@ class Plugin:
             parts.append(self.step.replay.take_metrics())
         rows = cycle.comm.gather([metrics.to_rows(part) for part in parts])
         merged = metrics.merge(metrics.from_rows(row) for rank in rows for row in rank)
-        rollout = self.config.rollout
-        # Tokens that older weights sampled are not expected to agree with this version's.
-        older = rollout.stragglers == "resume" and rollout.over_sampling > 1
-        alike = rollout.engine != "fake" and not older
+        alike = self.config.rollout.engine != "fake" and self.of_one_version
         if (gap := merged.get("train/logprob_gap_mean")) is not None and alike:
             require_agreement(gap.value(), getattr(torch, self.config.model.dtype))
         cycle.add(merged | ({} if grad_norm is None else {"train/grad_norm": metrics.Mean(grad_norm)}))

@@ -83,6 +83,8 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
             setup.show(f"model and engine ready after {setup.start.seconds:.0f} s")
             if recipe.args.load and not checkpoint_exists(recipe.args.load):
                 setup.show(f"--load {recipe.args.load}: there is no checkpoint in it, so the run begins anew")
+            if recipe.left_out:
+                setup.show(f"{config.model.hf_path}: {recipe.left_out} layers for multi-token prediction are left out")
         paths = Paths(
             comm=comm,
             bridge=recipe.bridge,

@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,7 @@ from megatron_sglang.checkpoint_folder import RELEASE
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.config_check import checked_lora, split_targets
 from megatron_sglang.errors import ConfigError, DataError
-from megatron_sglang.hf_files import count_experts, tensor_shapes
+from megatron_sglang.hf_files import count_experts, prediction_shapes, tensor_shapes
 from megatron_sglang.weights.progress import is_leader, progress
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> None:
                 args.hf_model, args.load, args.output, iteration=args.iteration, sizes=sizes, shard_bytes=shard_bytes
             )
         text = f"{args.output}: {done} tensors"
+        if not args.adapter_only and (copied := len(prediction_shapes(args.hf_model))):
+            text += f", {copied} of them the base's own: layers for multi-token prediction, which are not trained"
     else:
         targets = None if args.target_modules is None else split_targets(args.target_modules)
         given = {"rank": args.lora_rank, "alpha": args.lora_alpha, "targets": targets}
@@ -101,6 +103,7 @@ def export_merged(
     shard_bytes: int = 5 * 10**9,
 ) -> int:
     """Write base plus adapters as a Hugging Face model; the number of its tensors. Collective over torchrun's ranks.
+    Layers for multi-token prediction, which no run trains, are the base's.
 
     sizes: parallel sizes by Megatron's flag name, e.g. {"expert-model-parallel-size": 2}. The dtype is the run's.
     shard_bytes: largest weight file; rank 0 holds one of them besides the model, all ranks hold one bucket.
@@ -116,11 +119,12 @@ def export_merged(
     shard_folder.require_continuable(output, source)
     with standalone.adapted_model(hf_model, stored.lora, stored.dtype, sizes or {}, base=True) as model:
         standalone.load_adapters(model, stored.folder)
-        expected = tensor_shapes(hf_model)
+        expected, predicting = tensor_shapes(hf_model), prediction_shapes(hf_model)
         with _of_leader(model, lambda: shard_folder.continued(output, source, shard_bytes)) as folder:
-            write_merged(model, expected, stored.dtype, folder, min(shard_bytes, BUCKET_BYTES))
+            bases = write.read_tensors(hf_model, predicting, stored.dtype)
+            write_merged(model, expected, stored.dtype, folder, min(shard_bytes, BUCKET_BYTES), bases)
             model.comm.from_leader(lambda: write.copy_all_but_weights(hf_model, folder.path, stored.dtype))
-    return len(expected)
+    return len(expected) + len(predicting)
 
 
 def export_adapter(
@@ -188,11 +192,17 @@ def import_adapter(
 
 
 def write_merged(
-    model: Model, expected: Mapping[str, tuple[int, ...]], dtype: Dtype, folder: ShardFolder | None, bucket_bytes: int
+    model: Model,
+    expected: Mapping[str, tuple[int, ...]],
+    dtype: Dtype,
+    folder: ShardFolder | None,
+    bucket_bytes: int,
+    others: Iterable[tuple[str, Any]] = (),
 ) -> None:
     """Write the shards that `folder` lacks. Collective; only the leader has a folder.
 
-    expected: name -> shape of the whole model. bucket_bytes: how much is gathered before the leader takes it.
+    expected: name -> shape of the whole model. bucket_bytes: how much is gathered before the leader takes it. others:
+    tensors that the folder gets besides; asked for on the leader only.
     """
     import torch
 
@@ -210,6 +220,7 @@ def write_merged(
             model.comm.from_leader(lambda bucket=bucket: writer.extend(bucket))
             advance(sum(nbytes[name] for name, _ in bucket))
             bucket.clear()  # before the next one is gathered
+        model.comm.from_leader(lambda: writer.extend(item for item in others if item[0] not in done))
         model.comm.from_leader(lambda: writer.close())
 
 

@@ -143,7 +143,7 @@ class DiskWriter:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
         with self.home.failing_as(name):
             (partial / INDEX).write_text(json.dumps(index) + "\n")
-            copy_all_but_weights(self.source, partial, self.dtype)
+            copy_all_but_weights(self.source, partial, self.dtype, predicts=False)
             manifest = write_manifest(partial, whole)
         return Folder(str(self.home.close(name)), manifest, tensors=len(where), files=len(parts), bytes=size)
 

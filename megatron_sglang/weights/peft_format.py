@@ -33,6 +33,7 @@ from megatron_sglang.buckets import fusion_key
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import DataError
 from megatron_sglang.peft_names import CONFIG, PREFIX, WEIGHTS, factor_names
+from megatron_sglang.precision import nearest
 from megatron_sglang.weights.write import TensorFile
 
 _ONLY_IN_EXPERTS = {"gate_proj", "up_proj", "down_proj"}
@@ -67,23 +68,24 @@ class Factors:
     scale: float = 1.0
 
 
-def join(parts: Sequence[Factors], scale: float) -> Factors:
+def join(parts: Sequence[Factors], scale: float, dtype: torch.dtype) -> Factors:
     """One adapter for a fused layer, whose delta is the deltas of its parts stacked: exactly, not by approximation.
 
     Its A has all rows of the parts' A, those that they share once, so its rank is the number of different rows. Its
-    scale is `scale`: the B of a part with another one is multiplied accordingly.
+    scale is `scale`: the B of a part with another one is multiplied accordingly. dtype: of A and B; what is not exact
+    in it is computed in fp64 and rounded once.
     """
     count, columns = _distinct_rows(parts)
-    first = parts[0]
-    down = first.down.new_empty(count, first.down.shape[1])
-    up = first.up.new_zeros(sum(len(part.up) for part in parts), count)
+    down = torch.empty(count, parts[0].down.shape[1], dtype=torch.float64)
+    up = torch.zeros(sum(len(part.up) for part in parts), count, dtype=torch.float64)
     below = 0
     for part, column in zip(parts, columns, strict=True):
-        down[column] = part.down
-        scaled = part.up if part.scale == scale else part.up * (part.scale / scale)
-        up[below : below + len(part.up)].index_add_(1, column, scaled)
+        down[column] = part.down.double()
+        own = up[below : below + len(part.up)].index_add_(1, column, part.up.double())
+        if part.scale != scale:
+            own.mul_(part.scale).div_(scale)
         below += len(part.up)
-    return Factors(down, up, scale)
+    return Factors(nearest(down, dtype), nearest(up, dtype), scale)
 
 
 def _distinct_rows(parts: Sequence[Factors]) -> tuple[int, list[torch.Tensor]]:

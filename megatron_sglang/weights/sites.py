@@ -82,7 +82,7 @@ class Site:
                     f"the adapter of {self.modules[part]} is for a weight of shape {found}, the model's is {expected}; "
                     "give the model that the adapter was trained on"
                 )
-        joined = join(list(parts.values()), scale)
+        joined = join(list(parts.values()), scale, up.dtype)
         used = len(joined.down)
         if used > len(whole_up.T):
             raise DataError(

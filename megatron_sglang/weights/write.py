@@ -11,16 +11,17 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_sglang.errors import DataError
+from megatron_sglang.hf_files import PREDICTION_COUNTS
 
 RECORD = ".conversion.json"
 """File of `shard_folder.ShardFolder` in a folder that it has not completed: says which shards are finished."""
@@ -108,6 +109,14 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
+def read_tensors(folder: Path, names: Collection[str], dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The named tensors of a model folder's files in `dtype`, one at a time."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(set(names).intersection(file.keys())):
+                yield name, file.get_tensor(name).to(getattr(torch, dtype))
+
+
 class TensorFile:
     """A safetensors file that takes its tensors one by one, in any order, so that none of them is held.
 
@@ -143,12 +152,15 @@ class TensorFile:
         self._file.close()
 
 
-def copy_all_but_weights(source: Path, target: Path, dtype: str) -> None:
-    """Copy configuration and tokenizer files; config.json names `dtype`, so that loaders do not cast."""
+def copy_all_but_weights(source: Path, target: Path, dtype: str, *, predicts: bool = True) -> None:
+    """Copy configuration and tokenizer files; config.json names `dtype`, so that loaders do not cast. predicts: False
+    where layers for multi-token prediction were not written: config.json counts none."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _COPIED and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
     config = json.loads((source / "config.json").read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if config.get(key) != dtype:
-        (target / "config.json").write_text(json.dumps(config | {key: dtype}, indent=2) + "\n")
+    changed = config | {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
+    if not predicts:
+        changed |= {name: 0 for name in PREDICTION_COUNTS if config.get(name)}
+    if changed != config:
+        (target / "config.json").write_text(json.dumps(changed, indent=2) + "\n")

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import pytest
 from engine_tools import Publisher, Weights, engine_options, until_decoding
 from safetensors.torch import load_file
-from tiny_models import make_model
+from tiny_models import add_prediction_layer, make_model
 
 from megatron_sglang import cli
 from megatron_sglang.engine import create_engine
 from megatron_sglang.engine.trace_offline import trace_ranks
 from megatron_sglang.errors import EngineError, EngineStaleError, WeightSyncError
+from megatron_sglang.hf_files import prediction_shapes, tensor_shapes
 from megatron_sglang.layout import RankLayout, fold, problems, samples_of
 from megatron_sglang.types import GenerateRequest, SamplingParams
 
@@ -99,6 +100,16 @@ def test_every_element_of_other_models_comes_from_one_tensor(
     assert len(found) == tp_size
     assert problems(found, shapes) == []
     assert not any(layout.generic for layout in found)
+
+
+@pytest.mark.parametrize("model", ["glm4_moe", "deepseek_v3"])
+def test_layers_for_multi_token_prediction_do_not_take_the_direct_path_away(model: str, tmp_path: Path) -> None:
+    """The hub's GLM-4.5 and DeepSeek-V3 have one. The loader passes it over, so an update must not wait for it."""
+    folder = add_prediction_layer(make_model(model, tmp_path))
+    found = trace_ranks(engine_options(folder), shapes := tensor_shapes(folder))
+    assert problems(found, shapes) == []
+    [layer, *_] = prediction_shapes(folder)
+    assert f"{layer} is used by no rank" in "".join(problems(found, [*shapes, layer]))
 
 
 def test_an_engine_that_cannot_be_is_an_error(weights: Weights, tiny_model: Path) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny_models import add_prediction_layer, make_model
 
 from megatron_sglang.errors import DataError
+from megatron_sglang.hf_files import prediction_shapes
 from megatron_sglang.plan import shapes
 
 pytestmark = pytest.mark.cpu_e2e
@@ -53,6 +55,15 @@ def test_shapes_are_checked_against_the_weights_that_are_there(tmp_path: Path) -
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 9)
     with pytest.raises(DataError, match="no readable safetensors header"):
         shapes.hub_shapes(tmp_path)
+
+
+@pytest.mark.parametrize("model", ["glm4_moe", "deepseek_v3"])
+def test_a_layer_for_multi_token_prediction_is_no_part_of_the_plan(model: str, tmp_path: Path) -> None:
+    """transformers does not build it, so the hub's own folders were refused as other models than their config.json's.
+    Neither the trainer nor the engine has it."""
+    without = shapes.hub_shapes(make_model(model, tmp_path))
+    assert shapes.hub_shapes(add_prediction_layer(tmp_path)) == without
+    assert len(prediction_shapes(tmp_path)) > 40
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "no_such_model"}])

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tiny_models import add_prediction_layer
 
 pytestmark = pytest.mark.cpu_e2e
 
@@ -197,3 +199,16 @@ def test_killed_leader(start: Callable[..., Run]) -> None:
     assert run.torchrun.wait(20) == 1
     run.assert_all_gone(tree, 15)
     assert "Signal 9 (SIGKILL)" in run.console.partition("Root Cause")[2], run.console
+
+
+def test_a_model_with_a_layer_for_multi_token_prediction(start: Callable[..., Run], tmp_path: Path) -> None:
+    """As the hub has GLM-4.5 and DeepSeek-V3. Megatron-Bridge gives the trainer such a layer, too."""
+    model = add_prediction_layer(Path(shutil.copytree(ROOT / "examples/tiny_fim/model", tmp_path / "model")))
+    run = start("run", f"model.hf_path={model}", "--rollout-engine", "sglang")
+    run.until_trained(2)
+    assert f"{model}: 1 layers for multi-token prediction are left out" in run.console
+    assert "weight sync: the direct path, " in run.console
+    tree = run.tree()
+    run.torchrun.send_signal(signal.SIGINT)
+    run.torchrun.wait(25)
+    run.assert_all_gone(tree, 15)

@@ -72,75 +72,98 @@ HARMLESS = {
     "a_field_of_2031": [1],
 }
 
-IMPOSSIBLE: list[tuple[dict[str, Any], int, str]] = [
-    ({}, 400, "prompt"),
-    ({"prompt": []}, 400, "prompt"),
-    ({"prompt": ""}, 400, "no tokens"),
-    ({"prompt": [[]]}, 400, "prompt"),
-    ({"prompt": [-1]}, 400, "prompt"),
-    ({"prompt": [512]}, 400, "outside the vocabulary"),
-    ({"prompt": [2**70]}, 400, "outside the vocabulary"),
-    ({"prompt": [1.5]}, 400, "prompt"),
-    ({"prompt": [True]}, 400, "prompt"),
-    ({"prompt": ["a", [1]]}, 400, "prompt"),
-    ({"prompt": "\ud800"}, 400, "Unicode"),
-    ({"prompt": "x " * 300}, 400, "context length is 256"),
-    ({"prompt": [1] * 250, "max_tokens": 7}, 400, "context length is 256"),
-    ({"prompt": ["a"] * 200}, 400, "200 choices"),
-    ({"prompt": ["a"] * 100, "n": 2}, 400, "200 choices"),
-    ({"prompt": "a", "n": 10**6}, 400, "n"),
-    ({"prompt": "a", "n": 0}, 400, "n"),
-    ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens"),
-    ({"prompt": "a", "max_tokens": 10**9}, 400, "max_tokens"),
-    ({"prompt": "a", "max_tokens": 3, "min_tokens": 4}, 400, "min_tokens"),
-    ({"prompt": "a", "temperature": float("nan")}, 400, "temperature"),
-    ({"prompt": "a", "temperature": -0.1}, 400, "temperature"),
-    ({"prompt": "a", "temperature": "0.5"}, 400, "temperature"),
-    ({"prompt": "a", "top_p": 0}, 400, "top_p"),
-    ({"prompt": "a", "seed": 2**63}, 400, "seed"),
-    ({"prompt": "a", "logprobs": 21}, 400, "logprobs"),
-    ({"prompt": "a", "stop": ["x"] * 17}, 400, "stop"),
-    ({"prompt": "a", "stop": ""}, 400, "stop"),
-    ({"prompt": "a", "stop": "\ufffd"}, 400, "stop"),
-    ({"prompt": "a", "stop": "\n<|fim_pad|>"}, 400, "make the token a stop of its own"),
-    ({"prompt": "a", "stop_token_ids": [512]}, 400, "outside the vocabulary"),
-    ({"prompt": "a", "model": "another"}, 404, "is not served"),
-    ({"prompt": "a", "custom_logit_processor": "gASV"}, 400, "custom_logit_processor"),
-    ({"prompt": "a", "lora_path": "/tmp/x"}, 400, "lora_path"),
-    ({"prompt": "a", "custom_params": {"a": 1}}, 400, "custom_params"),
-    ({"prompt": "a", "image_data": "http://x"}, 400, "image_data"),
-    ({"prompt": "a", "echo": True}, 400, "echo"),
-    ({"prompt": "a", "presence_penalty": 0.5}, 400, "presence_penalty"),
+IMPOSSIBLE: list[tuple[dict[str, Any], int, str, str | None]] = [
+    ({}, 400, "prompt", "prompt"),
+    ({"prompt": []}, 400, "prompt", "prompt"),
+    ({"prompt": ""}, 400, "no tokens", "prompt"),
+    ({"prompt": [[]]}, 400, "prompt", "prompt[0]"),
+    ({"prompt": [-1]}, 400, "prompt", "prompt[0]"),
+    ({"prompt": [512]}, 400, "outside the vocabulary", "prompt"),
+    ({"prompt": [2**70]}, 400, "outside the vocabulary", "prompt"),
+    ({"prompt": [1.5]}, 400, "prompt", "prompt[0]"),
+    ({"prompt": [True]}, 400, "prompt", "prompt[0]"),
+    ({"prompt": ["a", [1]]}, 400, "prompt", "prompt[0]"),
+    ({"prompt": "\ud800"}, 400, "Unicode", "prompt"),
+    ({"prompt": "x " * 300}, 400, "context length is 256", "prompt"),
+    ({"prompt": [1] * 250, "max_tokens": 7}, 400, "context length is 256", "prompt"),
+    ({"prompt": ["a"] * 200}, 400, "200 choices", "prompt"),
+    ({"prompt": ["a"] * 100, "n": 2}, 400, "200 choices", "n"),
+    ({"prompt": "a", "n": 10**6}, 400, "n", "n"),
+    ({"prompt": "a", "n": 0}, 400, "n", "n"),
+    ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens", "max_tokens"),
+    ({"prompt": "a", "max_tokens": 10**9}, 400, "max_tokens", "max_tokens"),
+    ({"prompt": "a", "max_tokens": 3, "min_tokens": 4}, 400, "min_tokens", "min_tokens"),
+    ({"prompt": "a", "temperature": float("nan")}, 400, "temperature", "temperature"),
+    ({"prompt": "a", "temperature": -0.1}, 400, "temperature", "temperature"),
+    ({"prompt": "a", "temperature": "0.5"}, 400, "temperature", "temperature"),
+    ({"prompt": "a", "top_p": 0}, 400, "top_p", "top_p"),
+    ({"prompt": "a", "seed": 2**63}, 400, "seed", "seed"),
+    ({"prompt": "a", "logprobs": 21}, 400, "logprobs", "logprobs"),
+    ({"prompt": "a", "stop": ["x"] * 17}, 400, "stop", "stop"),
+    ({"prompt": "a", "stop": ""}, 400, "stop", "stop"),
+    ({"prompt": "a", "stop": "\ufffd"}, 400, "stop", "stop"),
+    ({"prompt": "a", "stop": "\n<|fim_pad|>"}, 400, "make the token a stop of its own", "stop"),
+    ({"prompt": "a", "stop_token_ids": [512]}, 400, "outside the vocabulary", "stop_token_ids"),
+    ({"prompt": "a", "model": "another"}, 404, "is not served", None),
+    ({"prompt": "a", "custom_logit_processor": "gASV"}, 400, "custom_logit_processor", "custom_logit_processor"),
+    ({"prompt": "a", "lora_path": "/tmp/x"}, 400, "lora_path", "lora_path"),
+    ({"prompt": "a", "custom_params": {"a": 1}}, 400, "custom_params", "custom_params"),
+    ({"prompt": "a", "image_data": "http://x"}, 400, "image_data", "image_data"),
+    ({"prompt": "a", "echo": True}, 400, "echo", "echo"),
+    ({"prompt": "a", "presence_penalty": 0.5}, 400, "presence_penalty", "presence_penalty"),
+    ({"prompt": "a", "stop": ["x", 1]}, 400, "stop", "stop[1]"),
+    ({"prompt": "a", "stop": {"str": 1}}, 400, "stop", "stop"),
+    ({"prompt": "a", "stop": 1, "stop_token_ids": [-1]}, 400, "stop", "stop"),
+    ({"prompt": "a", "stop_token_ids": [3, -1]}, 400, "stop_token_ids", "stop_token_ids[1]"),
+    ({"prompt": [1, "a"]}, 400, "prompt", "prompt[1]"),
+    ({"prompt": "a", "stream_options": {"include_usage": 3}}, 400, "include_usage", "stream_options.include_usage"),
+    ({"prompt": "a", "top_p": 2, "temperature": 3}, 400, "temperature", "temperature"),
 ]
-IMPOSSIBLE_CHATS: list[tuple[dict[str, Any], int, str]] = [
-    ({"messages": []}, 400, "messages"),
-    ({"messages": [{"role": "root", "content": "a"}]}, 400, "role"),
+IMPOSSIBLE_CHATS: list[tuple[dict[str, Any], int, str, str | None]] = [
+    ({"messages": []}, 400, "messages", "messages"),
+    ({"messages": [{"role": "root", "content": "a"}]}, 400, "role", "messages[0].role"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}}]}]},
         400,
         "image_url",
+        "messages[0].content[0].type",
     ),
-    ({"messages": [{"role": "tool", "content": "4"}]}, 400, "a tool's answer needs its call"),
-    ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3}, 400, "logprobs"),
-    ({"messages": [{"role": "user", "content": "a"}], "chat_template": "{{ 1 }}"}, 400, "chat_template"),
-    ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"tokenize": True}}, 400, "tokenize"),
-    ({"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}}, 400, "grammar"),
-    ({"messages": [{"role": "user", "content": "a"}], "tool_choice": "required"}, 400, "tool_choice"),
+    ({"messages": [{"role": "tool", "content": "4"}]}, 400, "a tool's answer needs its call", "messages"),
+    ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3}, 400, "logprobs", "top_logprobs"),
+    ({"messages": [{"role": "user"}], "chat_template": "{{ 1 }}"}, 400, "chat_template", "chat_template"),
+    (
+        {"messages": [{"role": "user"}], "chat_template_kwargs": {"tokenize": True}},
+        400,
+        "tokenize",
+        "chat_template_kwargs",
+    ),
+    ({"messages": [{"role": "user"}], "response_format": {"type": "json_object"}}, 400, "grammar", "response_format"),
+    ({"messages": [{"role": "user", "content": "a"}], "tool_choice": "required"}, 400, "tool_choice", "tool_choice"),
+    ({"messages": [{"role": "user", "content": 3}]}, 400, "content", "messages[0].content"),
+    ({"messages": [{"role": "user"}, {"content": "a"}]}, 400, "role", "messages[1].role"),
+    ({"messages": ["a"]}, 400, "messages", "messages[0]"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "Unicode", "messages"),
+    ({"messages": [{"role": "user"}], "max_completion_tokens": 10**9}, 400, "max_comp", "max_completion_tokens"),
+    ({"messages": [{"role": "user"}], "chat_template_kwargs": {"a": []}}, 400, "a", "chat_template_kwargs.a"),
+    ({"messages": [{"role": "user"}], "tools": [{"type": "function"}]}, 400, "function", "tools[0].function"),
 ]
 
 
 def test_what_cannot_be_done_is_the_clients_error(plain: Served, engine: HttpEngine) -> None:
-    """Each of these reaches SGLang, kills it or is silently ignored where nobody looks at it before."""
+    """Each of these reaches SGLang, kills it or is silently ignored where nobody looks at it before. `param` is the
+    field as OpenAI's API names it; programs look at it to say which of their settings was refused."""
     with plain.client() as client:
         for path, cases in ((COMPLETIONS, IMPOSSIBLE), (CHAT, IMPOSSIBLE_CHATS)):
-            for body, status, word in cases:
+            for body, status, word, param in cases:
                 found = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
                 assert found.status_code == status, (body, found.text)
                 assert word in error_of(found)["message"], (body, found.text)
+                assert error_of(found)["param"] == param, (body, found.text)
         too_long = client.post(COMPLETIONS, json={"prompt": [1] * 257})
         assert error_of(too_long)["code"] == "context_length_exceeded"
         for content in (b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"prompt": "\xff"}', b"[" * 100_000, b"1" * 5000):
-            assert client.post(COMPLETIONS, content=content).status_code == 400, content[:20]
+            found = client.post(COMPLETIONS, content=content)
+            assert (found.status_code, error_of(found)["param"]) == (400, None), (content[:20], found.text)
         assert client.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1, **HARMLESS}).status_code == 200
         for depth in (*range(50, 1500, 50), 100_000):  # Python gives up somewhere in between
             nested = '{"a":' * depth + "1" + "}" * depth

@@ -64,3 +64,22 @@ def make_model(name: str, folder: Path) -> Path:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | _DEEPSEEK))
     return folder
+
+
+def add_prediction_layer(folder: Path) -> Path:
+    """As the hub has GLM-4.5 and DeepSeek-V3: one more layer than the model has, which predicts a further token and
+    has an embedding, a head and a projection of its own; config.json counts it apart."""
+    from safetensors.torch import load_file, save_file
+
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    config, tensors = json.loads(path.read_text()), load_file(weights)
+    last, layer = (f"model.layers.{config['num_hidden_layers'] - by}." for by in (1, 0))
+    of_last = {name: tensor for name, tensor in tensors.items() if name.startswith(last)}
+    added = {name.replace(last, layer): torch.randn_like(tensor) for name, tensor in of_last.items()}
+    vocabulary, hidden = config["vocab_size"], config["hidden_size"]
+    shapes = {"embed_tokens": (vocabulary, hidden), "shared_head.head": (vocabulary, hidden)}
+    shapes |= {"eh_proj": (hidden, 2 * hidden), "enorm": (hidden,), "hnorm": (hidden,), "shared_head.norm": (hidden,)}
+    added |= {f"{layer}{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    save_file(tensors | added, weights, metadata={"format": "pt"})
+    path.write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    return folder

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import torch
-from cases import logits, mpu, randomize, set_up, train_steps
+from cases import logits, mpu, randomize, run, set_up, train_steps
 
 from megatron_sglang import batching
 from megatron_sglang.losses import LossOptions
+from megatron_sglang.training import plugin
+from megatron_sglang.training.plugin import Plugin
 from megatron_sglang.training.step import PolicyStep
 from megatron_sglang.types import TrainSample
 
@@ -64,3 +67,27 @@ def masked_loss(hf: str, layout: dict[str, Any], loss: str) -> dict[str, float]:
     step = PolicyStep(loss, LossOptions(clip_low=CLIP[0], clip_high=CLIP[1], aggregation=aggregation), temperature=1.0)
     [result] = train_steps(step, model, optimizer, scheduler, batches, 1)
     return {"megatron": float(result[0][f"{loss} loss"]), "by hand": by_hand / weights, "norm": float(result[5])}
+
+
+def compared(argv: list[str], kill_at: int | None = None) -> list[bool]:
+    """A whole run; for each train step, whether the engine's logprobs were held against the trainer's. The scriptable
+    engine's are made up, so its name is hidden while that is decided, and nothing comes of it."""
+    found: list[bool] = []
+    original = Plugin._note_training
+
+    def note(self: Any, *args: Any, **kwargs: Any) -> None:
+        found.append(False)
+        config = self.config
+        self.config = replace(config, rollout=replace(config.rollout, engine="sglang"))
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            self.config = config
+
+    def require(gap: float, dtype: torch.dtype) -> None:
+        found[-1] = True
+
+    Plugin._note_training, plugin.require_agreement = note, require  # type: ignore[method-assign]
+    failure = run(argv, kill_at)
+    assert not failure, failure
+    return found

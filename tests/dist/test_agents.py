@@ -89,3 +89,19 @@ def test_an_engine_that_dies_amid_trajectories_costs_no_sample(run_ranks, tmp_pa
         wanted = [record.get(name) for record in undisturbed]
         assert [record.get(name) for record in disturbed] == wanted, name
         assert [record.get(name) for record in routed] == wanted, name
+
+
+def test_what_older_weights_sampled_is_not_held_against_the_trainers(run_ranks, tmp_path):
+    """Groups that were begun under the last version, and wait in the checkpoint, come first in a run that goes on with
+    other options: without over-sampling, so that nothing in its own options speaks of them. Their tokens would end it,
+    as an engine's that computes another function. The batch after it is of one version, and compared."""
+    folder, save = tmp_path / "run", [f"--save={tmp_path / 'checkpoint'}", "--save-interval=2"]
+    resume = ["rollout.dynamic_sampling=false", "rollout.stragglers=resume", "rollout.batches=4"]
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(2, "run", argv=argv(folder, *save, *resume, "rollout.over_sampling=2"), kill_at=2)
+    state = json.loads((tmp_path / "checkpoint" / "iter_0000002" / "rollout_state.json").read_text())
+    assert len(state["cycle"]["rollout"]["groups"]) == 4
+    more = [*save, *resume, f"--load={tmp_path / 'checkpoint'}", "rollout.over_sampling=1"]
+    ranks = run_ranks(2, "cases_agents.compared", argv=argv(folder, *more))
+    assert sum(value for name, value in records(folder)[2].items() if "tokens_lag" in name and name[-1] != "0") > 0
+    assert ranks == [[False, True]] * 2

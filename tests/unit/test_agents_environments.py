@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,6 +95,30 @@ def test_calls_in_json_are_those_of_qwen() -> None:
         with pytest.raises(ToolError):
             find_call(broken, "json")
     assert find_call("1777", "json") is None
+
+
+@pytest.mark.parametrize(
+    ("calls", "text", "stopped_by", "observation"),
+    [
+        ("json", '<tool_call>{"name": "calc", "arguments": {"e": "2**10"}}', "</tool_call>", "1024\n"),
+        ("json", '<tool_call>{"name": "calc", "arguments": {"e": "2**10"}', "}</tool_call>", "1024\n"),
+        ("json", '<tool_call>{"name": "calc", "arguments": {"e": "2**10"}}', "</tool", "error: call is not closed\n"),
+        ("plain", "calc(47*38-9", ")", "1777\n"),
+        ("plain", "calc(47*38-9)", "</turn>", "1777\n"),
+        ("plain", "calc(47*38-9", "\n", "error: call is not closed\n"),
+    ],
+)
+def test_a_stop_text_that_closes_a_call_belongs_to_it(calls: str, text: str, stopped_by: str, observation: str) -> None:
+    """`rollout.stop: </tool_call>` ends each turn where Qwen ends its call, and the turn's text ends before it."""
+    ended = replace(turn(text), stopped_by=stopped_by)
+    (step,) = act({"name": "arithmetic", "calls": calls}, QUESTION, [ended])
+    assert (step.observation, step.done) == (observation, False)
+
+
+@pytest.mark.parametrize(("calls", "stopped_by"), [("plain", ")"), ("json", "</tool_call>"), ("json", "<tool_call>")])
+def test_an_answer_is_what_stands_before_the_stop_text(calls: str, stopped_by: str) -> None:
+    (step,) = act({"name": "arithmetic", "calls": calls}, QUESTION, [replace(turn("1777"), stopped_by=stopped_by)])
+    assert (step.done, step.reward) == (True, 1.0)
 
 
 @pytest.mark.parametrize(

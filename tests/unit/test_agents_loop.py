@@ -6,6 +6,7 @@ import asyncio
 import functools
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_engine import STOP, ScriptedEngine, Talk, limited, make_rollout, prompts, source
 
+from megatron_sglang.agents.arithmetic import Arithmetic
 from megatron_sglang.agents.environment import Limits, Step
 from megatron_sglang.errors import ConfigError, EngineError, EngineStaleError, RewardError
+from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.rollout import request_seed
 from megatron_sglang.types import Completion, GenerateRequest, Prompt, RolloutGroup
 
@@ -182,6 +185,36 @@ def test_an_end_token_that_we_add_is_masked_and_one_that_was_sampled_is_not() ->
     done = groups[0].completions_G[0]
     assert done.token_ids_T == (1, 2, 3, 4, 5, STOP, 11, 1, 2, 3, 4, 5, STOP)
     assert done.loss_mask_T == (1,) * 6 + (0,) + (1,) * 6
+
+
+def test_a_call_that_a_stop_text_ends_is_found() -> None:
+    """`calls: json` with `</tool_call>` as stop text: what the engine stopped at is cut from the turn's text, and the
+    turn must be a call all the same. Its last token closes the text and says something more."""
+    engine = ScriptedEngine()
+    call = '<tool_call>{"name": "calc", "arguments": {"e": "6*7"}}</tool_call'
+    closing = 300
+
+    def spell(ids: Sequence[int]) -> str:
+        return "".join({closing: ">\n"}.get(one, chr(one)) for one in ids)
+
+    def whole(request: GenerateRequest) -> Completion:
+        answered = spell(request.token_ids_T).endswith(f"{STOP:c}42\n")
+        ids = (*map(ord, "42"), STOP) if answered else (*map(ord, call), closing)
+        return Completion(ids, (-1.0,) * len(ids), "stop", engine.version)
+
+    engine.whole = whole  # type: ignore[method-assign]
+    limits = Limits(max_turns=3, max_observation_tokens=9)
+    rollout = make_rollout(engine, kind=Arithmetic, arguments={"calls": "json"}, limits=limits, decode=spell)
+    rollout.sampling = replace(rollout.sampling, max_new_tokens=120, stop=("\n\n", "</tool_call>"))
+    asked = PromptSource([Prompt("q", (1,), "arithmetic", {"ground_truth": "42"})], 1, shuffle=False)
+    groups = rollout.batch(asked, 0)
+    done = groups[0].completions_G[0]
+    assert (done.turns, done.finish_reason, done.text) == (2, "stop", f"{call}>\n{STOP:c}42\n42")
+    assert done.loss_mask_T == (1,) * (len(call) + 1) + (0,) * 4 + (1,) * 3
+    assert rollout.metrics(groups)["rollout/tool_errors"].value() == 0.0
+    rollout.environments = replace(rollout.environments, limits=Limits(max_turns=1))
+    cut = rollout.batch(asked, 1)[0].completions_G[0]
+    assert (cut.text, cut.stopped_by) == (call.removesuffix("</tool_call"), "</tool_call>")
 
 
 def test_a_long_observation_is_cut_and_counted() -> None:

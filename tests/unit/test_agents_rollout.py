@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from scripted_engine import STOP, ScriptedEngine, Talk, VirtualLoop, decode, make_rollout, prompts, source
 
 from megatron_sglang.agents import AgentRollout, create_rollout
@@ -22,7 +23,7 @@ from megatron_sglang.config import RolloutConfig
 from megatron_sglang.errors import ConfigError, DataError, EngineError, RewardError
 from megatron_sglang.metrics import values
 from megatron_sglang.prompts.source import PromptSource
-from megatron_sglang.rollout import Rollout
+from megatron_sglang.rollout import Rollout, to_samples
 from megatron_sglang.types import Completion, GenerateRequest, Prompt, RolloutGroup, SamplingParams, Score
 
 
@@ -106,6 +107,23 @@ def test_old_tokens_are_masked_on_demand() -> None:
             kept = [v for v, m in zip(done.versions_T, done.loss_mask_T, strict=True) if m]
             assert set(kept) == {2}
     assert any(done.versions_T for done in groups[0].completions_G)
+    samples = to_samples(groups, torch.zeros(4, 3))
+    assert all(sample.is_of(2) for sample in samples), "nothing that the loss counts is old"
+    assert not any(sample.is_of(3) for sample in samples if any(sample.loss_mask_T or (1,)))
+
+
+def test_a_sample_knows_the_oldest_weights_that_the_loss_will_see() -> None:
+    engine = ScriptedEngine()
+    engine.slow = lambda request: 4.0 if request.token_ids_T[0] == 100 and engine.version == 1 else 1.0
+    rollout = make_rollout(engine, over_sampling=1.25, stragglers="resume")
+    prompts_left = source(40, 4)
+    assert all(one.is_of(1) for one in to_samples(rollout.batch(prompts_left, 0), torch.zeros(4, 3)))
+    engine.version = 2
+    rollout.over_sampling = 1.0
+    samples = to_samples(rollout.batch(prompts_left, 1), torch.zeros(4, 3))
+    assert [sample.is_of(1) for sample in samples] == [True] * 12
+    assert [sample.is_of(2) for sample in samples] == [False] * 3 + [True] * 9
+    assert {sample.weight_version for sample in samples[:3]} == {1, 2}, "the last token alone does not tell"
 
 
 def test_what_stands_survives_a_checkpoint_and_a_failed_batch() -> None:

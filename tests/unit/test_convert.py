@@ -17,14 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import ConfigError, DataError
 from megatron_sglang.weights import convert, standalone, write
-from megatron_sglang.weights.peft_format import CONFIG, WEIGHTS, AdapterFolder, AdapterWriter, Factors, join
+from megatron_sglang.weights.peft_format import CONFIG, WEIGHTS, AdapterFolder, AdapterWriter
 from megatron_sglang.weights.progress import progress
 from megatron_sglang.weights.shard_folder import INDEX, continued, require_continuable, state_of_files
 from megatron_sglang.weights.write import RECORD, partial_name
@@ -55,38 +53,6 @@ def adapter(folder: Path, modules: list[str], **config: Any) -> Path:
     write_adapter(folder, factors(modules))
     (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | config))
     return folder
-
-
-@settings(max_examples=50)
-@given(
-    shared=st.integers(0, 3),
-    own=st.lists(st.integers(0, 3), min_size=1, max_size=3),
-    scales=st.sampled_from([1.0, 4.0]),
-)
-def test_joined_factors_make_the_same_deltas(shared: int, own: list[int], scales: float) -> None:
-    """A fused layer whose parts were joined wrongly trains on from another model; and parts that share rows of A must
-    not need the rank of all of them."""
-    if shared + min(own) == 0:
-        own = [rank + 1 for rank in own]
-    common = torch.randn(shared, 5)
-    parts = []
-    for index, rank in enumerate(own):
-        down = torch.cat([torch.randn(rank, 5), common])
-        parts.append(Factors(down, torch.randn(index + 2, rank + shared), scales if index else 2.0))
-    joined = join(parts, scale=2.0)
-    assert len(joined.down) == shared + sum(own)
-    expected = torch.cat([part.scale * part.up @ part.down for part in parts])
-    torch.testing.assert_close(joined.scale * joined.up @ joined.down, expected)
-
-
-def test_rows_that_repeat_within_a_part_are_added() -> None:
-    """peft doubles the rank of gate_up_proj; with gate and up sharing A, half of it is a repetition."""
-    down = torch.randn(2, 4)
-    gate, up = torch.randn(3, 2), torch.randn(3, 2)
-    stacked = Factors(torch.cat([down, down]), torch.block_diag(gate, up))
-    joined = join([stacked], scale=1.0)
-    assert torch.equal(joined.down, down)
-    assert torch.equal(joined.up, torch.cat([gate, up]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from megatron_sglang import hf_files
 from megatron_sglang.errors import DataError
 from megatron_sglang.weights import write
 from megatron_sglang.weights.shard_folder import continued
@@ -71,3 +74,42 @@ def test_the_copied_config_names_the_written_dtype(tmp_path: Path) -> None:
     write.copy_all_but_weights(source, target, "float32")
     assert sorted(path.name for path in target.iterdir()) == ["chat_template.jinja", "config.json", "tokenizer.json"]
     assert json.loads((target / "config.json").read_text()) == {"torch_dtype": "float32", "hidden_size": 4}
+
+
+def test_the_copied_config_counts_no_layers_that_are_not_there(tmp_path: Path) -> None:
+    """A version of `sync.method=disk` has none for multi-token prediction; who loads it must not look for one."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    config = {"dtype": "float32", "num_hidden_layers": 46, "num_nextn_predict_layers": 1}
+    (source / "config.json").write_text(json.dumps(config))
+    write.copy_all_but_weights(source, target, "float32", predicts=False)
+    assert json.loads((target / "config.json").read_text()) == config | {"num_nextn_predict_layers": 0}
+    write.copy_all_but_weights(source, target, "float32")
+    assert json.loads((target / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize(
+    ("config", "predicting"),
+    [
+        ({"num_hidden_layers": 2, "num_nextn_predict_layers": 1}, {"model.layers.2.a", "mtp.norm.weight"}),
+        (
+            {"num_hidden_layers": 1, "mtp_num_hidden_layers": 1},
+            {"model.layers.1.a", "model.layers.2.a", "mtp.norm.weight"},
+        ),
+        ({"text_config": {"num_hidden_layers": 2, "mtp_num_layers": 1}}, {"model.layers.2.a", "mtp.norm.weight"}),
+        ({"num_hidden_layers": 2, "num_nextn_predict_layers": 0}, {"mtp.norm.weight"}),
+        ({"num_hidden_layers": 2}, {"mtp.norm.weight"}),
+        (None, {"mtp.norm.weight"}),
+    ],
+)
+def test_layers_for_multi_token_prediction_are_told_from_the_models(
+    tmp_path: Path, config: dict[str, Any] | None, predicting: set[str]
+) -> None:
+    """A layer of the model that was taken for one would never be sent; a vision tower has numbers of its own."""
+    names = [*(f"model.layers.{number}.a" for number in range(3)), "model.visual.layers.9.a", "mtp.norm.weight"]
+    save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert hf_files.prediction_shapes(tmp_path).keys() == predicting
+    assert hf_files.tensor_shapes(tmp_path).keys() == set(names) - predicting
