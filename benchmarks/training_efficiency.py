@@ -49,6 +49,8 @@ class FixedSamples:
     """Stands in for `Cycle`: every rollout batch is the same, published to nobody. Times the spans."""
 
     ledger = None
+    version = 2
+    """Later than that of the samples, whose logprobs are no engine's and need not agree."""
 
     def __init__(self, samples: list[TrainSample], comm: Any) -> None:
         self.samples, self.comm = samples, comm

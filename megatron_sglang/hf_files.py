@@ -22,7 +22,6 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Names under which config.json counts the routed experts of a layer."""
 
-
 PREDICTION_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 """Where config.json says how many layers for multi-token prediction there are."""
 _LAYER = re.compile(r"(?:model\.|language_model\.)+layers\.(\d+)\.")

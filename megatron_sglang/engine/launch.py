@@ -69,12 +69,12 @@ def _run_server(spec: dict[str, Any], listener: socket.socket) -> None:
 
 
 def _hide_megatron() -> None:
-    """From an engine that shall release its CUDA graphs. SGLang imports megatron.core where there is one
-    (debug_utils/dumper.py:1810), which switches torch_memory_saver to a mode that cannot (megatron/core/inference/
-    contexts/dynamic_context.py:72): the engine would not start."""
+    """SGLang imports megatron.core where there is one, for a dump that nobody asks for (debug_utils/dumper.py:1810).
+    That switches torch_memory_saver to a mode in which CUDA graphs cannot be released (megatron/core/inference/contexts/
+    dynamic_context.py:72), so that SGLANG_MEMORY_SAVER_CUDA_GRAPH=1 would end the engine; and a Transformer Engine that
+    cannot be imported would, too."""
     modules: dict[str, Any] = sys.modules
-    if os.environ.get("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "").lower() in ("1", "true"):
-        modules["megatron"] = None
+    modules["megatron"] = None
 
 
 def _supervise(server: int, trainer: int, shared: segments.Segments) -> Literal["orphaned", "asked", "died"]:
