@@ -1,6 +1,6 @@
 """What `plan` predicts for weight updates that were measured: `python benchmarks/plan_check.py [--output FILE]`.
 
-Plans the runs of the 30B model in benchmarks/results/sync_h200_N.json (2 and 4 GPUs) with each of their sizes of
+Plans the runs of the 30B model in benchmarks/results/sync_h200_N.json (1, 2 and 4 GPUs) with each of their sizes of
 buckets, and sets the predicted seconds beside the measured ones. Of 4 GPUs the figures in `plan/cost.py` know what its
 kernels and its bare all_to_all took; the hand-over is what the present code's run of 2 leaves, and this prints what it
 would be by it today. What is predicted is not what older code did (three messages, slower kernels; on 4 GPUs also more
@@ -28,9 +28,12 @@ from megatron_sglang.plan.trainer import Trainer  # noqa: E402
 from megatron_sglang.plan.update import update_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
-GPUS = (2, 4)
-RUN, OLDER = "30b-", "older code"
-"""What the name of such a run begins with, and what it holds where the code has changed since."""
+GPUS = (1, 2, 4)
+OF_TODAY = 2
+"""GPUs, the most that today's code has run on."""
+RUN, OLDER, MERGED_OTHERWISE = "30b-", "older code", "before the merging kernel"
+"""What the name of such a run begins with, what it holds where the code has changed since, and where it has changed so
+much that the figures say nothing of it."""
 MODEL, ITEMSIZE = ROOT / "examples/qwen3_30b_a3b", 2
 
 
@@ -41,14 +44,14 @@ def rows_of(gpus: int) -> list[dict[str, Any]]:
     slots = engine_slots(EngineOptions(str(MODEL), tp_size=gpus, device="cpu"), shapes)
     rows = []
     for run in json.loads((RESULTS / f"sync_h200_{gpus}.json").read_text()):
-        if not run["step"].startswith(RUN):
+        if not run["step"].startswith(RUN) or MERGED_OTHERWISE in run["step"]:
             continue
         for (buffers, size), found in measured(run["result"], gpus).items():
             update = update_of(shards, slots, gpus, ITEMSIZE, size, host_for(gpus), buffers)
             seconds = found["seconds"]["total"]["median"]
             rows.append(
                 {"gpus": gpus, "run": run["step"], "bucket_bytes": size, "buffers": buffers}
-                | {"of_older_code": gpus > GPUS[0] or OLDER in run["step"]}
+                | {"of_older_code": gpus > OF_TODAY or OLDER in run["step"]}
                 | {"measured_s": seconds, "predicted_s": update.seconds.total}
                 | {"off": update.seconds.total / seconds - 1, "seconds": asdict(update.seconds)}
                 | {"steps": asdict(update.steps), "load": asdict(max(update.loads, key=lambda load: load.received))}

@@ -70,9 +70,9 @@ def _run_server(spec: dict[str, Any], listener: socket.socket) -> None:
 
 def _hide_megatron() -> None:
     """SGLang imports megatron.core where there is one, for a dump that nobody asks for (debug_utils/dumper.py:1810).
-    That switches torch_memory_saver to a mode in which CUDA graphs cannot be released (megatron/core/inference/contexts/
-    dynamic_context.py:72), so that SGLANG_MEMORY_SAVER_CUDA_GRAPH=1 would end the engine; and a Transformer Engine that
-    cannot be imported would, too."""
+    That would switch torch_memory_saver to a mode that cannot release CUDA graphs (megatron/core/inference/contexts/
+    dynamic_context.py:72), which ends an engine with SGLANG_MEMORY_SAVER_CUDA_GRAPH=1; and a Transformer Engine that
+    cannot be imported would end any."""
     modules: dict[str, Any] = sys.modules
     modules["megatron"] = None
 

@@ -1,10 +1,11 @@
 """How long one weight update takes, from bytes and measured rates. Pure.
 
-    seconds = merged / merge + moved / link + far / network + received / copy + digested / digest
-            + buckets x hand_over + fixed
+    seconds = merged / merge + the larger of (moved / link, own / to_itself) + far / network + received / copy
+            + digested / digest + buckets x hand_over + fixed
 
 Ranks meet in every bucket, so what is merged, moved and far counts as the busiest rank's of each bucket, added up
-(`Steps`); the rest as the busiest rank's of all. Nothing is supposed to overlap. Bytes are those of the engine's dtype.
+(`Steps`); the rest as the busiest rank's of all. What goes to others and what a rank hands to itself is one exchange;
+nothing else is supposed to overlap. Bytes are those of the engine's dtype.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Host:
     """Merge adapters and pack, by the bytes that come out."""
     link: Figure
     """all-to-all between the GPUs of a machine."""
+    to_itself: Figure
+    """The part of it that a rank has for the engine rank on its own GPU."""
     network: Figure
     """Between machines."""
     copy: Figure
@@ -47,10 +50,13 @@ class Host:
     """Messages of an update that do not depend on its size."""
 
 
-HAND_OVER_S, FIXED_S = 0.00199, 0.0242
-"""Of the run of 2 GPUs: 14.2 ms to begin and to publish (`sync/begin_s`, `sync/verify_s`), 10 ms around the stream by a
-timeline of its marks; what is left beside the bytes, by 63 buckets. With it goes what kernels take beyond the rates
-here, and the proof at the end, which also grows with the bytes."""
+HAND_OVER_S, FIXED_S = 0.00114, 0.0225
+"""Of the run of 2 GPUs: 12.5 ms to begin and to publish (`sync/begin_s`, `sync/verify_s`), 10 ms around the stream by a
+timeline of an older run's marks; what is left beside the bytes, by 65 buckets. With it goes what kernels take beyond
+the rates here, and the proof at the end, which also grows with the bytes."""
+TO_ITSELF = Figure(
+    61.064e9 / 0.03274, "measured", "all_to_all of one GPU with itself in benchmarks/results/sync_h200_1.json"
+)
 
 
 def _h200(gpus: int, held: float, leaves: float, merge_s: float, link_s: float, digest_s: float) -> Host:
@@ -64,6 +70,7 @@ def _h200(gpus: int, held: float, leaves: float, merge_s: float, link_s: float, 
         gpus=gpus,
         merge=Figure(held / merge_s, "measured", f"the merging kernel's time on rank 0 in {run}"),
         link=Figure(leaves / link_s, "measured", f"all_to_all of the same bytes and nothing else in {run}"),
+        to_itself=TO_ITSELF,
         network=Figure(50e9, "assumed", "one 400 Gb/s adapter for each GPU, at its nominal rate"),
         copy=Figure(
             4.8e12 / 2,
@@ -71,7 +78,7 @@ def _h200(gpus: int, held: float, leaves: float, merge_s: float, link_s: float, 
             "half of the specified memory bandwidth of 4.8 TB/s, since a byte is read and written",
         ),
         digest=Figure(held / digest_s, "measured", f"the digest kernel's time on rank 0 in {run}"),
-        hand_over=Figure(HAND_OVER_S, "derived", f"{fit}: what is left, by 63 buckets"),
+        hand_over=Figure(HAND_OVER_S, "derived", f"{fit}: what is left, by 65 buckets"),
         fixed=Figure(FIXED_S, "derived", f"{fit}: to begin and to publish, and 10 ms of messages between"),
     )
 
@@ -107,6 +114,11 @@ class Load:
     digested: int
     """Each pass over a byte counts."""
 
+    @property
+    def own(self) -> int:
+        """Merged for the engine ranks on this GPU."""
+        return self.merged - self.sent - self.sent_far
+
 
 @dataclass(frozen=True, slots=True)
 class Steps:
@@ -126,6 +138,7 @@ class Prediction:
 
     merge: float
     link: float
+    """With what a rank hands to itself."""
     network: float
     copy: float
     digest: float
@@ -141,7 +154,7 @@ def predict(loads: Sequence[Load], steps: Steps, host: Host = H200) -> Predictio
     """loads: of all ranks."""
     return Prediction(
         merge=steps.merged / host.merge.value,
-        link=steps.moved / host.link.value,
+        link=max(steps.moved / host.link.value, max(load.own for load in loads) / host.to_itself.value),
         network=steps.far / host.network.value,
         copy=max(load.received for load in loads) / host.copy.value,
         digest=max(load.digested for load in loads) / host.digest.value,

@@ -133,15 +133,18 @@ def test_bytes_between_machines_count_on_the_network() -> None:
 
 def test_seconds_are_those_of_the_busiest_rank() -> None:
     """By hand, on a host whose rates are powers of ten; ranks that do nothing change nothing."""
-    ten = replace(H200.merge, value=10.0)
-    one = replace(H200.merge, value=1.0)
-    host = replace(H200, merge=ten, link=ten, network=one, copy=ten, digest=ten, hand_over=one, fixed=one)
-    load, idle = Load(merged=50, sent=20, sent_far=3, received=50, digested=150), Load(0, 0, 0, 0, 0)
+    ten, one = replace(H200.merge, value=10.0), replace(H200.merge, value=1.0)
+    host = replace(
+        H200, merge=ten, link=ten, to_itself=ten, network=one, copy=ten, digest=ten, hand_over=one, fixed=one
+    )
+    load, idle = Load(merged=50, sent=30, sent_far=3, received=50, digested=150), Load(0, 0, 0, 0, 0)
     expected = {"merge": 5.0, "link": 2.0, "network": 3.0, "copy": 5.0, "digest": 15.0, "hand_over": 4.0, "fixed": 1.0}
     for loads in ([load], [idle, load, idle]):
         found = predict(loads, Steps(buckets=4, merged=50, moved=20, far=3), host)
         assert asdict(found) == expected
         assert found.total == 35.0
+    alone = Load(merged=50, sent=0, sent_far=0, received=50, digested=100)
+    assert predict([alone], Steps(buckets=4, merged=50, moved=0, far=0), host).link == 5.0, "handed to itself"
     uneven = Steps(buckets=4, merged=100, moved=40, far=3)
     assert predict([load, load], uneven, host).total == 42.0, "one rank at a time is busy"
 
@@ -181,7 +184,7 @@ def test_what_was_predicted_for_measured_updates() -> None:
     """benchmarks/plan_check.py plans them anew; what it has written must be what the figures give today. How far off
     each is, and what older code's updates say: docs/plan.md."""
     rows = json.loads((CHECKS / "plan_check.json").read_text())
-    assert {row["gpus"] for row in rows} == {2, 4}
+    assert {row["gpus"] for row in rows} == {1, 2, 4}
     for row in rows:
         loads, steps = [Load(**row["load"])], Steps(**row["steps"])
         assert predict(loads, steps, host_for(row["gpus"])).total == pytest.approx(row["predicted_s"])
