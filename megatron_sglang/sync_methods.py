@@ -74,6 +74,7 @@ class Calls(Protocol):
     def load_folder(self, version: int, folder: str, manifest: str) -> None: ...
     def serve_folder(self, folder: str) -> str: ...
     def stop(self, version: int) -> None: ...
+    def take_memory_back(self) -> bool: ...
     def has_base(self) -> bool: ...
     def take_base(self, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int: ...
     def begin_merge(self, version: int) -> None: ...
@@ -304,21 +305,29 @@ class AdapterPath:
         return self.adapters.fidelity()
 
     def _check_base(self, version: int) -> None:
-        """The engine's base is that of version 0; it is loaded anew if it is not after a failed update."""
-        sound, self._sound = self._sound, False
-        leaders(self.calls).stop(version)
-        found = leaders(self.calls).base_digest()
-        if self._base_digest in ("", found):
+        """The engine's base is that of version 0; it is loaded anew if it is not after a failed update, or after its
+        memory was released."""
+        calls, sound, self._sound = leaders(self.calls), self._sound, False
+        calls.stop(version)
+        released = calls.take_memory_back()
+        try:
+            found = calls.base_digest()
+        except WeightSyncError:
+            if not released:  # else it may hold anything, NaN too
+                raise
+            found = "none"
+        if found == (self._base_digest or ("" if released else found)):
             self._base_digest = found
             return
         text = f"the engine's base has digest {found}, version 0 had {self._base_digest}"
-        if sound:
+        if sound and not released:
             raise WeightSyncError(
                 f"{text}: something wrote to it since the last version; publish again, which loads {self.home} anew"
             )
-        found = leaders(self.calls).serve_folder(self.home)
-        if found != self._base_digest:
+        found = calls.serve_folder(self.home)
+        if self._base_digest not in ("", found):
             raise WeightSyncError(f"{text}, and {self.home} now gives {found}: its files are not those of the start")
+        self._base_digest = found
 
 
 def adapter_name(version: int) -> str:

@@ -38,10 +38,11 @@ _USER_ROUTES = ("/generate", "/server_info", "/model_info", "/v1/models")
 @dataclass(slots=True)
 class Fault:
     """What goes wrong on `path`: an HTTP status, a delay, sudden death, a flipped bit in each rank's weights, a
-    completion stamped with another version, or a loader that does not answer."""
+    completion stamped with another version, a loader that does not answer, or memory that comes back without what was
+    in it, as a GPU's does."""
 
     path: str
-    do: Literal["status", "sleep", "die", "flip_bit", "wrong_version", "no_answer"]
+    do: Literal["status", "sleep", "die", "flip_bit", "wrong_version", "no_answer", "forget"]
     status: int = 500
     seconds: float = 0.0
     after: int = 0
@@ -205,9 +206,11 @@ class FakeEngine:
         self.released.update(body["tags"])
         return 200, None
 
-    def resume_memory(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:
+    def resume_memory(self, body: dict[str, Any], due: dict[str, Fault]) -> tuple[int, Any]:
         if not self.released >= set(body["tags"]):
             os._exit(18)
+        for model in self.models if "forget" in due and "weights" in body["tags"] else ():
+            model.forget()
         self.released.difference_update(body["tags"])
         return 200, None
 
@@ -278,8 +281,7 @@ class FakeEngine:
         """SGLang ends every request whose id starts with this one, and knows of no others."""
         with self.lock:
             rid = body.get("rid") or ""
-            hit = {one for one in self.rids if body.get("abort_all") or (rid and one.startswith(rid))}
-            self.aborted |= hit
+            self.aborted |= {one for one in self.rids if body.get("abort_all") or (rid and one.startswith(rid))}
         return 200, None
 
     def load_adapter(self, body: dict[str, Any], _: dict[str, Fault]) -> tuple[int, Any]:

@@ -39,6 +39,10 @@ class Parameters:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.tensors.update((name, tensor.clone()) for name, tensor in weights)
 
+    def forget(self) -> None:
+        for tensor in self.tensors.values():
+            tensor.fill_(float("nan"))
+
     def digests(self) -> dict[str, int]:
         from megatron_sglang.digests import digest
 

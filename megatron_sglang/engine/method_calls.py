@@ -73,6 +73,18 @@ class MethodCalls:
         self.engine.note_update(version)
         self._each(lambda one: _stop(one, version))
 
+    def take_memory_back(self) -> bool:
+        """Take back all memory that was released, for updates that do not begin with `begin_update`. Whether weights
+        were in it: then they may be anything, as on a GPU, or what they were."""
+        released = any("weights" in one.released for one in self._members)
+
+        def wake_up(one: HttpEngine) -> None:
+            with one.failing_as("memory"):
+                one.wake_up()
+
+        self._each(wake_up)
+        return released
+
     # ---- merging in the engine ----
 
     def has_base(self) -> bool:

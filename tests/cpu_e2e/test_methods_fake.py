@@ -103,6 +103,28 @@ def test_an_adapter_that_one_engine_refuses_is_served_by_none(engine, model, tmp
     assert {one.weight_version for one in engine.generate(REQUESTS)} == {3}
 
 
+@pytest.mark.parametrize("tags", [None, ["kv_cache"]], ids=["all", "cache"])
+@pytest.mark.parametrize("forgets", [False, True], ids=["host", "gpu"])
+def test_memory_that_was_released_comes_back_with_the_next_adapters(engine, model, tmp_path, tags, forgets):
+    """They would be served by an engine without its cache, over a base that is gone on a GPU. There the engine is
+    started on its folder again; where all is as it was it goes on, and may be put to sleep again."""
+    adapters = Drawn(draw(WEIGHTS, ("q_proj",), 1), tmp_path / "home", str(model))
+    base = DiskWriter(Alone(), Given(WEIGHTS), tmp_path / "home", model, "float32", name="base")
+    path = AdapterPath(Alone(), adapters, engine, MethodCalls(engine), home=str(model), base=base)
+    first = publish(Alone(), engine, path, 1)
+    processes = [one.server.pid for one in engine.engines]
+    for version in (2, 3):
+        for one in engine.engines:
+            script(one, *([{"path": "/resume_memory_occupation", "do": "forget"}] if forgets else []))
+            one.sleep(tags)
+        report = publish(Alone(), engine, path, version)
+        assert report.engine_digest == first.engine_digest
+        assert [one.released for one in engine.engines] == [set(), set()]
+        assert {one.weight_version for one in engine.generate(REQUESTS)} == {version}
+    anew = [one.server.pid not in processes for one in engine.engines]
+    assert anew == [forgets and tags is None] * 2
+
+
 @pytest.mark.parametrize("how", ["generate", "stream", "endpoint"])
 def test_a_request_that_was_held_does_not_pass_for_the_new_adapters(engine, model, tmp_path, how):
     """It came just after the pause, with the old adapter's name: the old adapter samples it when the engine goes on,
