@@ -94,17 +94,21 @@ def test_what_is_imported_most_is_compiled(machine: Machine) -> None:
 
 
 def test_a_gpu_host_gets_what_is_compiled_on_top(machine: Machine) -> None:
-    """After the lock, so that torch is there to compile against; and no later set-up takes it away."""
+    """After the lock, so that torch is there to compile against, and after the CUDA headers, since uv builds what it is
+    asked for before it installs any of it; and no later set-up takes it away."""
     assert machine.setup("--gpu", PYTHON=sys.executable).returncode == 0
-    assert machine.called == [*INSTALLS, "pip install"]
-    last = machine.calls.read_text().splitlines()[-1]
+    on_top = ["pip install"] * 2
+    assert machine.called == [*INSTALLS, *on_top]
+    before, last = machine.calls.read_text().splitlines()[-2:]
     assert "--no-deps --no-build-isolation --requirement requirements/gpu.txt" in last
+    assert "--no-deps" in before
+    assert "requirements/gpu.txt" not in before
     assert machine.setup().returncode == 0
     assert machine.called == []
     with (machine.folder / "requirements" / "lock.txt").open("a") as lock:
         lock.write("left-pad==1.0\n")
     machine.setup(PYTHON=sys.executable)
-    assert machine.called == [*INSTALLS[1:], "pip install"]
+    assert machine.called == [*INSTALLS[1:], *on_top]
     assert "on top  transformer-engine-torch==2.17.1" in machine.setup("--dry-run").stdout
 
 
@@ -217,7 +221,9 @@ def test_the_gpu_lock_is_of_the_pins_and_goes_on_top() -> None:
     base = dict(line.split("==") for line in LOCK.read_text().splitlines() if not line.startswith("#"))
     assert on_top.keys() & base.keys() == {"nvidia-cudnn-cu13"}
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
-    assert extra == [f"transformer-engine[pytorch]=={on_top['transformer-engine']}"]
+    toolkit = f"cuda-toolkit[cccl,crt]=={base['cuda-toolkit']}"  # torch's, of which these are the headers
+    assert extra == [f"transformer-engine[pytorch]=={on_top['transformer-engine']}", toolkit]
+    assert {"nvidia-cuda-cccl", "nvidia-cuda-crt"} <= on_top.keys()
     assert on_top["transformer-engine-torch"] == on_top["transformer-engine"]
     assert on_top["nvidia-cudnn-cu13"] == host.CUDNN
     assert f"nvidia-cudnn-cu13=={host.CUDNN}" in LOCK.with_name("gpu_overrides.txt").read_text().splitlines()
