@@ -16,8 +16,8 @@ import psutil
 
 from megatron_sglang.art.keeper import GRACE_S
 from megatron_sglang.errors import EngineDiedError, EngineTimeoutError, MegatronSglangError, SetupError, from_text
+from megatron_sglang.text import last_lines
 
-LOG_LINES = 20
 _SAID = re.compile(r"^rank \d+: (\w+): (.*)$", re.MULTILINE)
 
 
@@ -47,8 +47,9 @@ class Child:
         said = _SAID.search(text)
         if said:
             return from_text(said[1], f"{said[2]}; log: {self.log}")
-        tail = "\n".join(text.splitlines()[-LOG_LINES:])
-        return MegatronSglangError(f"the {name} ended with code {self.code}; last lines of {self.log}:\n{tail}")
+        return MegatronSglangError(
+            f"the {name} ended with code {self.code}; last lines of {self.log}:\n{last_lines(text)}"
+        )
 
 
 class Tree:

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -31,9 +29,11 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 
 from megatron_sglang.config import RouterPolicy
+from megatron_sglang.engine import supervised
 from megatron_sglang.engine.async_http import SESSION_HEADER, Address
-from megatron_sglang.engine.server import CLOSE_TIMEOUT_S, LOG_LINES, clean_environment
+from megatron_sglang.engine.server import clean_environment
 from megatron_sglang.errors import ConfigError, EngineError, EngineStartError, SetupError
+from megatron_sglang.text import last_lines
 
 if TYPE_CHECKING:
     from megatron_sglang.engine.group import EngineGroup
@@ -94,25 +94,10 @@ class Router:
             raise ConfigError(f"a router knows one key for all engines; these {len(addresses)} have {len(keys)}")
         self._urls, self._key = [address.url for address in addresses], addresses[0].api_key
         self._folder = Path(tempfile.mkdtemp(prefix="msgl-"))
-        with socket.socket() as listener, self._log.open("a") as log:
-            listener.bind(("127.0.0.1", 0))
-            self.port = listener.getsockname()[1]
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "megatron_sglang.engine.launch", str(listener.fileno())],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=clean_environment(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])},
-                pass_fds=[listener.fileno()],
-                start_new_session=True,
-                text=True,
-            )
         spec = {"module": __name__, "folder": str(self._folder), "key": self._key, "urls": self._urls}
-        spec |= {"request_s": self._engines.engines[0].options.request_timeout_s}
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once: wait_ready says why
-            self._process.stdin.write(json.dumps(spec | {"policy": self._policy}) + "\n")
-            self._process.stdin.flush()
+        spec |= {"request_s": self._engines.engines[0].options.request_timeout_s, "policy": self._policy}
+        environment = clean_environment(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        self._process, self.port = supervised.start(sys.executable, lambda _port: spec, environment, self._log)
 
     def wait_ready(self) -> None:
         """Block until it has found all engines; `EngineStartError` with its last log lines otherwise."""
@@ -141,17 +126,8 @@ class Router:
     def close(self) -> None:
         """End it and wait until it is gone. Idempotent."""
         process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(CLOSE_TIMEOUT_S)
-            except subprocess.TimeoutExpired as error:
-                process.kill()
-                raise EngineError(f"the router's supervisor did not end in {CLOSE_TIMEOUT_S:g} s") from error
-            finally:
-                if process.stdin is not None:
-                    process.stdin.close()
+        if process is not None and not supervised.end(process):
+            raise EngineError(f"the router's supervisor did not end in {supervised.CLOSE_TIMEOUT_S:g} s")
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -173,7 +149,7 @@ class Router:
         return Path(self._given_log) if self._given_log else self._folder / "router.log"
 
     def _tail(self) -> str:
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        return last_lines(self._log.read_text(errors="replace"))
 
 
 def serve(spec: dict[str, Any], listener: socket.socket) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import getpass
 import importlib.metadata
-import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,9 +19,10 @@ from typing import Any
 
 import httpx
 
-from megatron_sglang.engine import segments
+from megatron_sglang.engine import segments, supervised
 from megatron_sglang.engine.options import MAILBOX_VARIABLE, EngineOptions, server_args
 from megatron_sglang.errors import EngineError, EngineStartError, SetupError
+from megatron_sglang.text import last_lines
 
 _TRAINER_ONLY = ("RANK", "WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
 _TRAINER_PREFIXES = ("LOCAL_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
@@ -34,9 +33,6 @@ _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _NOT_FOR_ENGINES = ("expandable_segments", "roundup_power2_divisions")
 _MODULES = {"sglang": "megatron_sglang.engine.sglang_server", "fake": "megatron_sglang.engine.fake"}
 SGLANG_VERSION = "0.5.17"
-CLOSE_TIMEOUT_S = 30.0
-LOG_LINES = 20
-"""Of the engine's log that an error quotes."""
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -129,25 +125,7 @@ class Server:
             (self._folder / name).mkdir(mode=0o700)
         assert self.log_path is not None
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        # Bound here and handed down, so nobody can take the port while the server is starting.
-        with socket.socket() as listener, self.log_path.open("a") as log:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("127.0.0.1", 0))
-            self.port = listener.getsockname()[1]
-            self._process = subprocess.Popen(
-                [self.options.python, "-P", "-m", "megatron_sglang.engine.launch", str(listener.fileno())],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment(),
-                pass_fds=[listener.fileno()],
-                start_new_session=True,
-                text=True,
-            )
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once: wait_ready says why
-            self._process.stdin.write(json.dumps(self._spec()) + "\n")
-            self._process.stdin.flush()
+        self._process, self.port = supervised.start(self.options.python, self._spec, self._environment(), self.log_path)
 
     def why_dead(self) -> str | None:
         """None while it runs; else its last log lines."""
@@ -161,7 +139,7 @@ class Server:
         path = self.log_path
         if path is None or not path.exists():
             return "(no log)"
-        return "\n".join(path.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        return last_lines(path.read_text(errors="replace"))
 
     def wait_ready(self) -> None:
         """Return once /health answers 200; `EngineStartError` when the server dies or the deadline passes."""
@@ -185,38 +163,26 @@ class Server:
         process, self._process = self._process, None
         try:
             if process is not None:
-                self._end(process)
+                supervised.end(process)
+                self._wait_port_free()
         finally:
             if self._folder is not None:
                 segments.remove(self._folder)  # the supervisor did, unless it was killed
                 shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _end(self, process: subprocess.Popen[str]) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(CLOSE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            # The server dies with its supervisor, and SGLang's children with the server (PR_SET_PDEATHSIG).
-            process.kill()
-            process.wait(CLOSE_TIMEOUT_S)
-        if process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-        self._wait_port_free()
-
     def _wait_port_free(self) -> None:
-        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        at_most_s = supervised.CLOSE_TIMEOUT_S
+        deadline = time.monotonic() + at_most_s
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1.0).close()
             except OSError:
                 return
             if time.monotonic() > deadline:
-                raise EngineError(f"port {self.port} still answers {CLOSE_TIMEOUT_S:g} s after the engine was ended")
+                raise EngineError(f"port {self.port} still answers {at_most_s:g} s after the engine was ended")
             time.sleep(0.05)
 
-    def _spec(self) -> dict[str, Any]:
+    def _spec(self, port: int) -> dict[str, Any]:
         """What `launch.py` is told through stdin, and passes on to `serve` of the kind's module."""
         options = self.options
         spec = {
@@ -231,7 +197,7 @@ class Server:
             told = options.model_path if options.routed_experts else None
             spec |= {"tp_size": options.tp_size, "script": dict(options.extra), "model_folder": folder}
             return spec | {"routed_experts": told}
-        return spec | {"server_args": server_args(options, self.port)}
+        return spec | {"server_args": server_args(options, port)}
 
     def _environment(self) -> dict[str, str]:
         package_root = str(Path(__file__).parents[2])
