@@ -21,10 +21,9 @@ from typing import Any
 import torch
 
 from megatron_sglang.digests import digest
+from megatron_sglang.peft_names import PREFIX, WEIGHTS, factor_names
 
-WEIGHTS = "adapter_model.safetensors"
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_PREFIX = "base_model.model."
 
 
 def prove(model: Any, message: Mapping[str, Any]) -> int:
@@ -93,7 +92,7 @@ def _compare(name: str, given: Mapping[str, torch.Tensor], held: Mapping[str, to
 
 def _module_of(key: str) -> str:
     """SGLang's name of the wrapped module that a held tensor is for."""
-    module = re.sub(r"\.lora_[AB]\.weight$", "", key.removeprefix(_PREFIX))
+    module = re.sub(r"\.lora_[AB]\.weight$", "", key.removeprefix(PREFIX))
     return re.sub(r"\.experts\.\d+\..*", ".experts", module)
 
 
@@ -105,7 +104,7 @@ def _compare_pool(name: str, manager: Any, identity: str) -> None:
     for layer, modules in enumerate(manager.lora_modules):
         weights = adapter.layers[layer].weights
         for module_name, module in modules.items():
-            down, up = (weights.get(f"{_PREFIX}{module_name}.lora_{part}.weight") for part in "AB")
+            down, up = map(weights.get, factor_names(module_name))
             if down is None or up is None or not hasattr(module, "slice_lora_a_weights"):
                 continue
             target = get_target_module_name(module_name, pool.target_modules)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sglang.hf_files import count_experts
+from megatron_sglang.peft_names import WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ class Parameters:
             self.tensors |= _read(path)
 
     def load_adapter(self, name: str, folder: str) -> None:
-        path = Path(folder, "adapter_model.safetensors")
+        path = Path(folder, WEIGHTS)
         self.adapters[name] = _read(path) if path.exists() else {}
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,10 +19,11 @@ from megatron_sglang.config import LoraConfig
 from megatron_sglang.digests import digest
 from megatron_sglang.errors import DataError, WeightSyncError
 from megatron_sglang.interfaces import Comm
+from megatron_sglang.peft_names import CONFIG, WEIGHTS, factor_names
 from megatron_sglang.sync_methods import Folder
 from megatron_sglang.types import MergeFidelity
 from megatron_sglang.weights.disk import FolderHome
-from megatron_sglang.weights.peft_format import CONFIG, WEIGHTS, AdapterWriter, Shapes
+from megatron_sglang.weights.peft_format import AdapterWriter, Shapes
 from megatron_sglang.weights.sites import Site, find_sites
 
 FactorsByModule = Mapping[str, Sequence[torch.Tensor]]
@@ -143,8 +144,7 @@ class AdapterStream:
         def put(held: FactorsByModule) -> None:
             writers[0].extend(held)
             for module, (down, up) in held.items():
-                names = (f"base_model.model.{module}.lora_{factor}.weight" for factor in "AB")
-                proof.update(zip(names, (digest(down), digest(up)), strict=True))
+                proof.update(zip(factor_names(module), (digest(down), digest(up)), strict=True))
                 self._count(module, down, up)
 
         def close() -> dict[str, Any]:

@@ -32,10 +32,9 @@ from safetensors import SafetensorError, safe_open
 from megatron_sglang.buckets import fusion_key
 from megatron_sglang.config import LoraConfig
 from megatron_sglang.errors import DataError
+from megatron_sglang.peft_names import CONFIG, PREFIX, WEIGHTS, factor_names
 from megatron_sglang.weights.write import TensorFile
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _ONLY_IN_EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 _PLAIN = {"bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False}
 """Options of PEFT that Megatron's LoRA has no counterpart for, and the only value that can be read."""
@@ -113,7 +112,11 @@ class AdapterWriter:
         every = {**shapes, **_idle_down(shapes)}  # placeholders are never put, and so stay zeros (`TensorFile`)
         self._file = TensorFile(
             folder / WEIGHTS,
-            {name: shape for module, pair in every.items() for name, shape in zip(_keys(module), pair, strict=True)},
+            {
+                name: shape
+                for module, pair in every.items()
+                for name, shape in zip(factor_names(module), pair, strict=True)
+            },
             dtype,
         )
         modules, parameters = _targets(every)
@@ -136,15 +139,11 @@ class AdapterWriter:
     def extend(self, factors: Mapping[str, Sequence[torch.Tensor]]) -> None:
         """Write A and B of some modules, on any device."""
         for module, pair in factors.items():
-            for name, factor in zip(_keys(module), pair, strict=True):
+            for name, factor in zip(factor_names(module), pair, strict=True):
                 self._file.put(name, factor)
 
     def close(self) -> None:
         self._file.close()
-
-
-def _keys(module: str) -> tuple[str, str]:
-    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
 
 
 def _idle_down(shapes: Mapping[str, Shapes]) -> dict[str, Shapes]:
@@ -196,7 +195,7 @@ class AdapterFolder:
         self._readers: dict[str, Callable[[], Factors]] = {}
         self._stacks: dict[str, torch.Tensor] = {}
         for key in keys:
-            module, found, factor = key.removeprefix(_PREFIX).rpartition(".lora_")
+            module, found, factor = key.removeprefix(PREFIX).rpartition(".lora_")
             if not found or factor not in ("A.weight", "B.weight"):
                 raise DataError(f"{folder / WEIGHTS}: {key} is no factor of a linear layer; only plain LoRA is read")
             if key.endswith("B.weight"):
@@ -262,15 +261,16 @@ class AdapterFolder:
         return module.endswith(".base_layer") or not any(target.endswith("down_proj") for target in targets)
 
     def _plain(self, module: str) -> Factors:
-        down, up = (self._file.get_tensor(f"{_PREFIX}{module}.lora_{factor}.weight") for factor in "AB")
+        down, up = map(self._file.get_tensor, factor_names(module))
         return Factors(down, up, self._scale(module, len(down)))
 
     def _of_stack(self, module: str, name: str, expert: int, half: int | None) -> Factors:
         """One expert out of a stack. name: PEFT's of the parameter, for its scale. half: 0 gate, 1 up, None: all."""
-        slice_a = self._file.get_slice(f"{_PREFIX}{module}.lora_A.weight")
+        down_name, up_name = factor_names(module)
+        slice_a = self._file.get_slice(down_name)
         rank = slice_a.get_shape()[0] // self.experts
         down = slice_a[expert * rank : (expert + 1) * rank]
-        up = self._whole(f"{_PREFIX}{module}.lora_B.weight")[:, expert :: self.experts]
+        up = self._whole(up_name)[:, expert :: self.experts]
         if half is not None:
             up = up.chunk(2)[half]
         return Factors(down, up, self._scale(name, rank))

@@ -24,7 +24,7 @@ ROOMS = {
 
 LAYERS = [
     "errors types text signals unix_socket store copies precision packing digest_kernel",
-    "digests stops hf_files checkpoint_folder routing",
+    "digests stops hf_files peft_names checkpoint_folder routing",
     "copy_kernel config buckets layout placement",
     "config_check interfaces weight_folder metrics trackers advantages prompts comm",
     "config_argv losses trace rewards rollout transfer host memory samples",
