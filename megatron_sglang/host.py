@@ -34,7 +34,8 @@ ROUNDED = "roundup_power2_divisions:16"
 blocks that are a little too small for the next would pile up. It costs 6 % of a tensor at most."""
 NO_SEGMENTS = "MEGATRON_CI_DISABLE_EXPANDABLE_SEGMENTS"
 RAY_NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
-BALANCE = "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK"
+OLD_BALANCE, BALANCE = "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"
+"""SGLang's check that its ranks have equally much memory free: until 0.5.17 it was switched off, since then on."""
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 CUMEM, SGLANG_CUMEM = "NCCL_CUMEM_ENABLE", "0"
 """The variable, and what SGLang 0.5.17 sets it to where it is not set (entrypoints/engine.py:1583)."""
@@ -62,6 +63,11 @@ class Finding:
         return f"{self.subject}: {self.observed}" + (f"; {self.remedy}" if self.remedy else "")
 
 
+def is_on(environment: Mapping[str, str], name: str) -> bool:
+    """Does this variable say yes?"""
+    return environment.get(name, "").lower() in _YES
+
+
 def has_cuda(environment: Mapping[str, str]) -> bool:
     """Is there an NVIDIA driver, and is a device visible to this process?"""
     return any(map(os.path.exists, DEVICE_FILES)) and _visible(environment) != []
@@ -70,7 +76,7 @@ def has_cuda(environment: Mapping[str, str]) -> bool:
 def prepare(environment: MutableMapping[str, str]) -> list[str]:
     """Do what the variables of verl's script ask for, and set the trainer's allocator where none of them does. Before
     torch is imported. Returns what of the given was changed, in words."""
-    changed = _without_segments(environment) if environment.get(NO_SEGMENTS, "").lower() in _YES else []
+    changed = _without_segments(environment) if is_on(environment, NO_SEGMENTS) else []
     if has_cuda(environment) and not any(environment.get(name) for name in ALLOCATOR):
         environment[ALLOCATOR[-1]] = ROUNDED
     return changed
@@ -109,7 +115,7 @@ def judge(config: RunConfig, environment: Mapping[str, str]) -> list[str]:
 
 def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
     """What the variables say by themselves, whatever is run."""
-    disabled = environment.get(NO_SEGMENTS, "").lower() in _YES
+    disabled = is_on(environment, NO_SEGMENTS)
     for name in ALLOCATOR:
         if "expandable_segments:true" in environment.get(name, "").lower():
             if disabled:
@@ -131,9 +137,9 @@ def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
     elif in_ray:
         remedy = f"Ray hides GPUs from its workers, and an engine needs all of its own: export {RAY_NOSET}=1"
         yield Finding("warn", "a worker of Ray", "the variable that keeps all GPUs visible is not set", remedy)
-    if (balance := environment.get(BALANCE)) is not None:
-        meant = "off" if balance.lower() in _YES else "left to SGLang"
-        yield Finding("ok", BALANCE, f"{balance}: the engine's balance check is {meant}; SGLang 0.5.17 renamed it")
+    if (balance := environment.get(OLD_BALANCE)) is not None:
+        meant = "off" if is_on(environment, OLD_BALANCE) else "left to SGLang"
+        yield Finding("ok", OLD_BALANCE, f"{balance}: the engine's balance check is {meant}; SGLang 0.5.17 renamed it")
 
 
 def _of_run(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding]:

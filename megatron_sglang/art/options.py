@@ -28,6 +28,7 @@ from megatron_sglang.config import LoraConfig
 from megatron_sglang.config_check import in_one_spelling
 from megatron_sglang.engine.lora_options import lora_server_args
 from megatron_sglang.errors import ConfigError
+from megatron_sglang.host import BALANCE
 
 TIMEOUT_VARIABLE = "ART_SERVER_TIMEOUT"
 BATCHES = 100_000
@@ -228,7 +229,7 @@ def environment_of(sglang: SGLangConfig, devices: Devices, outer: Mapping[str, s
         chosen = [visible[gpu].strip() if visible else str(gpu) for gpu in devices.gpus]
         found["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
     if sglang.disable_tp_memory_check:
-        found["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "false"
+        found[BALANCE] = "false"
     return found
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 
+from megatron_sglang import host
 from megatron_sglang.engine import segments, supervised
 from megatron_sglang.engine.options import MAILBOX_VARIABLE, EngineOptions, server_args
 from megatron_sglang.errors import EngineError, EngineStartError, SetupError
@@ -28,8 +29,6 @@ _TRAINER_ONLY = ("RANK", "WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_
 _TRAINER_PREFIXES = ("LOCAL_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
 KEEP_ALIVE_S = 600
 """How long our engines keep an idle connection; their clients keep it for `async_http.KEEP_S`."""
-_OLD_BALANCE, _BALANCE = "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"
-_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _NOT_FOR_ENGINES = ("expandable_segments", "roundup_power2_divisions")
 _MODULES = {"sglang": "megatron_sglang.engine.sglang_server", "fake": "megatron_sglang.engine.fake"}
 SGLANG_VERSION = "0.5.17"
@@ -43,14 +42,15 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if name not in _TRAINER_ONLY and not name.startswith(_TRAINER_PREFIXES)
     }
-    for name in _ALLOCATOR:
+    for name in host.ALLOCATOR:
         given = clean.pop(name, "").split(",")
         kept = [item for item in given if item and not any(word in item for word in _NOT_FOR_ENGINES)]
         if kept:
             clean[name] = ",".join(kept)
     # SGLang 0.5.17 gives the old variable's value to the new one, which means the opposite (environ.py:1350, 1377).
-    if clean.pop(_OLD_BALANCE, "").lower() in ("1", "true", "yes", "y"):
-        clean.setdefault(_BALANCE, "false")
+    clean.pop(host.OLD_BALANCE, None)
+    if host.is_on(environment, host.OLD_BALANCE):
+        clean.setdefault(host.BALANCE, "false")
     return clean
 
 

@@ -26,10 +26,10 @@ def run_of(*argv: str) -> RunConfig:
 
 def test_the_variables_of_verls_script_are_fine() -> None:
     """What its users export at the top of their scripts must not stop a run, nor be complained about."""
-    exported = {host.NO_SEGMENTS: "1", host.RAY_NOSET: "1", host.BALANCE: "True"}
+    exported = {host.NO_SEGMENTS: "1", host.RAY_NOSET: "1", host.OLD_BALANCE: "True"}
     assert host.judge(run_of("--tensor-model-parallel-size", "2"), GOOD | exported) == []
     said = {one.subject: one.observed for one in host.findings(GOOD | exported)}
-    assert "balance check is off" in said[host.BALANCE]
+    assert "balance check is off" in said[host.OLD_BALANCE]
     assert "only Ray reads it" in said[host.RAY_NOSET]
 
 
