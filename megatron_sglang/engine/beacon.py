@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sglang.errors import EngineError
+from megatron_sglang.private_file import replacing
 
 NAME = "engine.json"
 """Of the file in a run's folder."""
@@ -121,18 +122,13 @@ class Beacon:
                 self.path.unlink()
 
     def _write(self, sign: Sign) -> None:
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        try:
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                json.dump(sign.to_json(), file)
+        with replacing(self.path) as file:
+            json.dump(sign.to_json(), file)
+            file.flush()  # the stamp is to be the last change
             # The kernel's own stamps are coarse: two changes within one tick would look like none.
             self._stamp_ns = max(time.time_ns(), self._stamp_ns + 1)
-            os.utime(partial, ns=(self._stamp_ns, self._stamp_ns))
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+            os.utime(file.fileno(), ns=(self._stamp_ns, self._stamp_ns))
 
 
 class Watch:

@@ -8,6 +8,7 @@ import secrets
 from pathlib import Path
 
 from megatron_sglang.errors import ConfigError
+from megatron_sglang.private_file import replacing
 
 VARIABLE = "MEGATRON_SGLANG_API_KEY"
 SHORTEST = 16
@@ -33,15 +34,11 @@ def make(path: Path) -> str:
     """A random key, written to `path` with mode 0600; of a file that is there, which is ours, it is replaced."""
     key = secrets.token_urlsafe(32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with replacing(path) as file:
             file.write(key + "\n")
-        partial.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}; name another --api-key-file") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return key
 
 

@@ -23,7 +23,7 @@ ROOMS = {
 """Heavy package -> the parts of ours that may import it, at the top of a file or in a function."""
 
 LAYERS = [
-    "errors types text signals unix_socket store copies precision packing digest_kernel",
+    "errors types text signals private_file unix_socket store copies precision packing digest_kernel",
     "digests stops hf_files peft_names checkpoint_folder routing",
     "copy_kernel config buckets layout placement",
     "config_check interfaces weight_folder metrics trackers advantages prompts comm",
