@@ -77,8 +77,11 @@ def measured(run: dict[str, Any], gpus: int) -> dict[tuple[int, int], dict[str, 
 
 def hand_over_of(row: dict[str, Any]) -> float:
     """Seconds of a bucket: what the figures of the bytes and `FIXED_S` leave of the measured ones."""
-    parts = ("merge", "link", "network", "copy", "digest")
-    left = row["measured_s"] - FIXED_S - sum(row["seconds"][part] for part in parts)
+    seconds = row["seconds"]
+    exchange = max(seconds["link"], seconds["to_itself"])
+    left = (
+        row["measured_s"] - FIXED_S - exchange - sum(seconds[part] for part in ("merge", "network", "copy", "digest"))
+    )
     return left / row["steps"]["buckets"]
 
 

@@ -160,7 +160,8 @@ def as_text(placement: Placement, update: Update) -> Iterator[str]:
         seconds, rate = getattr(update.seconds, name), _rate(name, figure.value)
         yield f"{name:9}  {seconds:6.3f}  {rate:>9}  {figure.kind}"
     yield f"{'total':9}  {update.seconds.total:6.3f}"
-    yield "merge and link: of each bucket's busiest rank; what each figure was taken from: --json, docs/plan.md"
+    yield "merge and link: of each bucket's busiest rank; of link and to_itself the longer counts"
+    yield "what each figure was taken from: --json, docs/plan.md"
 
 
 def _matrix(ranks: int, update: Update) -> Iterator[str]:

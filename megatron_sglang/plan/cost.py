@@ -138,7 +138,7 @@ class Prediction:
 
     merge: float
     link: float
-    """With what a rank hands to itself."""
+    to_itself: float
     network: float
     copy: float
     digest: float
@@ -147,14 +147,16 @@ class Prediction:
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        """Link and to_itself are parts of one exchange, of which the longer counts."""
+        return sum(asdict(self).values()) - min(self.link, self.to_itself)
 
 
 def predict(loads: Sequence[Load], steps: Steps, host: Host = H200) -> Prediction:
     """loads: of all ranks."""
     return Prediction(
         merge=steps.merged / host.merge.value,
-        link=max(steps.moved / host.link.value, max(load.own for load in loads) / host.to_itself.value),
+        link=steps.moved / host.link.value,
+        to_itself=max(load.own for load in loads) / host.to_itself.value,
         network=steps.far / host.network.value,
         copy=max(load.received for load in loads) / host.copy.value,
         digest=max(load.digested for load in loads) / host.digest.value,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sglang.errors import SandboxError
-from megatron_sglang.rewards.box.literals import ChannelError, receive, send
+from megatron_sglang.rewards.box.literals import JOB_BYTES, ChannelError, receive, send
 
 Tier = Literal["bubblewrap", "namespaces", "restricted", "unsafe-local"]
 PACKAGE = Path(__file__).parents[1]
@@ -22,7 +22,6 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp", "PYTH
 START_S = 30.0  # a start takes 0.2 s on an idle machine
 ANSWER_S = 10.0  # the server kills, reaps and deletes before it answers
 END_S = 5.0
-MESSAGE_BYTES = 16 << 20
 
 
 class BoxDied(Exception):
@@ -57,7 +56,7 @@ class Box:
                 cwd="/",
             )
         try:
-            answer = receive(self._control, MESSAGE_BYTES)
+            answer = receive(self._control, JOB_BYTES)
         except ChannelError as error:
             answer = {"failed": f"its server did not come up: {error}"}
         assert self._process.stderr is not None
@@ -76,7 +75,7 @@ class Box:
         self._control.settimeout(self._options["limits"]["wall_s"] + ANSWER_S)
         try:
             socket.send_fds(self._control, [b"J"], [channel.fileno() for channel in channels])
-            send(self._control, job, MESSAGE_BYTES)
+            send(self._control, job, JOB_BYTES)
         except (OSError, ChannelError) as error:
             self.close()
             raise BoxDied(str(error)) from None
@@ -95,8 +94,8 @@ class Box:
         self._unsettled = False
         began = False
         try:
-            began = "started" in receive(self._control, MESSAGE_BYTES)
-            return receive(self._control, MESSAGE_BYTES)["ended"]
+            began = "started" in receive(self._control, JOB_BYTES)
+            return receive(self._control, JOB_BYTES)["ended"]
         except ChannelError as error:
             self.close()
             if began:

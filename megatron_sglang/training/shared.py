@@ -15,9 +15,8 @@ path that sends all of them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,13 +67,33 @@ class StagedPath:
             self.engine.load(dataclasses.replace(bucket, data=bucket.data.to(device)) if device else bucket)
 
 
-class SharedCycle(Cycle):
+class _GivingCycle(Cycle):
+    """The engine's memory is there from `publish` to `collect`, and released otherwise."""
+
+    def publish(self) -> SyncReport:
+        """As `Cycle.publish`, which takes the engine's memory back."""
+        if self.ledger is not None:
+            self.ledger.require_room(self.comm)
+        return super().publish()
+
+    def collect(self, step: int) -> list[TrainSample]:
+        """As `Cycle.collect`; afterwards the engine's memory is released."""
+        samples = super().collect(step)
+        before = self.ledger.free() if self.ledger is not None else 0
+        with self.span("release"):
+            self._surviving(lambda: self.comm.from_leader(lambda: self._lead.engine.release()), needs_weights=False)
+        if self.ledger is not None:
+            self.ledger.note_room(before)
+        return samples
+
+
+class SharedCycle(_GivingCycle):
     """Its `path` is a `StagedPath`; `offload` is set before the first `publish`. The engine begins released."""
 
     offload: Offload | None = None
 
     def publish(self) -> SyncReport:
-        """As `Cycle.publish`; afterwards it is the engine's turn."""
+        """As `Cycle.publish`, but before it the trainer leaves the device: afterwards it is the engine's turn."""
         assert self.offload is not None, "set before the first rollout batch"
         assert not self.offload.is_out, "it is the engine's turn already"
         assert isinstance(self.path, StagedPath)
@@ -83,15 +102,11 @@ class SharedCycle(Cycle):
         with self.span("offload"):
             self.offload.out()
             self.comm.agree(None)  # the engine takes the room when all ranks have left it
-        if self.ledger is not None:
-            self.ledger.require_room(self.comm)
         return super().publish()
 
     def collect(self, step: int) -> list[TrainSample]:
         """As `Cycle.collect`; afterwards it is the trainer's turn."""
         samples = super().collect(step)
-        with _releasing(self):
-            self._surviving(lambda: self.comm.from_leader(lambda: self._lead.engine.release()), needs_weights=False)
         with self.span("reload"):
             self._bring_back()
         return samples
@@ -108,21 +123,15 @@ class SharedCycle(Cycle):
         self.comm.agree(failure)
 
 
-class ReleasingCycle(Cycle):
-    """The engine's memory is there from `publish` to `collect`; otherwise it is the trainer's room."""
+class ReleasingCycle(_GivingCycle):
+    """While the engine's memory is released, it is the trainer's room."""
 
     def publish(self) -> SyncReport:
-        """As `Cycle.publish`, which takes the engine's memory back."""
         self._empty_cache()  # what training has left in the allocator is the engine's room
-        if self.ledger is not None:
-            self.ledger.require_room(self.comm)
         return super().publish()
 
     def collect(self, step: int) -> list[TrainSample]:
-        """As `Cycle.collect`; afterwards the trainer has the room."""
         samples = super().collect(step)
-        with _releasing(self):
-            self._surviving(lambda: self.comm.from_leader(lambda: self._lead.engine.release()), needs_weights=False)
         self.note_memory("release", same=True)
         return samples
 
@@ -134,16 +143,6 @@ class ReleasingCycle(Cycle):
         if torch.cuda.is_initialized():
             with self.span("empty_cache"):
                 torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def _releasing(cycle: Cycle) -> Iterator[None]:
-    """Around the engine's release: how long it takes, and how much it gives."""
-    before = cycle.ledger.free() if cycle.ledger is not None else 0
-    with cycle.span("release"):
-        yield
-    if cycle.ledger is not None:
-        cycle.ledger.note_room(before)
 
 
 class SharedPlugin(Plugin):

@@ -15,7 +15,7 @@ import torch
 from engine_tools import fake_options, script
 
 from megatron_sglang.buckets import pack
-from megatron_sglang.engine import EngineOptions, create_engine, create_engines, server
+from megatron_sglang.engine import EngineOptions, create_engine, create_engines, supervised
 from megatron_sglang.engine.group import EngineGroup, spread
 from megatron_sglang.engine.http_engine import HttpEngine
 from megatron_sglang.engine.line import open_line
@@ -258,7 +258,7 @@ def test_close_ends_all_even_if_that_fails_for_one(monkeypatch: pytest.MonkeyPat
     group.wait_ready()
     tree = processes(group)
     folders = [engine.server.mailbox.parent for engine in group.engines]
-    monkeypatch.setattr(server, "CLOSE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(supervised, "CLOSE_TIMEOUT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         group.engines[0].server.port = taken.getsockname()[1]
         with pytest.raises(EngineError, match=r"engine 0: port \d+ still answers"):

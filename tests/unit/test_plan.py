@@ -138,13 +138,15 @@ def test_seconds_are_those_of_the_busiest_rank() -> None:
         H200, merge=ten, link=ten, to_itself=ten, network=one, copy=ten, digest=ten, hand_over=one, fixed=one
     )
     load, idle = Load(merged=50, sent=30, sent_far=3, received=50, digested=150), Load(0, 0, 0, 0, 0)
-    expected = {"merge": 5.0, "link": 2.0, "network": 3.0, "copy": 5.0, "digest": 15.0, "hand_over": 4.0, "fixed": 1.0}
+    expected = {"merge": 5.0, "link": 2.0, "to_itself": 1.7, "network": 3.0, "copy": 5.0, "digest": 15.0}
+    expected |= {"hand_over": 4.0, "fixed": 1.0}
     for loads in ([load], [idle, load, idle]):
         found = predict(loads, Steps(buckets=4, merged=50, moved=20, far=3), host)
         assert asdict(found) == expected
         assert found.total == 35.0
     alone = Load(merged=50, sent=0, sent_far=0, received=50, digested=100)
-    assert predict([alone], Steps(buckets=4, merged=50, moved=0, far=0), host).link == 5.0, "handed to itself"
+    assert predict([alone], Steps(buckets=4, merged=50, moved=0, far=0), host).total == 30.0, "5 of it to itself"
+    assert predict([alone], Steps(buckets=4, merged=50, moved=20, far=0), host).total == 30.0, "while others receive"
     uneven = Steps(buckets=4, merged=100, moved=40, far=3)
     assert predict([load, load], uneven, host).total == 42.0, "one rank at a time is busy"
 

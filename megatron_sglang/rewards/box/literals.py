@@ -16,6 +16,8 @@ from typing import Any
 CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 BASES: tuple[Any, ...] = (int, float, str, list, tuple, set, frozenset, dict, bytes, complex)
 HEADER = struct.Struct(">I")
+JOB_BYTES = 16 << 20
+"""The largest message between a box and its driver."""
 
 
 class ChannelError(Exception):

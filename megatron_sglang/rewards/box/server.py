@@ -23,9 +23,8 @@ import time
 from typing import Any, NoReturn
 
 from megatron_sglang.rewards.box import jail, seccomp, tasks
-from megatron_sglang.rewards.box.literals import ChannelError, receive, send
+from megatron_sglang.rewards.box.literals import JOB_BYTES, ChannelError, receive, send
 
-JOB_BYTES = 16 << 20
 POLL_S = 0.005  # a pidfd would do without, where there is one; a stop is noticed at once anyway
 TASKS = {"solve": tasks.solve, "judge": tasks.judge}
 # Imported once, before the forks; each library more makes a fork slower. Others are imported by the job itself.
