@@ -2,7 +2,7 @@
 
 *.safetensors   8 bytes of header length (little endian), header as JSON, data; names, shapes, types and places are in
                 the header
-config.json     how many experts a layer has, which families of models name differently
+config.json     how many experts a layer has, whose name differs between families of models
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 """Bytes of one element, by the names that our options use."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Names under which config.json counts the routed experts of a layer."""
-
 PREDICTION_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 """Where config.json says how many layers for multi-token prediction there are."""
 _LAYER = re.compile(r"(?:model\.|language_model\.)+layers\.(\d+)\.")
