@@ -107,6 +107,7 @@ class _Reader:
             if self.keys.data_source:
                 given.setdefault("data_source", self.keys.data_source)
             check_problem(given, where)
+            _require_text((given["prefix"], given["suffix"]), where)
             token_ids = self.fim.prompt(given["prefix"], given["suffix"])
             return Prompt(given["id"], token_ids, given["data_source"], given)
         verl = "reward_model" in given
@@ -137,9 +138,10 @@ class _Reader:
         return problem
 
     def _encode(self, prompt: Any, where: str) -> tuple[int, ...]:
+        _require_text(prompt, where)
         if isinstance(prompt, str):
             token_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
-        elif isinstance(prompt, list) and all(isinstance(turn, dict) and "role" in turn for turn in prompt):
+        elif _are_messages(prompt):
             try:
                 token_ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
             except ValueError as error:
@@ -168,6 +170,28 @@ def _verl_problem(row: Row, where: str) -> dict[str, Any]:
 def _present(row: Row) -> dict[str, Any]:
     """`row` without its nulls."""
     return {name: value for name, value in row.items() if value is not None}
+
+
+def _without_nulls(value: Any) -> Any:
+    """`_present` all the way down; a null in a list is a value."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in _present(value).items()}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _are_messages(value: Any) -> bool:
+    return bool(value) and isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)
+
+
+def _require_text(prompt: Any, where: str) -> None:
+    """`DataError` for half a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        json.dumps(prompt, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: the prompt has {error.object[error.start]!a}, half a surrogate pair, which is no character; "
+            "expected text; write the whole character, or leave it out"
+        ) from None
 
 
 def _mapping(row: Row, name: str, where: str) -> Row:
@@ -217,7 +241,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
             json.dumps(row)
         except (TypeError, ValueError) as error:
             raise DataError(f"{where}: {error}; expected columns of text, numbers, lists and structs") from error
-        yield where, row
+        # Chat templates ask which fields a message has: by a null of parquet's, any one would be a call of tools.
+        yield where, {name: _without_nulls(item) if _are_messages(item) else item for name, item in row.items()}
 
 
 class PromptSource:

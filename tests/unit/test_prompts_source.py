@@ -111,6 +111,22 @@ def test_chat_messages_go_through_the_chat_template(load, tokenizer, monkeypatch
     assert tokenizer.decode(prompt.token_ids_T) == "user:sum\na:"
 
 
+def test_a_null_of_parquet_is_no_field_of_a_message(load, tokenizer, monkeypatch, tmp_path):
+    """The templates of Llama and others take any message that has the field for a call."""
+    template = (
+        "{% for m in messages %}{% if 'tool_calls' in m %}calls {{ m.tool_calls[0].keys() | join(' ') }}"
+        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    calls = [{"role": "assistant", "tool_calls": [{"name": "a"}]}, {"role": "tool", "tool_calls": [{"of": "b"}]}]
+    rows = [{**VERL, "id": str(place), "prompt": [turn]} for place, turn in enumerate(calls)]
+    rows.append({**VERL, "id": "2", "prompt": [{"role": "user", "content": "sum"}]})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    found = load_prompts(tmp_path / "data.parquet", tokenizer, max_prompt_tokens=64)
+    assert [tokenizer.decode(one.token_ids_T) for one in found.prompts] == ["calls name", "calls of", "sum"]
+    assert found == load(*rows)
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -147,6 +163,10 @@ def without(row, *names):
         ({**VERL, "extra_info": 3}, "field extra_info is of type int; expected an object"),
         ({**VERL, "prompt": 3}, "expected text or a list of chat messages"),
         ({**VERL, "prompt": ""}, "prompt is empty"),
+        ({**VERL, "prompt": []}, "expected text or a list of chat messages"),
+        ({**VERL, "prompt": "a \ud83d"}, r"has '\\ud83d', half a surrogate pair"),
+        ({**VERL, "prompt": [{"role": "user", "content": "a \ud83d"}]}, "half a surrogate pair"),
+        ({**FIM, "prefix": "a \ud83d"}, "half a surrogate pair"),
         ({**VERL, "prompt": [{"role": "user", "content": "a"}]}, "tokenizer with a chat template"),
         ({**VERL, "data_source": "fim_python"}, "problem lacks prefix"),
         ({**FIM, "id": "long", "prefix": "a" * 99}, r"prompt 'long' has \d+ tokens; at most 64 fit"),
