@@ -4,7 +4,8 @@
     prefix, suffix    str    what stands before and after the hole
     middle            str    the canonical hole
     family            str    for grouped metrics; optional
-    preamble          str    lines that verifiers put before the prefix and before the tests; optional
+    preamble          str    lines that verifiers put before the prefix and before the tests; optional. The last one
+                             needs no end of line
     pure              bool   prefix + hole + suffix is a function of pure expressions without imports, which a verifier
                              may run without an operating system's sandbox; optional, false
     entry_point       str    fim_python: the function under test; fim_lean: the theorem, optional
@@ -27,6 +28,12 @@ FIM_LEAN = "fim_lean"
 _REQUIRED: dict[str, type] = {"id": str, "data_source": str, "prefix": str, "suffix": str, "middle": str}
 _OPTIONAL: dict[str, type] = {"family": str, "preamble": str, "pure": bool, "entry_point": str}
 _REQUIRED_FOR_PYTHON: dict[str, type] = {"entry_point": str, "tests": list}
+
+
+def preamble_of(problem: Mapping[str, Any]) -> str:
+    """Whole lines, so that what follows begins a line of its own."""
+    preamble = problem.get("preamble", "")
+    return preamble if preamble[-1:] in ("", "\n") else preamble + "\n"
 
 
 def check_problem(problem: Mapping[str, Any], where: str) -> None:

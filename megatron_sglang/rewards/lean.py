@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sglang.errors import ConfigError, RewardError, SandboxError, SetupError
+from megatron_sglang.prompts.schema import preamble_of
 from megatron_sglang.rewards.box.command import REFUSED
 from megatron_sglang.rewards.boxes import ENVIRONMENT, PACKAGE
 from megatron_sglang.types import Completion, Prompt, Score
@@ -111,7 +112,7 @@ class Lean:
             return _wrong(f"forbidden: {forbidden[0] if isinstance(forbidden, re.Match) else 'native_decide'}")
         problem = prompt.problem
         theorem = theorem_of(prompt.id, problem)
-        source = problem.get("preamble", "") + problem["prefix"] + completion.text + problem["suffix"]
+        source = preamble_of(problem) + problem["prefix"] + completion.text + problem["suffix"]
         source = f"{source.rstrip()}\n\n#print axioms {_ROOT}{theorem}\n"
         try:
             status, output = self._run(source)
@@ -212,7 +213,7 @@ def _ask(command: Sequence[str], project: Path) -> str:
 
 def theorem_of(prompt_id: str, problem: Mapping[str, Any]) -> str:
     """Its full name, without `_root_.`."""
-    theorem = problem.get("entry_point") or _declared(problem.get("preamble", ""), problem.get("prefix", ""))
+    theorem = problem.get("entry_point") or _declared(preamble_of(problem), problem.get("prefix", ""))
     if not theorem or "suffix" not in problem:
         raise RewardError(f"problem {prompt_id!r} has no prefix, suffix or theorem; expected all three")
     return theorem.removeprefix(_ROOT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_sglang.errors import RewardError
+from megatron_sglang.prompts.schema import preamble_of
 from megatron_sglang.rewards.sandbox import Job, Sandbox, Verdict
 from megatron_sglang.types import Completion, Prompt, Score
 
@@ -57,7 +58,7 @@ class PythonFim:
     def _job(self, prompt: Prompt, text: str) -> Job:
         problem = prompt.problem
         try:
-            preamble = problem.get("preamble", "")
+            preamble = preamble_of(problem)
             source = preamble + problem["prefix"] + text + problem["suffix"]
             job = Job(source, problem["entry_point"], problem["tests"], preamble)
             for test in job.tests:

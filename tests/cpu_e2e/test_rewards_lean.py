@@ -154,6 +154,7 @@ def test_the_full_name_has_the_open_namespaces(before, name):
     """Asked for by another name, Lean would speak of another theorem, or of none."""
     prefix = PROBLEM["prefix"]
     assert theorem_of("t", {"preamble": before, "prefix": prefix, "suffix": ""}) == name
+    assert theorem_of("t", {"preamble": before.rstrip("\n"), "prefix": prefix, "suffix": ""}) == name
     assert theorem_of("t", {"prefix": before + prefix, "suffix": ""}) == name
     rooted = prefix.replace("two", "_root_.two")
     assert theorem_of("t", {"preamble": before, "prefix": rooted, "suffix": ""}) == "two"

@@ -84,8 +84,9 @@ def test_unfinished_answer_scores_zero(reward):
     assert scores[1].detail == "not finished: length"
 
 
-def test_preamble_stands_before_the_source_and_the_tests(reward):
-    fields = {"preamble": "import math\n", "tests": ["assert candidate(4) == math.sqrt(4)"]}
+@pytest.mark.parametrize("preamble", ["import math\n", "import math"])
+def test_preamble_stands_before_the_source_and_the_tests(reward, preamble):
+    fields = {"preamble": preamble, "tests": ["assert candidate(4) == math.sqrt(4)"]}
     assert reward.score([(prompt("pre", **fields), answer("math.sqrt(a)"))])[0].passed
 
 
