@@ -6,6 +6,8 @@ completion + suffix, and the preamble also comes before the tests. Tests: see `s
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 from megatron_sglang.errors import RewardError
@@ -20,14 +22,14 @@ class PythonFim:
     """`Score.value` is the share of tests passed, or with `binary` 1.0 for all and 0.0 otherwise.
 
     With `require_stop` an answer that did not end by itself scores 0 unseen. Equal answers to a problem are judged
-    once. Owns `sandbox`.
+    once; two data sets may have other tests under the same id. Owns `sandbox`.
     """
 
     def __init__(self, sandbox: Sandbox, *, binary: bool = False, require_stop: bool = True) -> None:
         self._sandbox = sandbox
         self._binary = binary
         self._require_stop = require_stop
-        self._cache: dict[tuple[str, str], Score] = {}
+        self._cache: dict[tuple[str, bytes], Score] = {}
 
     @property
     def tier(self) -> str:
@@ -37,7 +39,7 @@ class PythonFim:
     def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
         """Scores in the order of `pairs`; `RewardError` if a problem itself is unusable."""
         jobs = [self._job(prompt, completion.text) for prompt, completion in pairs]
-        keys = [(prompt.id, job.source) for (prompt, _), job in zip(pairs, jobs, strict=True)]
+        keys = [(prompt.id, _digest(job)) for (prompt, _), job in zip(pairs, jobs, strict=True)]
         finished = [completion.finish_reason == "stop" or not self._require_stop for _, completion in pairs]
         new = {key: job for key, job, ok in zip(keys, jobs, finished, strict=True) if ok and key not in self._cache}
         verdicts = dict(zip(new, self._sandbox.run(list(new.values())), strict=True))
@@ -82,3 +84,8 @@ class PythonFim:
         passed = all(verdict.passed)
         share = sum(verdict.passed) / len(verdict.passed)
         return Score(float(passed) if self._binary else share, passed, verdict.detail)
+
+
+def _digest(job: Job) -> bytes:
+    text = json.dumps([job.source, job.entry_point, job.tests, job.preamble], default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -65,6 +65,12 @@ def test_scores_come_in_order_and_equal_answers_are_judged_once(reward):
     assert reward.score(pairs) == scores
 
 
+def test_an_id_that_two_data_sets_have_is_scored_by_the_tests_of_each(reward):
+    """Held-out problems may be those of training with tests that a lucky answer does not pass."""
+    few, many = prompt("twice", tests=TESTS[:1]), prompt("twice")
+    assert [reward.score([(one, answer("1"))])[0].value for one in (few, many, few)] == [1.0, 0.25, 1.0]
+
+
 @pytest.mark.parametrize("first", ["a + 1", "7"])
 def test_an_answer_that_is_out_of_time_is_judged_again(first):
     """It may have been the machine's fault, also where a test before has failed by itself."""
