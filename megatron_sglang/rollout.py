@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -85,20 +85,38 @@ class Rollout:
     """Measures the phases "generate" and "reward"; e.g. `RunLog.span`."""
     routing: bool = False
     """Ask for the experts that processed the tokens of a rollout batch, for the trainer to replay."""
+    say: Callable[[str], None] = lambda line: print(line, flush=True)
+    """Prints a notice."""
+    unfinished: list[dict[str, Any]] = field(default_factory=list)
+    """Of the checkpoint of a run that over-sampled, as `agents.rollout.AgentRollout.state` writes them: groups whose
+    prompts come first, sampled anew. Their tokens would be of older weights, which this run did not ask for."""
 
     def batch(self, source: Source, step: int) -> tuple[RolloutGroup, ...]:
-        """`collect` of the next prompts of `source`."""
-        return self.collect(source.draw(source.prompts_per_batch), step)
+        """`collect` of the prompts of unfinished groups, and of the next ones of `source`."""
+        first = [_prompt_of(group) for group in self.unfinished[: source.prompts_per_batch]]
+        missing = source.prompts_per_batch - len(first)
+        groups = self.collect((*first, *(source.draw(missing) if missing else ())), step)
+        del self.unfinished[: len(first)]
+        return groups
 
     def metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
         """See `rollout_metrics`."""
         return rollout_metrics(groups)
 
     def state(self) -> dict[str, Any]:
-        """Nothing is carried from one batch to the next."""
-        return {}
+        """Nothing is carried from one batch to the next but what a checkpoint had."""
+        return {"groups": list(self.unfinished)} if self.unfinished else {}
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up the prompts of unfinished groups: they have left the data set's order, and would be trained on in
+        another epoch only."""
+        found = state.get("groups", [])
+        if found and found != self.unfinished:
+            self.say(
+                f"the checkpoint has {len(found)} unfinished groups, which a run with rollout.over_sampling=1.0 does "
+                "not continue; their prompts come first, sampled anew"
+            )
+        self.unfinished[:] = found
 
     def collect(self, prompts: Sequence[Prompt], step: int) -> tuple[RolloutGroup, ...]:
         """`group_size` scored completions of each prompt, in the prompts' order.
@@ -162,6 +180,11 @@ class Rollout:
                 f"one rollout batch was sampled with weight versions {sorted(versions)}; expected a single one; "
                 "weights must not be published while the engine generates"
             )
+
+
+def _prompt_of(group: dict[str, Any]) -> Prompt:
+    prompt = group["trajectories"][0]["prompt"]
+    return Prompt(**prompt | {"token_ids_T": tuple(prompt["token_ids_T"])})
 
 
 def request_seed(run_seed: int, step: str, prompt_id: str, member: int) -> int:

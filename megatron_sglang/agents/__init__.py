@@ -39,7 +39,9 @@ def create_rollout(
     """
     one_by_one = bool(sampling.stop) or getattr(engine, "router", None) is not None
     if not config.environment and config.over_sampling == 1 and not config.dynamic_sampling and not one_by_one:
-        return Rollout(engine, reward, tokenizer.decode, sampling, config.samples_per_prompt, seed, routing=routing)
+        return Rollout(
+            engine, reward, tokenizer.decode, sampling, config.samples_per_prompt, seed, routing=routing, say=say
+        )
     connect, decode = engine.client, tokenizer.decode
     if sampling.stop:  # stop texts are matched as tokens arrive, so text must not change with what follows (`stops.py`)
         decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)

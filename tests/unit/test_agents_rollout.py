@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -289,6 +290,39 @@ def test_one_turn_is_what_the_plain_rollout_gives() -> None:
         one, other = plain.evaluate(prompts(3)), agent.evaluate(prompts(3))
         assert one[0] == other[0]
         assert values(one[1]).items() <= values(other[1]).items()
+
+
+@pytest.mark.parametrize("left", [2, 6])
+def test_a_run_without_over_sampling_samples_the_prompts_of_unfinished_groups_anew(
+    left: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint has taken them from the data set's order: without that they would be lost to this epoch."""
+    engine = Both()
+    engine.slow = lambda request: 40.0 if request.token_ids_T[0] < 100 + left else 1.0
+    before, order = make_rollout(engine, over_sampling=1 + left / 4, stragglers="resume"), source(40, 4)
+    before.batch(order, 0)
+    state = json.loads(json.dumps(before.state()))
+    assert [row["trajectories"][0]["prompt"]["id"] for row in state["groups"]] == [f"p{n}" for n in range(left)]
+
+    plain = rollouts(engine)
+    assert isinstance(plain, Rollout)
+    plain.restore(state)
+    plain.restore(state)
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"the checkpoint has {left} unfinished groups"
+    ]
+    found: list[str] = []
+    groups: tuple[RolloutGroup, ...] = ()
+    while plain.state():
+        place, begun = order.state(), json.loads(json.dumps(plain.state()))
+        groups = plain.batch(order, 1)
+        order.restore(place)
+        plain.restore(begun)  # as after a batch that failed
+        assert plain.batch(order, 1) == groups
+        found += [group.prompt.id for group in groups]
+    assert found == [f"p{n}" for n in (*range(left), *range(left + 4, 40))][: len(found)]
+    assert len(found) == 4 * math.ceil(left / 4)
+    assert all(one.weight_version == engine.version for group in groups for one in group.completions_G)
 
 
 def test_the_verifier_is_asked_for_several_at_a_time_and_never_twice_at_once() -> None:
