@@ -154,7 +154,8 @@ class AgentRollout:
         def draw(count: int) -> list[Group]:
             return list(_started(source.draw(count), step, self.group_size, seen)) if count > 0 else []
 
-        groups = resumed + draw(math.ceil(wanted * self.over_sampling) - len(resumed))
+        # 50 x 1.1 is 55.00000000000001.
+        groups = resumed + draw(math.ceil(round(wanted * self.over_sampling, 6)) - len(resumed))
         kept: list[Group] = []
         dropped: list[Group] = []
         try:

@@ -92,6 +92,13 @@ def test_stragglers_are_dropped_or_come_first_in_the_next_batch_with_the_tokens_
             assert found["rollout/tokens_lag_0"] + found["rollout/tokens_lag_1"] == found["rollout/tokens"]
 
 
+def test_no_more_groups_are_started_than_are_asked_for() -> None:
+    """In binary 50 times 1.1 is a little above 55; a data set of 55 would be too small for it."""
+    rollout = make_rollout(ScriptedEngine(), over_sampling=1.1)
+    groups = rollout.batch(source(55, 50), 0)
+    assert values(rollout.metrics(groups))["rollout/started_groups"] == 55
+
+
 def test_old_tokens_are_masked_on_demand() -> None:
     engine = ScriptedEngine()
     engine.slow = lambda request: 4.0 if request.token_ids_T[0] == 100 and engine.version == 1 else 1.0
