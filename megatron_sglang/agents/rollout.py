@@ -125,7 +125,7 @@ class AgentRollout:
     def restore(self, state: dict[str, Any]) -> None:
         """`DataError` for groups of another size than this run's, with which they would share a batch."""
         rows = state.get("groups", [])
-        groups = [Group([Trajectory.of(one) for one in row["trajectories"]]) for row in rows]
+        groups = [Group([_restored(one, self.routing) for one in row["trajectories"]]) for row in rows]
         for size in {len(group.trajectories) for group in groups} - {self.group_size}:
             raise DataError(
                 f"the checkpoint has unfinished groups of {size} completions, this run has "
@@ -311,6 +311,17 @@ def _started(prompts: Sequence[Prompt], step: str, members: int, seen: Counter[s
         first = seen[prompt.id] * members
         seen[prompt.id] += 1
         yield Group([Trajectory(prompt, step, member) for member in range(first, first + members)])
+
+
+def _restored(row: dict[str, Any], routing: bool) -> Trajectory:
+    """From a checkpoint, maybe of a run that asked for no experts, or did; a batch has those of all tokens, or none. Of
+    a trajectory that goes on, the next request tells those of all tokens; one that is done is begun anew."""
+    one = Trajectory.of(row)
+    if not routing:
+        one.routed = None
+    elif one.routed is None and one.finish_reason is not None:
+        return Trajectory(one.prompt, one.step, one.member)
+    return one
 
 
 def _sampling_version(fresh: Set[int], kept: Sequence[Group]) -> int:

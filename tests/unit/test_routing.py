@@ -213,6 +213,27 @@ def test_trajectories_gather_experts_over_turns_and_aborts(resume: bool) -> None
     assert all(one.routed_experts for one in samples)
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_replay_may_be_switched_at_a_resume(later: bool) -> None:
+    """What stands then has experts of some tokens where none are wanted any more, or none where all are."""
+    engine = ScriptedEngine()
+    engine.experts_of = MODEL
+    slow = random.Random(2)
+    engine.slow = lambda request: 1 + 20 * (slow.random() < 0.2)
+    before, prompts = make_rollout(engine, routing=not later, over_sampling=1.5, stragglers="resume"), source()
+    before.batch(prompts, 0)
+    stands = [one for group in before.buffer for one in group.trajectories]
+    assert {one.finish_reason is None for one in stands} == {True, False}
+    after = make_rollout(engine, routing=later)
+    after.restore(json.loads(json.dumps(before.state())))
+    groups = after.batch(prompts, 1)
+    assert [group.prompt.id for group in groups[:2]] == [group.prompt.id for group in before.buffer]
+    for group in groups:
+        for one in group.completions_G:
+            assert one.routed_experts == (whole(group.prompt.token_ids_T + one.token_ids_T) if later else None)
+    to_samples(groups, torch.zeros(len(groups), 3))
+
+
 def test_evaluation_asks_for_no_experts() -> None:
     """They are megabytes, and nobody trains on them."""
     engine = ScriptedEngine()
