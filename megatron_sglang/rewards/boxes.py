@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sglang.errors import SandboxError
-from megatron_sglang.rewards.box.literals import JOB_BYTES, ChannelError, receive, send
+from megatron_sglang.rewards.box.literals import JOB_BYTES, ChannelError, framed, receive
 
 Tier = Literal["bubblewrap", "namespaces", "restricted", "unsafe-local"]
 PACKAGE = Path(__file__).parents[1]
@@ -68,15 +68,17 @@ class Box:
         self.filtered = bool(answer["filter"])
 
     def submit(self, job: Mapping[str, Any], channels: Sequence[socket.socket]) -> None:
-        """Hand over a job and its ends of sockets, without waiting; `BoxDied` if nobody takes it."""
+        """Hand over a job and its ends of sockets, without waiting; `BoxDied` if nobody takes it, `TooLarge` if it
+        cannot travel."""
+        frame = framed(job, JOB_BYTES)
         self.settle()
         if self._process is None:
             self.start()
         self._control.settimeout(self._options["limits"]["wall_s"] + ANSWER_S)
         try:
             socket.send_fds(self._control, [b"J"], [channel.fileno() for channel in channels])
-            send(self._control, job, JOB_BYTES)
-        except (OSError, ChannelError) as error:
+            self._control.sendall(frame)
+        except OSError as error:
             self.close()
             raise BoxDied(str(error)) from None
         self._unsettled = True

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from megatron_sglang.errors import ConfigError, SandboxError
-from megatron_sglang.rewards.box.literals import ChannelError, pack, receive
+from megatron_sglang.rewards.box.literals import ChannelError, TooLarge, pack, receive
 from megatron_sglang.rewards.boxes import Box, BoxDied, Tier
 from megatron_sglang.text import encodable
 
@@ -196,6 +196,8 @@ class Sandbox:
                     solver.submit(_solution(job, self.tier), [calls])
                     judge.submit(_tests(job), [answers, results])
                 return self._collect(job, verdicts, solver, judge)
+            except TooLarge as error:
+                return Verdict((False,) * len(job.tests), broken=str(error))
             finally:
                 solver.stop()
                 judge.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -179,6 +180,22 @@ def test_preamble_is_known_to_the_tests(sandbox):
 @pytest.mark.parametrize(("test", "preamble"), [("assert (", ""), ("assert candidate(1)", "import nonsense")])
 def test_broken_tests_are_told_apart_from_wrong_answers(sandbox, test, preamble):
     assert "Error" in judge(sandbox, "def f(a):\n    return 2\n", test, preamble=preamble).broken
+
+
+@pytest.mark.parametrize(
+    ("given", "expect"),
+    [("x" * (1 << 20), 1 << 20), (1, "x" * (1 << 20)), ("x" * (1 << 24), 1 << 24)],
+    ids=["args", "expect", "job"],
+)
+def test_tests_that_cannot_travel_are_the_data_sets_fault(sandbox, given, expect):
+    """Else the right answer would score 0, or the sandbox be said to be broken."""
+    source = "def f(a):\n    return len(a) if a != 1 else 'x' * (1 << 20)\n"
+    small = {"args": ["x"], "expect": 1}
+    verdicts = sandbox.run(
+        [Job(source, "f", tests) for tests in ((small, {"args": [given], "expect": expect}), (small,))]
+    )
+    assert re.search(r"a message of \d+ bytes is over the limit of \d+", verdicts[0].broken)
+    assert verdicts[1].passed == (True,)
 
 
 def test_jobs_see_nothing_of_each_other(sandbox):

@@ -24,6 +24,10 @@ class ChannelError(Exception):
     """The other side is gone, too slow, or does not speak this protocol."""
 
 
+class TooLarge(ChannelError):
+    """The message is over the limit; nothing of it was sent."""
+
+
 def pack(value: Any) -> Any:
     """The JSON form of a literal; `TypeError` if it is none, `RecursionError` if it contains itself."""
     kind = type(value)
@@ -97,14 +101,20 @@ def _text(value: Any) -> str:
 
 
 def send(channel: socket.socket, message: Any, limit: int) -> None:
-    """Write one frame; `ChannelError` if it is larger than `limit` bytes or nobody listens."""
-    body = json.dumps(message).encode()
-    if len(body) > limit:
-        raise ChannelError(f"a message of {len(body)} bytes is over the limit of {limit}")
+    """Write one frame; `TooLarge` if it has more than `limit` bytes, `ChannelError` if nobody listens."""
+    frame = framed(message, limit)
     try:
-        channel.sendall(HEADER.pack(len(body)) + body)
+        channel.sendall(frame)
     except OSError as error:
         raise ChannelError(str(error)) from None
+
+
+def framed(message: Any, limit: int) -> bytes:
+    """`message` as it travels; `TooLarge` if it has more than `limit` bytes."""
+    body = json.dumps(message).encode()
+    if len(body) > limit:
+        raise TooLarge(f"a message of {len(body)} bytes is over the limit of {limit}")
+    return HEADER.pack(len(body)) + body
 
 
 def receive(channel: socket.socket, limit: int) -> Any:
