@@ -49,6 +49,9 @@ PARALLEL = ("tensor-model", "context", "pipeline-model", "expert-model")
 COLUMNS = ("prompt", "label", "metadata")
 """Whose names data.columns may give."""
 
+REWARDS = ("auto", "fim_python", "fim_lean")
+"""Verifiers by name, besides functions of the user's own."""
+
 BUDGET = "max-seqlen-per-dp-cp-rank"
 """Megatron's argument for the tokens that a rank can train on at a time; here, of a packed micro-batch."""
 
@@ -292,6 +295,15 @@ def _check_fed(config: RunConfig) -> None:
 def _check_reward(reward: RewardConfig) -> None:
     """A function of the user's own runs as it is, in a process of its own."""
     if not reward.name.startswith("function:"):
+        if reward.name not in REWARDS:
+            raise ConfigError(
+                f"reward.name={reward.name} is unknown{suggest(reward.name, REWARDS)}; expected {', '.join(REWARDS)} "
+                "or function:PACKAGE.MODULE.FUNCTION"
+            )
+        if reward.name == "fim_lean" and not reward.lean_project:
+            raise ConfigError(
+                "reward.name=fim_lean but reward.lean_project is empty; set it to a Lake project's folder"
+            )
         return
     for name in ("binary", "sandbox", "memory_mb", "lean_project"):
         if (given := getattr(reward, name)) != getattr(RewardConfig(), name):
@@ -373,5 +385,12 @@ def _warnings(config: RunConfig) -> Iterable[str]:
             f"rollout.stragglers={rollout.stragglers} has no effect: with rollout.over_sampling=1.0 every completion "
             "is waited for, so none is left to resume"
         )
+    if algo.kl_coef and algo.kl_estimator == "k1":
+        yield (
+            f"algo.kl_estimator=k1 holds nothing near the base model, whatever algo.kl_coef={algo.kl_coef}: as a loss "
+            "its gradient is 0 in expectation; take k2 or k3"
+        )
+    if config.data.eval and rollout.environment.get("name") == "feed":
+        yield "data.eval has no effect: a run whose batches are sampled elsewhere leaves evaluation to whoever samples"
     if algo.shuffle_rewards:
         yield "algo.shuffle_rewards permutes the rewards: this is the control experiment, nothing should be learned"

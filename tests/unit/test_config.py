@@ -221,6 +221,8 @@ WRONG = {
         ["--dynamic-sampling", "rollout.environment={name: feed}"],
         "rollout.dynamic_sampling=True has no effect",
     ),
+    "reward": (["--rm-type", "fim_pyton"], "is unknown; did you mean fim_python?"),
+    "Lean without a project": (["--rm-type", "fim_lean"], "reward.lean_project is empty"),
     "binary, of a function": (["reward.name=function:m.f", "reward.binary=true"], "reward.binary=True has no effect"),
     "sandbox, of a function": (["reward.name=function:m.f", "reward.sandbox=restricted"], "has no effect on"),
     "stop texts of others' batches": (["rollout.stop=x", "rollout.environment={name: feed}"], "to whoever samples"),
@@ -271,6 +273,10 @@ def test_warnings_name_what_is_probably_not_meant() -> None:
     assert parse("--eps-clip", "0.2", "--advantage-estimator", "grpo").warnings == ()
     assert "a sample may have 3072" in parse("--max-tokens-per-gpu", "2048").warnings[0]
     assert parse("--max-tokens-per-gpu", "2048", "--context-parallel-size", "2").warnings == ()
+    assert "take k2 or k3" in parse("--kl-loss-coef", "0.01", "--kl-loss-type", "k1").warnings[0]
+    assert parse("--kl-loss-type", "k1").warnings == (), "it is only reported"
+    fed = parse("--eval-prompt-data", "x.jsonl", "rollout.environment={name: feed}").warnings
+    assert [line.split(":")[0] for line in fed] == ["data.eval has no effect"]
     assert "rollout.stragglers=resume has no effect" in parse("--partial-rollout").warnings[0]
     assert parse("--partial-rollout", "--over-sampling", "1.5").warnings == ()
 
