@@ -269,7 +269,12 @@ class Agent:
             )
         trajectory.turns.append(span)
         trajectory.part = 0
-        trajectory.reward, trajectory.passed, trajectory.detail = float(step.reward), step.passed, step.detail
+        # Numbers of numpy or torch, as environments compute them, have no place in a record or a checkpoint.
+        trajectory.reward, trajectory.passed, trajectory.detail = (
+            float(step.reward),
+            bool(step.passed),
+            str(step.detail),
+        )
         self._count(trajectory, step.counts)
         if step.done or len(trajectory.turns) >= self.limits.max_turns:
             trajectory.finish_reason = span.finish_reason
@@ -290,7 +295,7 @@ class Agent:
 
     def _count(self, trajectory: Trajectory, counts: Mapping[str, float]) -> None:
         for name, number in counts.items():
-            trajectory.counts[name] = trajectory.counts.get(name, 0) + number
+            trajectory.counts[name] = trajectory.counts.get(name, 0) + float(number)
 
 
 def _text(ids: Sequence[int], decode: Decode, sampling: SamplingParams) -> tuple[str, str]:

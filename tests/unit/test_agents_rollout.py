@@ -8,10 +8,13 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scripted_engine import STOP, ScriptedEngine, Talk, VirtualLoop, decode, make_rollout, prompts, source
@@ -25,6 +28,7 @@ from megatron_sglang.errors import ConfigError, DataError, EngineError, RewardEr
 from megatron_sglang.metrics import values
 from megatron_sglang.prompts.source import PromptSource
 from megatron_sglang.rollout import Rollout, to_samples
+from megatron_sglang.trace import RunLog
 from megatron_sglang.types import Completion, GenerateRequest, Prompt, RolloutGroup, SamplingParams, Score
 
 
@@ -153,6 +157,29 @@ def test_what_stands_survives_a_checkpoint_and_a_failed_batch() -> None:
     again = source(40, 4)
     again.restore(place)
     assert later.batch(again, 1) == first.batch(prompts_left, 1)
+
+
+class Numpy(Talk):
+    """Computes with numpy, whose comparison is no bool."""
+
+    async def step(self, turn: Completion) -> Step:
+        step = await super().step(turn)
+        found: Any = np.float64(step.reward)
+        return replace(step, reward=found, passed=found >= 0.5, counts={"steps": np.int64(1)})
+
+
+def test_what_an_environment_computes_with_numpy_goes_into_records_and_checkpoints(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    engine.slow = lambda request: 4.0 if request.token_ids_T[0] == 100 else 1.0
+    rollout = make_rollout(engine, kind=Numpy, over_sampling=1.5, stragglers="resume")
+    groups = rollout.batch(source(40, 4), 0)
+    assert any(one.turns for group in rollout.buffer for one in group.trajectories)
+    state = json.loads(json.dumps(rollout.state()))
+    with RunLog(tmp_path, echo=lambda line: None) as log:
+        log.rollouts(0, groups)
+    later = make_rollout(engine, over_sampling=1.5, stragglers="resume")
+    later.restore(state)
+    assert later.buffer == rollout.buffer
 
 
 def test_unfinished_groups_of_another_size_are_refused() -> None:
