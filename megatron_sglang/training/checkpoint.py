@@ -18,8 +18,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sglang.checkpoint_folder import STATE_FILE, TRACKER, folder_of, newest, read_state
-from megatron_sglang.config import LoraConfig
+from megatron_sglang.config import LoraConfig, RunConfig
 from megatron_sglang.errors import ConfigError, DataError, OnOtherRank
+from megatron_sglang.feed.sampler import Feed
 
 
 def only_adapters(model: Any) -> None:
@@ -77,9 +78,8 @@ def require_same_adapters(args: Any, lora: LoraConfig) -> None:
     loaded: with another alpha it would be read without an error, and each adapter would count more, or less, than it
     was trained to; of another rank or other targets Megatron only says that a shape or a key is not what it expected.
     A converted one ("release") has them, too. Not with --finetune, which begins a new run."""
-    if not args.load or args.finetune or not (args.ckpt_step or Path(args.load, TRACKER).exists()):
+    if not (which := _to_load(args)):
         return
-    which = str(args.ckpt_step or newest(args.load))
     folder = folder_of(args.load, which)
     if not which.isdecimal() and not (folder / STATE_FILE).exists():  # converted by others
         return
@@ -91,6 +91,31 @@ def require_same_adapters(args: Any, lora: LoraConfig) -> None:
                 f"the checkpoint {folder} was saved with lora.{name}={found}, this run has lora.{name}={wanted}; give "
                 "the lora.* options that it was saved with"
             )
+
+
+def require_same_pace(args: Any, config: RunConfig) -> None:
+    """DataError unless the checkpoint that `args`, Megatron's, will load has had as many train steps for each rollout
+    batch as this run has. Megatron goes on at its iteration: the run would end batches too early, or too late.
+
+    A fed batch may be of any number of train steps, and one that Megatron was told to skip has none."""
+    which = _to_load(args)
+    if not which.isdecimal() or Feed.asked_for(config) or args.iterations_to_skip:
+        return
+    state, steps = read_state(folder_of(args.load, which)), config.rollout.samples // args.global_batch_size
+    batches, more = state["rollout_step"], state.get("trained", 0)
+    if int(which) != batches * steps + more:
+        raise DataError(
+            f"the checkpoint of iteration {which} in {args.load} has had {int(which) - more} train steps for {batches} "
+            f"rollout batches, this run has {steps} for each (prompts x samples / --global-batch-size); resume with "
+            "the sizes that it was saved with, or change them in proportion"
+        )
+
+
+def _to_load(args: Any) -> str:
+    """The iteration, or `RELEASE`, that a run goes on from; empty where it begins anew."""
+    if not args.load or args.finetune or not (args.ckpt_step or Path(args.load, TRACKER).exists()):
+        return ""
+    return str(args.ckpt_step or newest(args.load))
 
 
 @contextlib.contextmanager

@@ -67,6 +67,16 @@ def test_a_run_that_was_saved_amid_a_rollout_batch_takes_its_prompts_again(run_r
     assert run_ranks(2, "run", argv=resumed) == ["", ""], "nothing is left to train, and Megatron saves at its end"
 
 
+def test_a_resume_with_other_numbers_of_train_steps_is_refused(run_ranks, tmp_path):
+    """Megatron goes on at its iteration: of three rollout batches the third would not be, without a word."""
+    save = [f"--save={tmp_path / 'checkpoint'}", "--save-interval=2", "rollout.batches=3", *ALONE]
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(1, "run", argv=argv(tmp_path / "run", *save, "--global-batch-size=4"), kill_at=3)
+    resumed = argv(tmp_path / "run", *save, f"--load={tmp_path / 'checkpoint'}", "--global-batch-size=8")
+    (error,) = run_ranks(1, "run", argv=resumed)
+    assert "has had 2 train steps for 1 rollout batches, this run has 1 for each" in error, records(tmp_path / "run")
+
+
 def test_nothing_of_a_train_step_stays_in_memory(run_ranks, tmp_path):
     """Megatron's token dispatchers would keep the input of every recomputed layer, and its gradient, over the rollout:
     8 GB of Qwen3-30B-A3B."""
