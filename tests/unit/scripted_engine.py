@@ -6,17 +6,21 @@ from __future__ import annotations
 import asyncio
 import random
 import selectors
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+from megatron_sglang.agents import create_rollout
 from megatron_sglang.agents.environment import Environments, Limits, Services, Step
 from megatron_sglang.agents.rollout import AgentRollout
+from megatron_sglang.config import RolloutConfig
 from megatron_sglang.engine.fake_model import routed_experts
 from megatron_sglang.prompts.source import PromptSource
+from megatron_sglang.rollout import Rollout
 from megatron_sglang.routing import of_engine
-from megatron_sglang.types import Completion, GenerateRequest, Prompt, SamplingParams
+from megatron_sglang.types import Completion, GenerateRequest, Prompt, SamplingParams, Score
 
 STOP = 0
 TOKEN_S = 0.01
@@ -152,3 +156,41 @@ def limited(rollout: AgentRollout, tokens: int) -> AgentRollout:
     """With so many tokens a trajectory."""
     rollout.sampling = replace(rollout.sampling, max_new_tokens=tokens)
     return rollout
+
+
+class Digits:
+    """Share of odd tokens; notes how it was called."""
+
+    tier = "none"
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
+        self.calls.append(len(pairs))
+        share = [sum(int(word) % 2 for word in one.text.split()) / len(one.token_ids_T) for _, one in pairs]
+        return [Score(value, value == 1.0, "odd") for value in share]
+
+    def close(self) -> None: ...
+
+
+class Both(ScriptedEngine):
+    """An engine for `Rollout` too."""
+
+    def generate_all(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        return [self.whole(request) for request in requests]
+
+
+def rollouts(engine: Both, **changes: Any) -> Rollout | AgentRollout:
+    tokenizer = SimpleNamespace(decode=decode, encode=lambda text, **_: [ord(one) for one in text])
+    sampling = SamplingParams(max_new_tokens=9, stop_token_ids=(STOP,))
+    door: Any = SimpleNamespace(generate=engine.generate_all, client=lambda: nullcontext(engine))
+    return create_rollout(
+        RolloutConfig(samples_per_prompt=3, **changes),
+        engine=door,
+        reward=Digits(),
+        tokenizer=tokenizer,
+        sampling=sampling,
+        seed=5,
+        say=print,
+    )

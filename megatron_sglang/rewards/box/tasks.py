@@ -120,9 +120,10 @@ def judge(job: dict[str, Any], channels: list[socket.socket], limit: int) -> Non
     try:
         exec(compile(job["preamble"], "preamble", "exec"), namespace)
         tests = [compile(test, "test", "exec") if isinstance(test, str) else test for test in job["tests"]]
-        for test in filter(lambda test: isinstance(test, dict), tests):  # no answer passes one that cannot travel
-            framed({"args": test["args"], "kwargs": pack({})}, limit)
-            framed({"value": test["expect"]}, limit)
+        for test in tests:
+            if isinstance(test, dict):  # no answer passes one that cannot travel
+                framed({"args": test["args"], "kwargs": pack({})}, limit)
+                framed({"value": test["expect"]}, limit)
     except Exception as error:  # noqa: BLE001 - a process boundary
         send(verdicts, {"broken": f"{type(error).__name__}: {error}"}, limit)
         return
