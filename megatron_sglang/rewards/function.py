@@ -160,7 +160,6 @@ def _answer(function: Any, request: dict[str, Any]) -> dict[str, Any]:
             record.update({key: tuple(value) for key, value in record.items() if key.endswith("_T")})
         value = float(function(Prompt(**prompt), Completion(**completion)))
     except Exception as error:  # noqa: BLE001 - a process boundary
-        traceback.print_exception(error)  # into the log that the run's message names
         return {"error": _last_line(error)}
     if not math.isfinite(value):
         return {"error": f"it returned {value}, expected a finite number"}
