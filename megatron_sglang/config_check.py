@@ -356,6 +356,19 @@ def _check_batches(config: RunConfig) -> None:
         )
 
 
+def check_micro_batches(config: RunConfig, replicas: int) -> None:
+    """`ConfigError` unless a train step is whole micro-batches on each of `replicas` data-parallel ranks."""
+    step_samples = _megatron_int(config, "global-batch-size", config.rollout.samples)
+    size = _megatron_int(config, "micro-batch-size", 1)
+    if size < 1 or step_samples % (size * replicas):
+        each, rest = divmod(step_samples, replicas)
+        remedy = "change the number of ranks" if rest else f"set it to {each} or a divisor of that"
+        raise ConfigError(
+            f"--micro-batch-size={size} times {replicas} data-parallel ranks does not divide --global-batch-size="
+            f"{step_samples}; {remedy}, or change rollout.prompts_per_batch"
+        )
+
+
 def _check_engine(config: RunConfig, ranks: int) -> None:
     tp_size = config.engine.tp_size or ranks
     if config.rollout.mode != "split" and not config.engine.external:

@@ -7,7 +7,7 @@ import os
 
 from megatron_sglang import buckets, config_load
 from megatron_sglang.config import RunConfig
-from megatron_sglang.config_check import PARALLEL, packed_tokens, parallel_size
+from megatron_sglang.config_check import PARALLEL, check_micro_batches, packed_tokens, parallel_size
 from megatron_sglang.hf_files import ITEMSIZE, tensor_shapes
 from megatron_sglang.placement import Placement, engines
 
@@ -16,6 +16,7 @@ def describe(config: RunConfig) -> str:
     """Raises `ConfigError` for sizes that do not divide the ranks that torchrun started (1 without torchrun)."""
     tp, cp, pp, ep = (parallel_size(config, kind) for kind in PARALLEL)
     placement = Placement(world_size=int(os.environ.get("WORLD_SIZE", "1")), tp=tp, cp=cp, pp=pp, ep=ep)
+    check_micro_batches(config, placement.dp)
     parts = ["# configuration", config_load.dump(config), "# ranks", placement.table(), "", "# engines"]
     return "\n".join([*parts, engine_table(config), "", "# weight update", bucket_plan(config)])
 

@@ -83,7 +83,7 @@ def load_prompts(
         else:
             raise DataError(
                 f"{where}: prompt {prompt.id!r} has {len(prompt.token_ids_T)} tokens; at most {max_prompt_tokens} fit; "
-                "raise the limit or skip prompts that are too long"
+                "raise data.max_prompt_tokens, or leave such prompts out with data.overlong=skip"
             )
     if not prompts:
         raise DataError(f"{path}: no prompt was read ({skipped} skipped as too long); expected at least one row")
@@ -255,7 +255,8 @@ class PromptSource:
     def __init__(self, prompts: Sequence[Prompt], prompts_per_batch: int, seed: int = 0, shuffle: bool = True) -> None:
         if not 1 <= prompts_per_batch <= len(prompts):
             raise ConfigError(
-                f"prompts_per_batch={prompts_per_batch} with {len(prompts)} prompts; expected 1 to {len(prompts)}"
+                f"rollout.prompts_per_batch={prompts_per_batch} with {len(prompts)} prompts in data.train; expected 1 "
+                f"to {len(prompts)}"
             )
         self._prompts = tuple(prompts)
         self._prompts_per_batch = prompts_per_batch

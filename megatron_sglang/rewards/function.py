@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from megatron_sglang.errors import ConfigError, RewardError
@@ -74,9 +75,11 @@ class FunctionReward:
             worker.close()
             late = str(error) == "timeout"
             what = f"gave no answer in {self._timeout_s:g} s" if late else f"ended its process ({error})"
-            raise RewardError(f"reward function {self._path} {what} for prompt {prompt.id!r}; correct it") from None
+            remedy = "correct it, or raise reward.timeout_s" if late else "correct it"
+            raise RewardError(f"reward function {self._path} {what} for prompt {prompt.id!r}; {remedy}") from None
         except RewardError as error:
-            raise RewardError(f"reward function {self._path} failed for prompt {prompt.id!r}: {error}") from None
+            what = f"failed for prompt {prompt.id!r}: {error}; correct it"
+            raise RewardError(f"reward function {self._path} {what}") from None
         finally:
             self._free.put(worker)
         return Score(value, passed=value >= 1.0)
@@ -107,7 +110,10 @@ class _Worker:
             answer = {"error": f"importing it gave no result: {error}"}
         if "error" in answer:
             self.close()
-            raise ConfigError(f"reward function {self._path}: {answer['error']}; expected package.module.function")
+            raise ConfigError(
+                f"reward function {self._path}: {answer['error']}; expected package.module.function, with the folder "
+                "that holds it on PYTHONPATH"
+            )
 
     def call(self, prompt: Prompt, completion: Completion, timeout_s: float) -> float:
         if self._process is None:
@@ -161,4 +167,13 @@ def _answer(function: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _last_line(error: Exception) -> str:
-    return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    """What was raised, and the line of the function's own file that it came through last."""
+    text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _ours(frame.filename)]
+    lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
+    return f"{text} ({Path(frames[0].filename).name}:{lines[-1]})" if lines else text
+
+
+def _ours(filename: str) -> bool:
+    """Whether a frame is of this file, or of Python's import."""
+    return filename in (__file__, importlib.__file__) or filename.startswith("<frozen")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast, get_args
 
@@ -44,7 +44,7 @@ class Options:
     lean_project: str | None
 
 
-def create(name: str, options: Options) -> Verifier:
+def create(name: str, options: Options, sources: Collection[str] = ()) -> Verifier:
     """See `create_reward`."""
     if options.sandbox not in ("auto", *get_args(Tier)):
         raise ConfigError(f"sandbox={options.sandbox!r} is unknown; choose auto, {', '.join(get_args(Tier))}")
@@ -60,6 +60,9 @@ def create(name: str, options: Options) -> Verifier:
         return _lean(options)
     if name != "auto":
         raise ConfigError(f"reward {name!r} is unknown; choose auto, fim_python, fim_lean or function:PKG.MODULE.FN")
+    there = ["fim_python"] + ["fim_lean"] * (options.lean_project is not None)
+    if unknown := set(sources) - set(there):
+        raise ConfigError(_no_verifier(unknown, there))
     verifiers: dict[str, Verifier] = {"fim_python": _python(options)}
     if options.lean_project is not None:
         verifiers["fim_lean"] = _lean(options)
@@ -83,6 +86,13 @@ def _lean(options: Options) -> Lean:
     )
 
 
+def _no_verifier(unknown: Collection[str], there: Collection[str]) -> str:
+    return (
+        f"no verifier for data source(s) {', '.join(sorted(unknown))}; there are {', '.join(there)}; name one for all "
+        "rows with --rm-type function:PACKAGE.MODULE.FN, or give reward.lean_project for fim_lean"
+    )
+
+
 class BySource:
     """Gives each prompt to the verifier of its `data_source`. Owns the verifiers."""
 
@@ -97,10 +107,7 @@ class BySource:
         """Scores in the order of `pairs`; `RewardError` for a data source without verifier."""
         unknown = {prompt.data_source for prompt, _ in pairs} - self._verifiers.keys()
         if unknown:
-            raise RewardError(
-                f"no verifier for data source(s) {', '.join(sorted(unknown))}; there are {', '.join(self._verifiers)}; "
-                "give lean_project for fim_lean, or a reward of your own as function:PACKAGE.MODULE.FN"
-            )
+            raise RewardError(_no_verifier(unknown, self._verifiers))
         scores: dict[int, Score] = {}
         for source, verifier in self._verifiers.items():
             chosen = [i for i, (prompt, _) in enumerate(pairs) if prompt.data_source == source]

@@ -195,11 +195,8 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
     replicas = args.world_size // (
         args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     )
-    if replicas and args.global_batch_size % ((args.micro_batch_size or 1) * replicas):
-        raise ConfigError(
-            f"--micro-batch-size={args.micro_batch_size} times {replicas} data-parallel ranks does not divide "
-            f"--global-batch-size={args.global_batch_size}; lower it, or change rollout.prompts_per_batch"
-        )
+    if replicas:
+        config_check.check_micro_batches(config, replicas)
     _check_optimizer(config, args)
     _check_pipeline_split(args)
     if args.max_seqlen_per_dp_cp_rank:

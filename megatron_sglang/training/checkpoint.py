@@ -73,6 +73,18 @@ def _forget_what_failed_writes_held() -> None:
     writer.write_preloaded_data = staticmethod(write)
 
 
+def require_asked_for(args: Any) -> None:
+    """DataError where `args`, Megatron's, refuse to begin anew and there is no checkpoint. Megatron would end the
+    process there, as if all had gone well."""
+    if not args.exit_on_missing_checkpoint or args.pretrained_checkpoint:
+        return
+    if not (args.load and (args.ckpt_step or Path(args.load, TRACKER).exists())):
+        raise DataError(
+            f"--exit-on-missing-checkpoint: --load {args.load} holds no checkpoint; give the folder that --save named, "
+            "or leave the flag out to begin anew"
+        )
+
+
 def require_same_adapters(args: Any, lora: LoraConfig) -> None:
     """DataError unless the checkpoint that `args`, Megatron's, will load has adapters like `lora`. Asked before it is
     loaded: with another alpha it would be read without an error, and each adapter would count more, or less, than it

@@ -115,6 +115,7 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
     plugin.register()
     if setup is not None:
         setup.start.make_room()
+    checkpoint.require_asked_for(recipe.args)
     checkpoint.require_same_adapters(recipe.args, config.lora)
     checkpoint.require_same_pace(recipe.args, config)
     board.meet()
@@ -125,6 +126,11 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
             ModelType.encoder_or_decoder,
             plugin.step.forward_step,
             recipe.model_provider,
+        )
+    if setup is not None and plugin.cycle is None:
+        setup.show(
+            f"nothing is left to train: the checkpoint in {recipe.args.load} has all of this run's rollout batches "
+            f"({config.rollout.batches}); ask for more with rollout.batches"
         )
     plugin.finish()
     torch.distributed.destroy_process_group()  # after an error it might wait for ranks that are gone
@@ -225,6 +231,8 @@ class LeaderSetup:
             unsafe=unsafe,
             all_pure=all(prompt.problem.get("pure", False) for prompt in (*train, *held_out)),
             lean_project=config.reward.lean_project or None,
+            # An environment may score by itself, whatever its rows name.
+            sources=() if config.rollout.environment else {prompt.data_source for prompt in (*train, *held_out)},
         )
         cleanup.callback(reward.close)
         count = len(modes.members(engine))

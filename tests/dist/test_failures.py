@@ -270,6 +270,21 @@ def test_longer_run_from_a_checkpoint(run_ranks, tmp_path, checkpoint):
     assert "--override-opt-param-scheduler" in text
 
 
+def test_a_missing_checkpoint_that_was_asked_for(run_ranks, tmp_path):
+    """Megatron ends the process as if all had gone well, and says so in a log only."""
+    text = fails(run_ranks, tmp_path / "run", f"--load={tmp_path / 'none'}", "--exit-on-missing-checkpoint")
+    assert f"DataError: --exit-on-missing-checkpoint: --load {tmp_path / 'none'} holds no checkpoint; give" in text
+
+
+def test_a_run_that_is_complete_says_so(run_ranks, tmp_path, checkpoint):
+    """It ended without a word, like one that has trained."""
+    more = [f"log.run_dir={tmp_path / 'run'}", f"--load={checkpoint}", "rollout.batches=1"]
+    ranks = run_ranks(2, "cases_failures.outcome", argv=[*BASE, *more])
+    assert [rank["code"] for rank in ranks] == [0, 0], ranks
+    assert "nothing is left to train: the checkpoint in" in ranks[0]["console"]
+    assert "rollout batches (1); ask for more with rollout.batches" in ranks[0]["console"]
+
+
 def test_checkpoint_of_another_expert_parallel_size(run_ranks, tmp_path, checkpoint):
     more = ["--override-opt-param-scheduler", "--expert-model-parallel-size=1"]
     text = fails(run_ranks, tmp_path / "run", f"--load={checkpoint}", *more)

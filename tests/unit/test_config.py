@@ -92,6 +92,16 @@ def test_megatron_gets_what_follows_from_our_own_options() -> None:
     )
 
 
+def test_a_dry_run_refuses_what_the_run_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It showed ranks and engines of a run that then ended at its micro-batches."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"--micro-batch-size=32 times 4 .*--global-batch-size=64; set it to 16 or a"):
+        describe(parse("--micro-batch-size=32").config)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="change the number of ranks"):
+        describe(parse().config)
+
+
 def test_a_null_leaves_an_argument_of_megatron_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it does for Megatron's parser: what follows from other options stays, and --dry-run shows it."""
     config = parse("megatron.tensor-model-parallel-size=null", "megatron.global-batch-size=null").config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from megatron_sglang.config_argv import FLAGS, sort_words
 from megatron_sglang.config_check import SECTIONS, field_types, known_options
+from megatron_sglang.config_load import split_argv
+from megatron_sglang.dry_run import describe
 
 ROOT = Path(__file__).parents[2]
 DOCS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
@@ -98,6 +101,19 @@ def test_commands_can_be_read(doc: Path) -> None:
             command = re.search(r"\bpretrain_gspo\.py((?:\s+[^#|&;]+)?)", line)
             if command and "..." not in line:
                 sort_words(word for word in command[1].split() if not word.startswith("["))
+
+
+@every_doc
+def test_commands_fit_their_ranks(doc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command whose sizes do not divide the ranks that it starts ends before its first rollout batch."""
+    monkeypatch.chdir(ROOT)
+    text = re.sub(r"\\\n\s*", "", doc.read_text())
+    for ranks, words in re.findall(
+        r"^ *torchrun --nproc-per-node (\d+) pretrain_gspo\.py (.*--config conf/.*)", text, re.M
+    ):
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            monkeypatch.setenv(name, ranks)
+        describe(split_argv(shlex.split(words)).config)
 
 
 def test_no_private_address_is_committed(repository_files: list[Path]) -> None:

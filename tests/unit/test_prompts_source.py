@@ -169,7 +169,10 @@ def without(row, *names):
         ({**FIM, "prefix": "a \ud83d"}, "half a surrogate pair"),
         ({**VERL, "prompt": [{"role": "user", "content": "a"}]}, "tokenizer with a chat template"),
         ({**VERL, "data_source": "fim_python"}, "problem lacks prefix"),
-        ({**FIM, "id": "long", "prefix": "a" * 99}, r"prompt 'long' has \d+ tokens; at most 64 fit"),
+        (
+            {**FIM, "id": "long", "prefix": "a" * 99},
+            r"prompt 'long' has \d+ tokens; at most 64 fit; .*data.max_prompt_tokens.*data.overlong=skip",
+        ),
     ],
 )
 def test_bad_row_is_reported_with_file_and_line(load, tmp_path, row, message):
@@ -261,5 +264,7 @@ def test_state_of_another_data_set_or_order_is_refused(other, name):
 
 @pytest.mark.parametrize("size", [0, 11])
 def test_impossible_batch_size_is_refused(size):
-    with pytest.raises(ConfigError, match=f"prompts_per_batch={size} with 10 prompts; expected 1 to 10"):
+    with pytest.raises(
+        ConfigError, match=f"rollout.prompts_per_batch={size} with 10 prompts in data.train; expected 1 to 10"
+    ):
         PromptSource(PROMPTS, size)

@@ -127,6 +127,11 @@ def test_auto_dispatches_by_data_source():
     reward.close()
 
 
+def test_data_source_without_verifier_is_refused_before_anything_is_sampled():
+    with pytest.raises(ConfigError, match=r"gsm8k; there are fim_python; .*--rm-type function:.*reward.lean_project"):
+        create_reward("auto", workers=1, sources={"fim_python", "gsm8k"})
+
+
 @pytest.mark.parametrize("options", [{"name": "nonsense"}, {"sandbox": "docker"}, {"workers": 0}, {"timeout_s": 0}])
 def test_options_that_cannot_work_are_refused(options):
     with pytest.raises(ConfigError, match=r"choose|expected"):
