@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from megatron_sglang import placement
 from megatron_sglang.config import LoraConfig, LoraTarget, RewardConfig, RouterPolicy, RunConfig
+from megatron_sglang.config_sizes import BUDGET, PARALLEL, check_batches, megatron_int, packed_tokens, parallel_size
 from megatron_sglang.errors import ConfigError
 from megatron_sglang.stops import StopMatcher
 
@@ -43,17 +44,11 @@ MEGATRON_RESERVED = {
 MEGATRON_RL = ("rl-", "grpo-", "langrl-", "perform-rl-step", "refit-method")
 """How the arguments of Megatron's own RL loop begin; it does not run here, so they would have no effect."""
 
-PARALLEL = ("tensor-model", "context", "pipeline-model", "expert-model")
-"""Of what Megatron's arguments --KIND-parallel-size are."""
-
 COLUMNS = ("prompt", "label", "metadata")
 """Whose names data.columns may give."""
 
 REWARDS = ("auto", "fim_python", "fim_lean")
 """Verifiers by name, besides functions of the user's own."""
-
-BUDGET = "max-seqlen-per-dp-cp-rank"
-"""Megatron's argument for the tokens that a rank can train on at a time; here, of a packed micro-batch."""
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data.max_prompt_tokens algo.max_bad_steps", lambda v: v > 0, "above 0"),
@@ -137,7 +132,7 @@ def resolve(config: RunConfig, *, local_world_size: int) -> RunConfig:
     of packed micro-batches, which has no meaning.
     """
     samples = config.rollout.samples
-    step_samples = _megatron_int(config, "global-batch-size", samples)
+    step_samples = megatron_int(config, "global-batch-size", samples)
     derived = {
         "global-batch-size": step_samples,
         "train-iters": config.rollout.batches * samples // max(step_samples, 1),
@@ -145,7 +140,7 @@ def resolve(config: RunConfig, *, local_world_size: int) -> RunConfig:
         "expert-tensor-parallel-size": 1,
     }
     # Micro-batches by tokens have no fixed number of samples; Megatron still counts a train step's samples by one.
-    packed = {"micro-batch-size": 1} if _megatron_int(config, BUDGET, 0) else {}
+    packed = {"micro-batch-size": 1} if megatron_int(config, BUDGET, 0) else {}
     return dataclasses.replace(
         config,
         engine=dataclasses.replace(config.engine, tp_size=config.engine.tp_size or local_world_size),
@@ -166,7 +161,7 @@ def check(config: RunConfig, *, local_world_size: int | None = None, trains: boo
     _check_stop(config)
     _check_fed(config)
     _check_reward(config.reward)
-    _check_batches(config)
+    check_batches(config)
     if local_world_size is not None:
         _check_engine(config, local_world_size)
     return tuple(_warnings(config))
@@ -247,7 +242,7 @@ def _check_pass_through(config: RunConfig) -> None:
 
 def _check_adapters(config: RunConfig, trains: bool) -> None:
     """What Megatron-Bridge 0.6.2 gets wrong without a word."""
-    if (size := _megatron_int(config, "expert-tensor-parallel-size", 1)) != 1:
+    if (size := megatron_int(config, "expert-tensor-parallel-size", 1)) != 1:
         raise ConfigError(
             f"expert-tensor-parallel-size={size}: adapters of experts are wrong above 1 in Megatron-Bridge 0.6.2; set "
             "it to 1 and raise expert-model-parallel-size instead"
@@ -308,65 +303,6 @@ def _check_reward(reward: RewardConfig) -> None:
     for name in ("binary", "sandbox", "memory_mb", "lean_project"):
         if (given := getattr(reward, name)) != getattr(RewardConfig(), name):
             raise ConfigError(f"reward.{name}={given} has no effect on reward.name={reward.name}; leave it out")
-
-
-def parallel_size(config: RunConfig, kind: str) -> int:
-    """Megatron's parallel size of a kind (tensor-model, context, pipeline-model, expert-model); 1 where it is not
-    given."""
-    name = f"{kind}-parallel-size"
-    if (size := _megatron_int(config, name, 1)) < 1:
-        raise ConfigError(f"megatron.{name}={size}; expected 1 or above")
-    return size
-
-
-def packed_tokens(config: RunConfig) -> int:
-    """Of a micro-batch on all its context-parallel ranks; 0 where samples are padded."""
-    return _megatron_int(config, BUDGET, 0) * parallel_size(config, "context")
-
-
-def _megatron_int(config: RunConfig, name: str, default: int) -> int:
-    given = config.megatron.get(name)
-    try:
-        return default if given is None else int(given)
-    except (TypeError, ValueError):
-        raise ConfigError(f"megatron.{name}={given!r}; expected a whole number") from None
-
-
-def _check_batches(config: RunConfig) -> None:
-    rollout, samples = config.rollout, config.rollout.samples
-    step_samples = _megatron_int(config, "global-batch-size", samples)
-    if step_samples < 1 or samples % step_samples:
-        raise ConfigError(
-            f"global-batch-size={step_samples} does not divide the {samples} samples of a rollout batch "
-            f"({rollout.prompts_per_batch} prompts x {rollout.samples_per_prompt}); set it to {samples} or a divisor"
-        )
-    iterations = rollout.batches * samples // step_samples
-    if (given := _megatron_int(config, "train-iters", iterations)) != iterations:
-        raise ConfigError(
-            f"train-iters={given} but {rollout.batches} rollout batches of {samples} samples make {iterations} "
-            f"iterations of {step_samples}; leave train-iters out or change --num-rollout"
-        )
-    if (given := _megatron_int(config, BUDGET, 0)) < 0:
-        raise ConfigError(f"{BUDGET}={given}; expected the tokens of a packed micro-batch, or 0 to pad")
-    longest = config.longest_sample
-    if (given := _megatron_int(config, "seq-length", longest)) < longest:
-        raise ConfigError(
-            f"seq-length={given} is shorter than data.max_prompt_tokens={config.data.max_prompt_tokens} "
-            f"plus rollout.max_new_tokens={rollout.max_new_tokens}; set it to {longest} or more"
-        )
-
-
-def check_micro_batches(config: RunConfig, replicas: int) -> None:
-    """`ConfigError` unless a train step is whole micro-batches on each of `replicas` data-parallel ranks."""
-    step_samples = _megatron_int(config, "global-batch-size", config.rollout.samples)
-    size = _megatron_int(config, "micro-batch-size", 1)
-    if size < 1 or step_samples % (size * replicas):
-        each, rest = divmod(step_samples, replicas)
-        remedy = "change the number of ranks" if rest else f"set it to {each} or a divisor of that"
-        raise ConfigError(
-            f"--micro-batch-size={size} times {replicas} data-parallel ranks does not divide --global-batch-size="
-            f"{step_samples}; {remedy}, or change rollout.prompts_per_batch"
-        )
 
 
 def _check_engine(config: RunConfig, ranks: int) -> None:

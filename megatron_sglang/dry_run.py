@@ -7,7 +7,7 @@ import os
 
 from megatron_sglang import buckets, config_load
 from megatron_sglang.config import RunConfig
-from megatron_sglang.config_check import PARALLEL, check_micro_batches, packed_tokens, parallel_size
+from megatron_sglang.config_sizes import PARALLEL, check_micro_batches, packed_tokens, parallel_size
 from megatron_sglang.hf_files import ITEMSIZE, tensor_shapes
 from megatron_sglang.placement import Placement, engines
 

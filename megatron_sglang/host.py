@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sglang.config import RunConfig
-from megatron_sglang.config_check import parallel_size
+from megatron_sglang.config_sizes import parallel_size
 from megatron_sglang.errors import SetupError
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")

@@ -20,6 +20,7 @@ import torch
 
 from megatron_sglang import config_check
 from megatron_sglang.config import RunConfig
+from megatron_sglang.config_sizes import check_micro_batches
 from megatron_sglang.cpu import trainer as cpu_room
 from megatron_sglang.errors import ConfigError, DataError, SetupError
 from megatron_sglang.feed.sampler import Feed
@@ -196,7 +197,7 @@ def check(config: RunConfig, args: Any, provider: Any) -> None:
         args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     )
     if replicas:
-        config_check.check_micro_batches(config, replicas)
+        check_micro_batches(config, replicas)
     _check_optimizer(config, args)
     _check_pipeline_split(args)
     if args.max_seqlen_per_dp_cp_rank:

@@ -73,7 +73,14 @@ def _forget_what_failed_writes_held() -> None:
     writer.write_preloaded_data = staticmethod(write)
 
 
-def require_asked_for(args: Any) -> None:
+def require_continuable(args: Any, config: RunConfig) -> None:
+    """DataError unless this run can go on from the checkpoint that `args`, Megatron's, will load, if there is one."""
+    _require_asked_for(args)
+    _require_same_adapters(args, config.lora)
+    _require_same_pace(args, config)
+
+
+def _require_asked_for(args: Any) -> None:
     """DataError where `args`, Megatron's, refuse to begin anew and there is no checkpoint. Megatron would end the
     process there, as if all had gone well."""
     if not args.exit_on_missing_checkpoint or args.pretrained_checkpoint:
@@ -85,7 +92,7 @@ def require_asked_for(args: Any) -> None:
         )
 
 
-def require_same_adapters(args: Any, lora: LoraConfig) -> None:
+def _require_same_adapters(args: Any, lora: LoraConfig) -> None:
     """DataError unless the checkpoint that `args`, Megatron's, will load has adapters like `lora`. Asked before it is
     loaded: with another alpha it would be read without an error, and each adapter would count more, or less, than it
     was trained to; of another rank or other targets Megatron only says that a shape or a key is not what it expected.
@@ -105,7 +112,7 @@ def require_same_adapters(args: Any, lora: LoraConfig) -> None:
             )
 
 
-def require_same_pace(args: Any, config: RunConfig) -> None:
+def _require_same_pace(args: Any, config: RunConfig) -> None:
     """DataError unless the checkpoint that `args`, Megatron's, will load has had as many train steps for each rollout
     batch as this run has. Megatron goes on at its iteration: the run would end batches too early, or too late.
 

@@ -115,9 +115,7 @@ def _train(config: RunConfig, setup: LeaderSetup | None, board: Board) -> None:
     plugin.register()
     if setup is not None:
         setup.start.make_room()
-    checkpoint.require_asked_for(recipe.args)
-    checkpoint.require_same_adapters(recipe.args, config.lora)
-    checkpoint.require_same_pace(recipe.args, config)
+    checkpoint.require_continuable(recipe.args, config)
     board.meet()
     with checkpoint.reading(recipe.args.load):
         pretrain(

@@ -62,6 +62,6 @@ def test_ranks_of_engines(monkeypatch: pytest.MonkeyPatch) -> None:
         engines(4, 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    config = config_load.load_config(Path(__file__).parents[2] / "conf/tiny_cpu.yaml")
+    config = config_load.load_config(Path(__file__).parents[2] / "conf/tiny_cpu.yaml", ["megatron.micro-batch-size=32"])
     shown = dry_run.describe(config)
     assert "# engines\nengine 0: beside trainer ranks 0, 1\nengine 1: beside trainer ranks 2, 3\n" in shown

@@ -26,6 +26,7 @@ LAYERS = [
     "errors types text signals private_file unix_socket store copies precision packing digest_kernel",
     "digests stops hf_files peft_names checkpoint_folder routing",
     "copy_kernel config buckets layout placement",
+    "config_sizes",
     "config_check interfaces weight_folder metrics trackers advantages prompts comm",
     "config_argv losses trace rewards rollout transfer host memory samples",
     "config_docs batching report cpu sync sync_plan agents feed",
@@ -40,7 +41,8 @@ LAYERS = [
 """Each part (module or folder) imports from lines above its own only. So `weights` and `engine` never meet."""
 
 WITHOUT_TORCH = (
-    "errors types layout config config_check config_argv config_docs config_load cli doctor host prompts.source"
+    "errors types layout config config_sizes config_check config_argv config_docs config_load cli doctor host "
+    "prompts.source"
 )
 """What a login node must be able to import."""
 
