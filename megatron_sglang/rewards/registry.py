@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast, get_args
 
+from megatron_sglang.config_check import REWARDS
 from megatron_sglang.errors import ConfigError, RewardError
 from megatron_sglang.rewards import lean
 from megatron_sglang.rewards.boxes import Tier
@@ -59,7 +60,7 @@ def create(name: str, options: Options, sources: Collection[str] = ()) -> Verifi
     if name == "fim_lean":
         return _lean(options)
     if name != "auto":
-        raise ConfigError(f"reward {name!r} is unknown; choose auto, fim_python, fim_lean or function:PKG.MODULE.FN")
+        raise ConfigError(f"reward {name!r} is unknown; choose {', '.join(REWARDS)} or function:PKG.MODULE.FN")
     there = ["fim_python"] + ["fim_lean"] * (options.lean_project is not None)
     if unknown := set(sources) - set(there):
         raise ConfigError(_no_verifier(unknown, there))

@@ -85,7 +85,7 @@ def _require_asked_for(args: Any) -> None:
     process there, as if all had gone well."""
     if not args.exit_on_missing_checkpoint or args.pretrained_checkpoint:
         return
-    if not (args.load and (args.ckpt_step or Path(args.load, TRACKER).exists())):
+    if not _has_checkpoint(args):
         raise DataError(
             f"--exit-on-missing-checkpoint: --load {args.load} holds no checkpoint; give the folder that --save named, "
             "or leave the flag out to begin anew"
@@ -132,9 +132,14 @@ def _require_same_pace(args: Any, config: RunConfig) -> None:
 
 def _to_load(args: Any) -> str:
     """The iteration, or `RELEASE`, that a run goes on from; empty where it begins anew."""
-    if not args.load or args.finetune or not (args.ckpt_step or Path(args.load, TRACKER).exists()):
+    if args.finetune or not _has_checkpoint(args):
         return ""
     return str(args.ckpt_step or newest(args.load))
+
+
+def _has_checkpoint(args: Any) -> bool:
+    """Whether --load has a checkpoint, or one is named; whether that is there, reading it says."""
+    return bool(args.load and (args.ckpt_step or Path(args.load, TRACKER).exists()))
 
 
 @contextlib.contextmanager
